@@ -1,9 +1,6 @@
 package qcow2
 
-import (
-	"context"
-	"time"
-)
+import "context"
 
 // ===== TEMPORARY: signatures others build against; replaced by the real files. =====
 
@@ -47,27 +44,6 @@ type Info struct {
 	CompressionType                                 string
 	Snapshots                                       []Snapshot
 }
-
-// Snapshot is one row of the snapshot table.
-type Snapshot struct {
-	ID, Name    string
-	Date        time.Time
-	VMClock     time.Duration
-	VMStateSize int64
-	DiskSize    int64  // virtual bytes at the time of the snapshot
-	Icount      uint64 // all ones: unknown
-}
-
-// Selector names a snapshot.
-type Selector struct {
-	id, name string
-	either   bool
-}
-
-func ByID(id string) Selector              { panic("stub") }
-func ByName(name string) Selector          { panic("stub") }
-func ByIDAndName(id, name string) Selector { panic("stub") }
-func ByIDOrName(s string) Selector         { panic("stub") } // ID first, then name, as QEMU's goto
 
 func (img *Image) Snapshots() []Snapshot                     { panic("stub") } // in table order
 func (img *Image) FindSnapshot(s Selector) (Snapshot, error) { panic("stub") } // ErrNotFound

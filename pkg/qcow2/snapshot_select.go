@@ -1,0 +1,114 @@
+package qcow2
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+	"time"
+)
+
+// Snapshot is one row of an image's snapshot table.
+type Snapshot struct {
+	ID, Name    string
+	Date        time.Time     // when it was taken, UTC
+	VMClock     time.Duration // guest time since boot; 0 without a VM
+	VMStateSize int64         // bytes of VM state stored with it; 0 without a VM
+	DiskSize    int64         // virtual bytes at the time of the snapshot
+	Icount      uint64        // guest instructions; all ones: unknown
+}
+
+// Selector names a snapshot; make one with ByID, ByName, ByIDAndName or ByIDOrName. Names need not be
+// unique in a table that QEMU wrote: the first row in table order is meant.
+type Selector struct {
+	kind     selectorKind
+	id, name string
+}
+
+type selectorKind uint8
+
+const (
+	selectNothing selectorKind = iota // the zero Selector
+	selectID
+	selectName
+	selectBoth
+	selectEither
+)
+
+// ByID selects the snapshot with that ID.
+func ByID(id string) Selector { return Selector{kind: selectID, id: id} }
+
+// ByName selects the snapshot with that name.
+func ByName(name string) Selector { return Selector{kind: selectName, name: name} }
+
+// ByIDAndName selects the snapshot that has both.
+func ByIDAndName(id, name string) Selector { return Selector{kind: selectBoth, id: id, name: name} }
+
+// ByIDOrName selects the snapshot with ID s or, if no snapshot has that, with name s, as QEMU does for
+// `qemu-img snapshot -a`.
+func ByIDOrName(s string) Selector { return Selector{kind: selectEither, id: s, name: s} }
+
+// String says what is selected, for error messages.
+func (s Selector) String() string {
+	switch s.kind {
+	case selectID:
+		return fmt.Sprintf("snapshot with id %q", s.id)
+	case selectName:
+		return fmt.Sprintf("snapshot %q", s.name)
+	case selectBoth:
+		return fmt.Sprintf("snapshot %q with id %q", s.name, s.id)
+	case selectEither:
+		return fmt.Sprintf("snapshot with id or name %q", s.id)
+	}
+	return "snapshot of an empty selector"
+}
+
+// findSnapshot returns the index of the row that s selects, or ErrNotFound.
+func findSnapshot(rows []snapshotRow, s Selector) (int, error) {
+	first := func(match func(*snapshotRow) bool) int {
+		for i := range rows {
+			if match(&rows[i]) {
+				return i
+			}
+		}
+		return -1
+	}
+	hasID := func(r *snapshotRow) bool { return r.id == s.id }
+	hasName := func(r *snapshotRow) bool { return r.name == s.name }
+
+	found := -1
+	switch s.kind {
+	case selectID:
+		found = first(hasID)
+	case selectName:
+		found = first(hasName)
+	case selectBoth:
+		found = first(func(r *snapshotRow) bool { return hasID(r) && hasName(r) })
+	case selectEither:
+		if found = first(hasID); found < 0 {
+			found = first(hasName)
+		}
+	}
+	if found < 0 {
+		return 0, fmt.Errorf("%s: %w", s, ErrNotFound)
+	}
+	return found, nil
+}
+
+// newSnapshotID returns the ID for the next snapshot: one more than the largest number among the IDs, or,
+// should that be the largest number of all, the smallest that is free.
+func newSnapshotID(rows []snapshotRow) string {
+	used := make(map[uint64]bool, len(rows))
+	var largest uint64
+	for i := range rows {
+		if n, err := strconv.ParseUint(rows[i].id, 10, 64); err == nil {
+			used[n] = true
+			largest = max(largest, n)
+		}
+	}
+	next := largest + 1
+	if largest == math.MaxUint64 {
+		for next = 1; used[next]; next++ {
+		}
+	}
+	return strconv.FormatUint(next, 10)
+}
