@@ -1,0 +1,54 @@
+# csi-qcow2. `make` alone says what there is to make.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+TOOL    := $(GO) tool -modfile=tools/go.mod
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint fmt generate verify bench image setup clean
+
+help: ## say what there is to make
+	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build bin/csi-qcow2, static
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/csi-qcow2 ./cmd/csi-qcow2
+
+demo: build ## play a volume's whole life against a temporary pool, in under two minutes
+	@hack/setup.sh demo
+	bin/csi-qcow2 demo
+
+test: ## run every test: units, QEMU's tools as oracle, csi-sanity, kill and restart
+	@hack/setup.sh test
+	@hack/test.sh
+
+lint: verify ## check style, the generated code and the scripts
+	@hack/setup.sh lint
+	$(TOOL) golangci-lint run
+	shellcheck hack/*.sh .ci/run
+
+fmt: ## format the Go code
+	$(TOOL) gofumpt -l -w cmd pkg
+
+generate: ## regenerate pkg/engine/api from its .proto
+	@hack/setup.sh generate
+	@hack/generate.sh .
+
+verify: ## check that the generated code is what its sources give
+	@hack/setup.sh generate
+	@hack/generate.sh --check
+
+bench: ## run the benchmarks (none yet)
+	@echo 'There are no benchmarks yet: they come with the performance work.'
+
+image: ## write dist/csi-qcow2.tar, an OCI image of the node's binary and tools, without a registry
+	@hack/setup.sh image
+	@VERSION=$(VERSION) hack/image.sh
+
+setup: ## install the Debian packages that any of the above needs
+	@hack/setup.sh all
+
+clean: ## remove what was built
+	rm -rf bin dist .cache
