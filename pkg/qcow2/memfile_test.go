@@ -1,0 +1,464 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+)
+
+// This file holds the file that tests put behind an image: memFile keeps its content in memory, fails
+// the calls that a test chooses, and records every change, so that a crashLog can rebuild what a disk
+// may hold after a power failure at any moment.
+
+const memPageSize = 4096
+
+// sparse is the content of a file. Clones share their pages until one is written, so that a thousand
+// crash states of an image cost little more than one.
+type sparse struct {
+	pages map[int64]*[memPageSize]byte
+	owned map[int64]bool // pages that no clone shares
+	size  int64
+}
+
+func newSparse() *sparse {
+	return &sparse{pages: map[int64]*[memPageSize]byte{}, owned: map[int64]bool{}}
+}
+
+func (s *sparse) clone() *sparse {
+	clear(s.owned)
+	return &sparse{pages: maps.Clone(s.pages), owned: map[int64]bool{}, size: s.size}
+}
+
+// each calls fn for the part of every page that [off, off+n) touches.
+func (s *sparse) each(off, n int64, fn func(page, from, to, done int64)) {
+	for done := int64(0); done < n; {
+		from := (off + done) % memPageSize
+		to := min(memPageSize, from+n-done)
+		fn((off+done)/memPageSize, from, to, done)
+		done += to - from
+	}
+}
+
+func (s *sparse) readAt(p []byte, off int64) {
+	s.each(off, int64(len(p)), func(page, from, to, done int64) {
+		if b := s.pages[page]; b != nil {
+			copy(p[done:], b[from:to])
+		} else {
+			clear(p[done : done+to-from])
+		}
+	})
+}
+
+func (s *sparse) writeAt(p []byte, off int64) {
+	s.each(off, int64(len(p)), func(page, from, to, done int64) { copy(s.own(page)[from:to], p[done:]) })
+	s.size = max(s.size, off+int64(len(p)))
+}
+
+func (s *sparse) own(page int64) *[memPageSize]byte {
+	b := s.pages[page]
+	switch {
+	case b == nil:
+		b = new([memPageSize]byte)
+	case !s.owned[page]:
+		own := *b
+		b = &own
+	}
+	s.pages[page], s.owned[page] = b, true
+	return b
+}
+
+func (s *sparse) zero(off, n int64) {
+	for page := range s.pages {
+		from, to := max(off, page*memPageSize), min(off+n, (page+1)*memPageSize)
+		switch {
+		case from >= to:
+		case to-from == memPageSize:
+			delete(s.pages, page)
+			delete(s.owned, page)
+		default:
+			clear(s.own(page)[from-page*memPageSize : to-page*memPageSize])
+		}
+	}
+}
+
+func (s *sparse) truncate(size int64) {
+	if size < s.size {
+		s.zero(size, s.size-size)
+	}
+	s.size = size
+}
+
+// callKind says which method of a File a call was.
+type callKind uint8
+
+const (
+	callRead callKind = iota
+	callWrite
+	callSync
+	callTruncate
+	callPunch
+	callSize
+)
+
+func (k callKind) String() string {
+	return [...]string{"read", "write", "sync", "truncate", "punch", "size"}[k]
+}
+
+// fileCall is one call of a File's method. data is set in recorded writes only.
+type fileCall struct {
+	kind   callKind
+	off, n int64 // n is the length, or for truncate the new size
+	data   []byte
+}
+
+func (c fileCall) String() string { return fmt.Sprintf("%s %#x+%#x", c.kind, c.off, c.n) }
+
+// memFile is a File in memory. The zero value is not ready; use newMemFile or loadMemFile.
+type memFile struct {
+	name string
+
+	mu      sync.Mutex // guards all below
+	content *sparse
+	fault   func(fileCall) error // before each call; an error makes it fail without effect
+	calls   int                  // how many were made
+	log     *crashLog            // nil: not recording
+	closed  bool
+}
+
+func newMemFile(name string) *memFile { return &memFile{name: name, content: newSparse()} }
+
+// loadMemFile copies a file of the file system.
+func loadMemFile(t testing.TB, path string) *memFile {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := newMemFile(path)
+	for off := 0; off < len(b); off += memPageSize {
+		p := b[off:min(len(b), off+memPageSize)]
+		if slices.ContainsFunc(p, func(c byte) bool { return c != 0 }) {
+			f.content.writeAt(p, int64(off))
+		}
+	}
+	f.content.size = int64(len(b))
+	return f
+}
+
+// save writes the content to path, sparse, for QEMU to see.
+func (f *memFile) save(t testing.TB, path string) {
+	t.Helper()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	for _, page := range slices.Sorted(maps.Keys(f.content.pages)) {
+		off := page * memPageSize
+		b := f.content.pages[page][:min(memPageSize, f.content.size-off)]
+		if _, err := out.WriteAt(b, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := out.Truncate(f.content.size); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// clone returns an open file with the same content, which no later change of either shares.
+func (f *memFile) clone() *memFile {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &memFile{name: f.name, content: f.content.clone()}
+}
+
+// reopen undoes Close, as opening the path again would.
+func (f *memFile) reopen() *memFile {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.closed = false
+	return f
+}
+
+// setFault makes fn decide about each later call; nil ends it.
+func (f *memFile) setFault(fn func(fileCall) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fault = fn
+}
+
+// failOnce makes the n-th call from now on (0 is the next) of those that match fail with err, once. It
+// returns a function that tells whether that happened.
+func (f *memFile) failOnce(n int, match func(callKind) bool, err error) func() bool {
+	seen, done := 0, false
+	f.setFault(func(c fileCall) error {
+		if done || !match(c.kind) {
+			return nil
+		}
+		seen++
+		if seen <= n {
+			return nil
+		}
+		done = true
+		return fmt.Errorf("%s %s: %w", f.name, c, err)
+	})
+	return func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return done
+	}
+}
+
+// record starts a log at the present content, which counts as synced.
+func (f *memFile) record() *crashLog {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.log = &crashLog{name: f.name, base: f.content.clone()}
+	return f.log
+}
+
+// position is the number of calls that the log holds: a moment to which crash states relate.
+func (f *memFile) position() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.log.calls)
+}
+
+// begin counts a call and lets the fault decide. The caller holds mu.
+func (f *memFile) begin(c fileCall) error {
+	f.calls++
+	if f.closed {
+		return fmt.Errorf("%s: %s: %w", f.name, c, fs.ErrClosed)
+	}
+	if c.off < 0 || c.n < 0 {
+		return fmt.Errorf("%s: %s: negative", f.name, c)
+	}
+	if f.fault != nil {
+		return f.fault(c)
+	}
+	return nil
+}
+
+// done records a call that changed the file. The caller holds mu.
+func (f *memFile) done(c fileCall) {
+	if f.log != nil {
+		f.log.calls = append(f.log.calls, c)
+	}
+}
+
+func (f *memFile) ReadAt(p []byte, off int64) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.begin(fileCall{kind: callRead, off: off, n: int64(len(p))}); err != nil {
+		return 0, err
+	}
+	n := max(0, min(int64(len(p)), f.content.size-off))
+	f.content.readAt(p[:n], off)
+	if n < int64(len(p)) {
+		return int(n), io.EOF
+	}
+	return int(n), nil
+}
+
+func (f *memFile) WriteAt(p []byte, off int64) (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c := fileCall{kind: callWrite, off: off, n: int64(len(p))}
+	if err := f.begin(c); err != nil {
+		return 0, err
+	}
+	c.data = slices.Clone(p)
+	c.apply(f.content)
+	f.done(c)
+	return len(p), nil
+}
+
+func (f *memFile) Sync() error               { return f.change(fileCall{kind: callSync}) }
+func (f *memFile) Truncate(size int64) error { return f.change(fileCall{kind: callTruncate, n: size}) }
+
+func (f *memFile) PunchHole(off, n int64) error {
+	return f.change(fileCall{kind: callPunch, off: off, n: n})
+}
+
+func (f *memFile) change(c fileCall) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.begin(c); err != nil {
+		return err
+	}
+	c.apply(f.content)
+	f.done(c)
+	return nil
+}
+
+func (f *memFile) Size() (int64, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.content.size, f.begin(fileCall{kind: callSize})
+}
+
+func (f *memFile) Name() string { return f.name }
+
+func (f *memFile) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return fmt.Errorf("%s: %w", f.name, fs.ErrClosed)
+	}
+	f.closed = true
+	return nil
+}
+
+// apply makes the call's change to s.
+func (c fileCall) apply(s *sparse) {
+	switch c.kind {
+	case callWrite:
+		s.writeAt(c.data, c.off)
+	case callTruncate:
+		s.truncate(c.n)
+	case callPunch:
+		s.zero(c.off, min(c.n, max(0, s.size-c.off))) // a punch keeps the length
+	}
+}
+
+// applyTorn makes a random part of the change, sector by sector: what may have reached the disk.
+func (c fileCall) applyTorn(s *sparse, rng *rand.Rand) {
+	whole := rng.IntN(3) // 0: nothing, 1: all, 2: each sector by itself
+	switch {
+	case whole == 0:
+	case whole == 1 || c.kind == callTruncate:
+		c.apply(s)
+	default:
+		for at := c.off; at < c.off+c.n; {
+			next := min(c.off+c.n, (at/sectorSize+1)*sectorSize)
+			if rng.IntN(2) == 0 {
+				part := fileCall{kind: c.kind, off: at, n: next - at}
+				if c.kind == callWrite {
+					part.data = c.data[at-c.off : next-c.off]
+				}
+				part.apply(s)
+			}
+			at = next
+		}
+	}
+}
+
+// crashLog holds what happened to a file: its content when the log began, and each change since then.
+type crashLog struct {
+	name  string
+	base  *sparse
+	calls []fileCall
+}
+
+// prefixes yields, for each number n of calls from 0 to all, the file after exactly the first n: a crash of
+// the process, or of a machine that writes in order. The file must not be used after the next step unless
+// it is cloned.
+func (l *crashLog) prefixes() iter.Seq2[int, *memFile] {
+	return func(yield func(int, *memFile) bool) {
+		state := l.base.clone()
+		for n := 0; ; n++ {
+			if !yield(n, &memFile{name: l.name, content: state.clone()}) || n == len(l.calls) {
+				return
+			}
+			l.calls[n].apply(state)
+		}
+	}
+}
+
+// torn returns the file as a power failure after the first n calls may leave it: everything before the last
+// sync among them, and of what came after it a random part in units of sectors.
+func (l *crashLog) torn(n int, rng *rand.Rand) *memFile {
+	state := l.base.clone()
+	synced := l.lastSync(n)
+	for _, c := range l.calls[:synced] {
+		c.apply(state)
+	}
+	for _, c := range l.calls[synced:n] {
+		c.applyTorn(state, rng)
+	}
+	return &memFile{name: l.name, content: state}
+}
+
+// lastSync returns how many of the first n calls are durable: all up to the last sync.
+func (l *crashLog) lastSync(n int) int {
+	for ; n > 0 && l.calls[n-1].kind != callSync; n-- {
+	}
+	return n
+}
+
+func TestMemFile(t *testing.T) {
+	f := newMemFile("mem")
+	log := f.record()
+	must(t, write(f, 100, "hello"))
+	must(t, f.Sync())
+	must(t, write(f, 5000, "world"))
+	must(t, f.PunchHole(100, 5))
+	must(t, f.Truncate(9000))
+
+	t.Run("reads", func(t *testing.T) {
+		p := make([]byte, 6)
+		if n, err := f.ReadAt(p, 5000); n != 6 || err != nil || string(p) != "world\x00" {
+			t.Errorf("read %q, %d, %v", p, n, err)
+		}
+		if n, err := f.ReadAt(p, 8997); n != 3 || err != io.EOF {
+			t.Errorf("read at the end: %d, %v", n, err)
+		}
+		if _, err := f.ReadAt(p, 100); err != nil || string(p[:5]) != "\x00\x00\x00\x00\x00" {
+			t.Errorf("read of a punched range: %q, %v", p, err)
+		}
+	})
+	t.Run("prefixes", func(t *testing.T) {
+		var sizes []int64
+		for _, state := range log.prefixes() {
+			sizes = append(sizes, state.content.size)
+		}
+		if want := []int64{0, 105, 105, 5005, 5005, 9000}; !slices.Equal(sizes, want) {
+			t.Errorf("sizes of the prefixes %v, want %v", sizes, want)
+		}
+	})
+	t.Run("torn", func(t *testing.T) {
+		seen := map[int64]bool{}
+		rng := rand.New(rand.NewPCG(1, 1))
+		for range 100 {
+			state := log.torn(len(log.calls), rng)
+			if state.content.size < 105 {
+				t.Fatal("a synced write is lost")
+			}
+			seen[state.content.size] = true
+		}
+		if !seen[105] || !seen[5005] || !seen[9000] {
+			t.Errorf("unsynced changes were not tried both ways: %v", seen)
+		}
+	})
+	t.Run("faults", func(t *testing.T) {
+		fault := errors.New("fault")
+		happened := f.failOnce(1, func(k callKind) bool { return k == callWrite }, fault)
+		must(t, write(f, 0, "x"))
+		if err := write(f, 0, "y"); !errors.Is(err, fault) || !happened() {
+			t.Errorf("the second write: %v", err)
+		}
+		must(t, write(f, 0, "z"))
+	})
+}
+
+func write(f File, off int64, s string) error {
+	_, err := f.WriteAt([]byte(s), off)
+	return err
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
