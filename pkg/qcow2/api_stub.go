@@ -103,9 +103,3 @@ type CheckResult struct {
 }
 
 func (r CheckResult) ExitStatus() int { panic("stub") }
-
-// OpenFile opens path with QEMU's byte-range locks (ErrInUse if QEMU or another of ours has it).
-func OpenFile(path string, readOnly bool) (File, error) { panic("stub") }
-
-// CreateFile creates path (must not exist) and locks it likewise.
-func CreateFile(path string) (File, error) { panic("stub") }

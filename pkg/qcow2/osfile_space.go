@@ -1,0 +1,91 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// zeroChunk is how many bytes of zeros are written at once where holes cannot be punched.
+const zeroChunk = 1 << 20
+
+// PunchHole writes zeros where the file system knows no holes.
+func (o *osFile) PunchHole(off, n int64) error {
+	switch {
+	case o.readOnly:
+		return o.refuse("punch hole")
+	case off < 0 || n < 0:
+		return fmt.Errorf("punch hole in %s at offset %d, %d bytes: %w", o.Name(), off, n, ErrOutOfRange)
+	case n == 0:
+		return nil
+	}
+	err := o.op("punch hole", func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
+	if errors.Is(err, errors.ErrUnsupported) {
+		return o.writeZeros(off, n)
+	}
+	return at(err, off)
+}
+
+// writeZeros writes zeros over n bytes at off, as far as the file reaches.
+func (o *osFile) writeZeros(off, n int64) error {
+	size, err := o.Size()
+	if err != nil {
+		return err
+	}
+	end := min(off+n, size)
+	if off+n < off { // more than an int64: to the end of the file
+		end = size
+	}
+	zeros := make([]byte, max(0, min(end-off, zeroChunk)))
+	for off < end {
+		chunk := zeros[:min(end-off, zeroChunk)]
+		if _, err := o.WriteAt(chunk, off); err != nil {
+			return err
+		}
+		off += int64(len(chunk))
+	}
+	return nil
+}
+
+// A RangeCloner is a File that can take over a part of another one without copying it.
+type RangeCloner interface {
+	// CloneRange makes n bytes at dstOff share the blocks of n bytes at srcOff of src. The
+	// file grows as needed. An error that matches errors.ErrUnsupported says that these bytes have to be copied
+	// instead: another file system, one without shared blocks, or a range that is not aligned to its blocks.
+	CloneRange(src File, srcOff, dstOff, n int64) error
+}
+
+var _ RangeCloner = (*osFile)(nil)
+
+func (o *osFile) CloneRange(src File, srcOff, dstOff, n int64) error {
+	from, ok := src.(*osFile)
+	switch {
+	case o.readOnly:
+		return o.refuse("clone range")
+	case !ok:
+		return fmt.Errorf("clone range from %s: %w", src.Name(), errors.ErrUnsupported)
+	case srcOff < 0 || dstOff < 0 || n < 0:
+		return fmt.Errorf("clone range of %s: %w", src.Name(), ErrOutOfRange)
+	case n == 0: // the kernel would take it for all of the file
+		return nil
+	}
+	err := from.control(func(srcFD int) error {
+		return o.op("clone range", func(fd int) error {
+			return unix.IoctlFileCloneRange(fd, &unix.FileCloneRange{
+				Src_fd:      int64(srcFD),
+				Src_offset:  uint64(srcOff),
+				Src_length:  uint64(n),
+				Dest_offset: uint64(dstOff),
+			})
+		})
+	})
+	switch {
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("%w: %w", errors.ErrUnsupported, err)
+	default:
+		return at(err, dstOff)
+	}
+}
