@@ -1,0 +1,193 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// connection is a FUSE connection whose file system is mounted in no namespace at all, and so
+// visible to nobody: its one file is opened through the detached mount.
+type connection struct {
+	dev   int    // /dev/fuse: requests come out of it, replies go into it
+	mount int    // root of the detached mount
+	file  int    // the served file, -1 before open
+	id    uint32 // the connection's number in fusectl, ours until close
+
+	mu     sync.Mutex // guards closed, and id against being somebody else's
+	closed bool
+}
+
+// connect makes a connection and negotiates it, in the memory of m.
+func connect(m message) (*connection, error) {
+	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /dev/fuse: %w", err)
+	}
+	mount, err := mountDetached("fuse", map[string]string{
+		"source":   "csi-qcow2",
+		"fd":       strconv.Itoa(dev),
+		"rootmode": strconv.FormatUint(unix.S_IFDIR, 8),
+		"user_id":  "0",
+		"group_id": "0",
+		"max_read": strconv.Itoa(maxPayload),
+	}, "allow_other")
+	if err != nil {
+		unix.Close(dev)
+		return nil, err
+	}
+	c := &connection{dev: dev, mount: mount, file: -1}
+	if err := c.identify(); err != nil {
+		c.close()
+		return nil, err
+	}
+	if err := c.negotiate(m); err != nil {
+		c.close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// identify finds the connection's number, which is that of the file system's device, without a
+// request to the server: none is running yet.
+func (c *connection) identify() error {
+	var st unix.Statx_t
+	if err := unix.Statx(c.mount, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st); err != nil {
+		return fmt.Errorf("stat FUSE mount: %w", err)
+	}
+	c.id = st.Dev_minor
+	return nil
+}
+
+// negotiate answers INIT, the first request of a connection.
+func (c *connection) negotiate(m message) error {
+	r, err := c.receive(m)
+	if err != nil {
+		return fmt.Errorf("read FUSE INIT: %w", err)
+	}
+	if !r.valid() || r.opcode() != opInit {
+		return errors.New("first FUSE request is not INIT")
+	}
+	unique := r.unique()
+	major, minor, readAhead, flags := r.init()
+	if major != protocolMajor || minor < minKernel {
+		return fmt.Errorf("kernel speaks FUSE %d.%d, need %d.%d or newer", major, minor, protocolMajor, minKernel)
+	}
+	const need = flagAsyncDIO | flagMaxPages | flagBigWrites
+	if flags&need != need {
+		return fmt.Errorf("kernel's FUSE flags %#x lack some of %#x (asynchronous direct I/O, large requests)", flags, need)
+	}
+	putInitOut(m.payload(initOutSize), readAhead, need|flags&flagAsyncRead)
+	if err := c.send(m.reply(initOutSize, 0, unique)); err != nil {
+		return fmt.Errorf("answer FUSE INIT: %w", err)
+	}
+	return nil
+}
+
+// open opens the served file. A server must be running.
+func (c *connection) open(name string) error {
+	file, err := unix.Openat(c.mount, name, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open FUSE file: %w", err)
+	}
+	c.file = file
+	return nil
+}
+
+// receive waits for the next request and reads it into m. ENODEV: the connection has ended.
+func (c *connection) receive(m message) (request, error) {
+	for {
+		n, err := unix.Read(c.dev, m.request())
+		switch {
+		case err == nil:
+			return request(m.request()[:n]), nil
+		case err == unix.EINTR, err == unix.EAGAIN, err == unix.ENOENT: // ENOENT: the request was withdrawn
+		default:
+			return nil, err
+		}
+	}
+}
+
+// send sends a reply.
+func (c *connection) send(reply []byte) error {
+	for {
+		_, err := unix.Write(c.dev, reply)
+		switch {
+		case err == unix.EINTR, err == unix.EAGAIN:
+		case err == unix.ENOENT, err == unix.ENODEV, err == unix.ENOTCONN: // nobody waits for it any more
+			return nil
+		default:
+			return err
+		}
+	}
+}
+
+// abort ends the connection: all requests that wait and all later ones fail, the server's threads end.
+// It is a no-op when the connection is closed.
+func (c *connection) abort() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil
+	}
+	ctl, err := mountDetached("fusectl", nil)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(ctl)
+	fd, err := unix.Openat(ctl, fmt.Sprintf("%d/abort", c.id), unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open abort file of FUSE connection %d: %w", c.id, err)
+	}
+	defer unix.Close(fd)
+	if _, err := unix.Write(fd, []byte("1")); err != nil {
+		return fmt.Errorf("abort FUSE connection %d: %w", c.id, err)
+	}
+	return nil
+}
+
+// close gives up all descriptors; with them the file system goes. No server may be running.
+func (c *connection) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return
+	}
+	c.closed = true
+	unix.Close(c.dev)
+	unix.Close(c.mount)
+	if c.file >= 0 {
+		unix.Close(c.file)
+	}
+}
+
+// mountDetached makes a mount that is attached to no mount namespace and returns a descriptor of its
+// root. It is gone when that and all files opened through it are closed.
+func mountDetached(fsType string, values map[string]string, flags ...string) (int, error) {
+	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen %s: %w", fsType, err)
+	}
+	defer unix.Close(fs)
+	for k, v := range values {
+		if err := unix.FsconfigSetString(fs, k, v); err != nil {
+			return -1, fmt.Errorf("fsconfig %s %s=%s: %w", fsType, k, v, err)
+		}
+	}
+	for _, k := range flags {
+		if err := unix.FsconfigSetFlag(fs, k); err != nil {
+			return -1, fmt.Errorf("fsconfig %s %s: %w", fsType, k, err)
+		}
+	}
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return -1, fmt.Errorf("create %s: %w", fsType, err)
+	}
+	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsmount %s: %w", fsType, err)
+	}
+	return mount, nil
+}

@@ -1,0 +1,171 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Device is an attached block device. Its methods may be called concurrently.
+type Device struct {
+	conn    *connection
+	server  *server
+	backend Backend
+	loop    loopDevice
+
+	mu       sync.Mutex // guards released, and serialises what changes the loop device
+	released bool       // the loop device is no longer bound to our file
+
+	closing sync.Once // the end of Detach
+}
+
+// Attach serves b as a block device until Detach. It fails where the kernel cannot do direct I/O on it.
+func Attach(b Backend, o Options) (*Device, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if size := b.Size(); size < 0 || size%int64(o.LogicalBlockSize) != 0 {
+		return nil, fmt.Errorf("attach %s: size %d is not a multiple of the logical block size %d", o.Name, size, o.LogicalBlockSize)
+	}
+	s, err := newServer(b, o, fileName(o.Name))
+	if err != nil {
+		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
+	}
+	c, err := connect(s.message(0))
+	if err != nil {
+		s.close()
+		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
+	}
+	s.start(c)
+	d := &Device{conn: c, server: s, backend: b}
+	if err := d.bind(o); err != nil {
+		return nil, fmt.Errorf("attach %s: %w", o.Name, errors.Join(err, d.end()))
+	}
+	return d, nil
+}
+
+// bind puts the loop device on the served file.
+func (d *Device) bind(o Options) error {
+	if err := d.conn.open(fileName(o.Name)); err != nil {
+		return err
+	}
+	l, err := bindLoop(d.conn.file, o)
+	if err != nil {
+		return err
+	}
+	if err := l.verify(o.Name, d.backend.Size()); err != nil {
+		return errors.Join(err, l.clear())
+	}
+	d.loop = l
+	return nil
+}
+
+// Path returns the device's path, /dev/loopN.
+func (d *Device) Path() string { return loopPath(d.loop.number) }
+
+// Resize tells the kernel that the backend's size has changed. The device works meanwhile.
+func (d *Device) Resize() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.released {
+		return fmt.Errorf("resize %s: %w", d.Path(), errUnbound)
+	}
+	size := d.backend.Size()
+	// Not by asking for the attributes: the kernel throws away an answer that crosses a finished write. The server
+	// changes nothing at SETATTR, it answers with the backend's size, and the kernel takes that.
+	if err := unix.Ftruncate(d.conn.file, size); err != nil {
+		return fmt.Errorf("resize %s: %w", d.Path(), err)
+	}
+	if err := d.loop.setCapacity(size); err != nil {
+		return fmt.Errorf("resize %s: %w", d.Path(), err)
+	}
+	return nil
+}
+
+// Detach removes the device: when it returns nil the kernel has let go of it, every request has been
+// answered, and the backend is no longer called. The device's page cache has been written to the
+// backend; flushing that is up to the caller.
+//
+// While something has the device open it returns ErrBusy, after having waited for a fraction of a second
+// unless it is a file system, and the device goes on working. (If somebody mounts it at that very moment,
+// it may go at its last close: then the next Detach ends what is left.)
+//
+// Detach after Detach, and after Abort, is allowed and frees what is left.
+func (d *Device) Detach() error {
+	if err := d.release(); err != nil {
+		return fmt.Errorf("detach: %w", err)
+	}
+	return d.end()
+}
+
+func (d *Device) release() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.released {
+		return nil
+	}
+	if err := d.loop.release(); err != nil {
+		return err
+	}
+	d.released = true
+	return nil
+}
+
+// end ends the connection and the server.
+func (d *Device) end() error {
+	if err := d.conn.abort(); err != nil {
+		return err
+	}
+	<-d.server.done
+	d.closing.Do(func() {
+		d.conn.close()
+		d.server.close()
+	})
+	return nil
+}
+
+// Abort ends the FUSE connection: whoever uses the device gets I/O errors from now on. The loop
+// device goes when its last user closes it. Abort does not wait for a call of the backend that is
+// under way: Done says when that is over. Detach is still to be called to free what is left.
+func (d *Device) Abort() error {
+	if err := d.conn.abort(); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.released {
+		return nil
+	}
+	return d.loop.clear()
+}
+
+// Done is closed when the connection has ended, for whatever reason, and the backend is no longer called.
+func (d *Device) Done() <-chan struct{} { return d.server.done }
+
+func (o Options) withDefaults() (Options, error) {
+	if o.LogicalBlockSize == 0 {
+		o.LogicalBlockSize = 512
+	}
+	if o.DiscardGranularity == 0 {
+		o.DiscardGranularity = 4096
+	}
+	switch {
+	case len(o.Name) == 0, len(o.Name) > 63, strings.ContainsRune(o.Name, 0):
+		return o, fmt.Errorf("device name %q is not 1 to 63 bytes", o.Name)
+	case !powerOfTwo(o.LogicalBlockSize) || o.LogicalBlockSize < 512 || o.LogicalBlockSize > unix.Getpagesize():
+		return o, fmt.Errorf("logical block size %d is not a power of two from 512 to the page size", o.LogicalBlockSize)
+	case !powerOfTwo(o.DiscardGranularity) || o.DiscardGranularity > 1<<30:
+		return o, fmt.Errorf("discard granularity %d is not a power of two", o.DiscardGranularity)
+	}
+	o.DiscardGranularity = max(o.DiscardGranularity, o.LogicalBlockSize)
+	return o, nil
+}
+
+func powerOfTwo(n int) bool { return n > 0 && n&(n-1) == 0 }
+
+// fileName is the served file's name. `losetup` shows it.
+func fileName(name string) string { return strings.ReplaceAll(name, "/", "!") }

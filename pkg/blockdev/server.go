@@ -1,0 +1,215 @@
+package blockdev
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// serverThreads is how many requests are worked on at the same time.
+const serverThreads = 16
+
+// server answers the requests of a connection with a backend. Its threads are OS threads of their
+// own: each waits for a request in read(2), works on it, answers. Between them there is no hand-over,
+// no queue, no allocation.
+type server struct {
+	conn     *connection
+	backend  Backend
+	options  Options // with defaults filled in
+	fileName string
+
+	memory  []byte        // the threads' messages; unmapped by close
+	running atomic.Int32  // threads
+	done    chan struct{} // closed by the last thread
+}
+
+// message is the memory for one request and its reply. The data of a WRITE and of a READ's answer are
+// at the same page-aligned place; the heads before it overlap.
+type message []byte
+
+func messageSize() int { return unix.Getpagesize() + maxPayload }
+
+func (m message) request() []byte      { return m[unix.Getpagesize()-headRoom:] }
+func (m message) payload(n int) []byte { return m[unix.Getpagesize():][:n] }
+
+// reply returns the reply with n bytes of payload. It overwrites the request.
+func (m message) reply(n int, errno unix.Errno, unique uint64) []byte {
+	b := m[unix.Getpagesize()-outHeaderSize:][:outHeaderSize+n]
+	putOutHeader(b, len(b), errno, unique)
+	return b
+}
+
+// newServer allocates a server. Its memory is outside the heap and populated: serving a block device
+// must not wait for memory that only the device's own writeback could free.
+func newServer(b Backend, o Options, fileName string) (*server, error) {
+	mem, err := unix.Mmap(-1, 0, serverThreads*messageSize(), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, fmt.Errorf("map request buffers: %w", err)
+	}
+	return &server{backend: b, options: o, fileName: fileName, memory: mem, done: make(chan struct{})}, nil
+}
+
+func (s *server) message(thread int) message {
+	return s.memory[thread*messageSize():][:messageSize()]
+}
+
+// start begins to serve. The threads end when the connection does.
+func (s *server) start(c *connection) {
+	s.conn = c
+	s.running.Store(serverThreads)
+	for i := range serverThreads {
+		go s.run(s.message(i))
+	}
+}
+
+// close frees the memory. No thread may be running.
+func (s *server) close() { _ = unix.Munmap(s.memory) }
+
+func (s *server) run(m message) {
+	// Never unlocked: the thread ends with its goroutine.
+	runtime.LockOSThread()
+	// The kernel then never lets this thread wait for writeback to the device that it serves. It
+	// needs CAP_SYS_RESOURCE; without it only that guarantee is missing.
+	_ = unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+	defer func() {
+		if s.running.Add(-1) == 0 {
+			close(s.done)
+		}
+	}()
+	for {
+		err := s.serveOne(m)
+		if errors.Is(err, unix.ENODEV) {
+			return
+		}
+		if err != nil {
+			// An unanswered request is hung I/O for ever: an error is better.
+			klog.ErrorS(err, "FUSE connection failed, aborting it", "device", s.options.Name)
+			if err := s.conn.abort(); err != nil {
+				klog.ErrorS(err, "Cannot abort FUSE connection", "device", s.options.Name)
+			}
+			return
+		}
+	}
+}
+
+// serveOne answers one request.
+func (s *server) serveOne(m message) error {
+	r, err := s.conn.receive(m)
+	if err != nil {
+		return err
+	}
+	if !r.valid() {
+		return fmt.Errorf("malformed FUSE request of %d bytes", len(r))
+	}
+	op, unique := r.opcode(), r.unique() // the reply overwrites the request
+	if op == opForget || op == opBatchForget {
+		return nil // wants no reply
+	}
+	n, errno := s.handle(r, m)
+	if errno != 0 {
+		n = 0
+	}
+	if err := s.conn.send(m.reply(n, errno, unique)); err != nil {
+		return fmt.Errorf("reply to FUSE operation %d: %w", op, err)
+	}
+	return nil
+}
+
+// handle carries out a request and returns the length of the reply's payload, or an error.
+func (s *server) handle(r request, m message) (int, unix.Errno) {
+	switch r.opcode() {
+	case opRead:
+		return s.read(r, m)
+	case opWrite:
+		return s.write(r, m)
+	case opFsync: // never ENOSYS: the kernel would take it for "nothing to flush" from then on
+		return 0, s.errno(s.backend.Flush())
+	case opFallocate: // never ENOSYS nor EOPNOTSUPP: discard would be off from then on
+		return 0, s.fallocate(r)
+	case opLookup:
+		if r.nodeID() != rootID || r.name() != s.fileName {
+			return 0, unix.ENOENT
+		}
+		putEntryOut(m.payload(entryOutSize), fileID, s.backend.Size(), s.options.DiscardGranularity)
+		return entryOutSize, 0
+	case opGetattr, opSetattr: // SETATTR: Resize tells the kernel the size, see there
+		putAttrOut(m.payload(attrOutSize), r.nodeID(), s.backend.Size(), s.options.DiscardGranularity)
+		return attrOutSize, 0
+	case opOpen:
+		putOpenOut(m.payload(openOutSize))
+		return openOutSize, 0
+	case opStatfs:
+		putStatfsOut(m.payload(statfsOutSize), s.backend.Size(), s.options.DiscardGranularity)
+		return statfsOutSize, 0
+	case opRelease:
+		return 0, 0
+	}
+	return 0, unix.ENOSYS
+}
+
+func (s *server) read(r request, m message) (int, unix.Errno) {
+	off, n := r.ioOffset(), r.ioLength()
+	if n > maxPayload {
+		return 0, unix.EIO
+	}
+	got, err := s.backend.ReadAt(m.payload(n), off)
+	if got < n { // io.EOF too: the device ends where the backend does
+		if e := s.errno(err); e != 0 {
+			return 0, e
+		}
+		return 0, unix.EIO
+	}
+	return n, 0
+}
+
+func (s *server) write(r request, m message) (int, unix.Errno) {
+	off, n := r.ioOffset(), r.ioLength()
+	if s.options.ReadOnly {
+		return 0, unix.EROFS
+	}
+	got, err := s.backend.WriteAt(m.payload(n), off)
+	if e := s.errno(err); e != 0 {
+		return 0, e
+	}
+	if got < n {
+		return 0, unix.EIO
+	}
+	putWriteOut(m.payload(writeOutSize), n)
+	return writeOutSize, 0
+}
+
+func (s *server) fallocate(r request) unix.Errno {
+	off, n, mode := r.falloc()
+	if s.options.ReadOnly {
+		return unix.EROFS
+	}
+	switch mode {
+	case unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE:
+		return s.errno(s.backend.Discard(off, n))
+	case unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE:
+		return s.errno(s.backend.WriteZeroes(off, n))
+	}
+	return unix.EIO // loop sends no other
+}
+
+// errno maps a backend's error for the kernel. Some numbers would make the kernel stop asking (ENOSYS,
+// EOPNOTSUPP), ask again for ever (EAGAIN, EINTR) or refuse the reply (beyond 511): they become EIO.
+func (s *server) errno(err error) unix.Errno {
+	if err == nil {
+		return 0
+	}
+	if s.options.Errno == nil {
+		return unix.EIO
+	}
+	e := unix.Errno(s.options.Errno(err))
+	switch {
+	case e == 0, e >= 512, e == unix.ENOSYS, e == unix.EOPNOTSUPP, e == unix.EAGAIN, e == unix.EINTR:
+		return unix.EIO
+	}
+	return e
+}
