@@ -161,6 +161,14 @@ func (e l2Entry) check(g geometry, version int) error {
 	return nil
 }
 
+// offsetOf is what the entry points at, for either kind: entries that differ in it hold different references.
+func (e l2Entry) offsetOf() uint64 {
+	if e&flagCompressed != 0 {
+		return uint64(e)
+	}
+	return uint64(e & offsetMask)
+}
+
 // hostClusters returns the host clusters that an entry references: one, none, or for a
 // compressed entry each that its bytes touch.
 func (e l2Entry) hostClusters(g geometry) (first, n int64) {

@@ -1,0 +1,157 @@
+package qcow2
+
+import "fmt"
+
+// chunk is a part of a request that lies under one L2 table.
+type chunk struct {
+	off, n      int64 // guest bytes
+	table       int64 // index in L1
+	first, last int64 // entries in the L2 table, both included
+}
+
+// maxChunk bounds what a request holds in memory at once.
+const maxChunk = 4 << 20
+
+// chunks calls fn for each part of n bytes at off, in order.
+func (g geometry) chunks(off, n int64, fn func(chunk) error) error {
+	for n > 0 {
+		k := min(n, g.l2Coverage-off%g.l2Coverage, max(maxChunk, g.clusterSize)-g.inCluster(off))
+		c := chunk{off: off, n: k, table: g.l1Index(off), first: g.l2Index(off), last: g.l2Index(off + k - 1)}
+		if err := fn(c); err != nil {
+			return err
+		}
+		off, n = off+k, n-k
+	}
+	return nil
+}
+
+// guest returns the guest clusters of c, end excluded.
+func (c chunk) guest(g geometry) (first, end int64) {
+	return c.off >> g.clusterBits, (c.off+c.n-1)>>g.clusterBits + 1
+}
+
+// lock takes the guest clusters of c.
+func (img *Image) lock(c chunk, exclusive bool) (unlock func()) {
+	first, end := c.guest(img.g)
+	r := img.guests.lock(first, end, exclusive)
+	return func() { img.guests.unlock(r) }
+}
+
+// readL2 reads the L2 table at off.
+func readL2(f File, g geometry, off int64) (table, error) {
+	t := make(table, g.clusterSize)
+	if err := readPadded(f, t, off); err != nil {
+		return nil, fmt.Errorf("read the L2 table at file offset %#x: %w", off, err)
+	}
+	return t, nil
+}
+
+// activeTable returns the active L2 table of an L1 entry, nil if there is none. Called with mu held; the
+// result is valid as long as it is.
+func (img *Image) activeTable(index int64) (*l2Table, error) {
+	if t := img.l2.get(index); t != nil {
+		return t, nil
+	}
+	e := img.l1[index]
+	if err := e.check(img.g); err != nil {
+		return nil, fmt.Errorf("%s: active L1 entry %d: %w", img.f.Name(), index, err)
+	}
+	if e.offset() == 0 {
+		return nil, nil
+	}
+	data, err := readL2(img.f, img.g, e.offset())
+	if err != nil {
+		return nil, err
+	}
+	t := &l2Table{index: index, offset: e.offset(), data: data}
+	img.l2.put(t)
+	return t, nil
+}
+
+// entries returns a copy of the checked entries of c.
+func (img *Image) entries(c chunk) ([]l2Entry, error) {
+	es := make([]l2Entry, c.last-c.first+1)
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	t, err := img.activeTable(c.table)
+	if err != nil || t == nil {
+		return es, err
+	}
+	for i := range es {
+		es[i] = t.data.entry(c.first + int64(i))
+		if err := es[i].check(img.g, img.version); err != nil {
+			return nil, fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.first+int64(i), err)
+		}
+	}
+	return es, nil
+}
+
+// ownTable gives the active state an L2 table that it may change in place: a new one, or a copy of one that it
+// shares with a snapshot. The table's host blocks are allocated here, so that a later commit does not meet a
+// full disk.
+func (img *Image) ownTable(index int64) error {
+	img.tableMu.Lock()
+	defer img.tableMu.Unlock()
+
+	img.mu.Lock()
+	old := img.l1[index]
+	t, err := img.activeTable(index)
+	content := make(table, img.g.clusterSize)
+	if t != nil {
+		copy(content, t.data)
+	}
+	img.mu.Unlock()
+	if err != nil || old.copied() && t != nil {
+		return err
+	}
+
+	got, err := img.alloc.take(1)
+	if err != nil {
+		return err
+	}
+	off := got[0].first << img.g.clusterBits
+	if _, err := img.f.WriteAt(content, off); err != nil {
+		return img.giveBack(got, fmt.Errorf("write a new L2 table: %w", err))
+	}
+
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.l2.put(&l2Table{index: index, offset: off, data: content})
+	img.l1[index] = l1Entry(off) | flagCopied
+	img.l1Dirty.add(index * 8 / sectorSize)
+	if t != nil {
+		img.barrier = true // the copy must be durable before L1 points at it
+		img.freed.add(run{old.offset() >> img.g.clusterBits, 1})
+	}
+	return nil
+}
+
+// setEntries replaces the entries of c, in a table that the active state owns, and queues the clusters that
+// they gave up. barrier says that the data must be durable before the new entries are.
+func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	t, err := img.activeTable(c.table)
+	if err != nil {
+		return err
+	}
+	for i, e := range es {
+		if e == old[i] {
+			continue
+		}
+		t.set(c.first+int64(i), e)
+		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].offsetOf() != e.offsetOf() {
+			img.freed.add(run{first, n})
+		}
+	}
+	img.barrier = img.barrier || barrier
+	return nil
+}
+
+// giveBack releases clusters that were taken and not used, and returns err.
+func (img *Image) giveBack(rs runs, err error) error {
+	if e := img.alloc.release(rs); e != nil {
+		return img.fail(e)
+	}
+	return err
+}

@@ -1,0 +1,298 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"sync"
+	"sync/atomic"
+)
+
+// allocator hands out host clusters and takes them back. It reserves them in batches ahead of need (Spec A,
+// W0): a cluster that it hands out is counted, and lies inside the file, durably; it reads as zeros; and
+// nothing references it. What a crash leaves of a reservation is leaked, not lost.
+type allocator struct {
+	f            File
+	g            geometry
+	sync         func() error // of f; a failure fails the image
+	switchHeader func(change func(*header)) error
+	guard        func(run) error // refuses clusters that the header says are metadata
+
+	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
+	rc     *refcounts
+	next   int64        // no cluster below is free
+	ready  runs         // reserved
+	batch  int64        // clusters of the next reservation
+	length atomic.Int64 // of the file, bytes; changed with mu held
+}
+
+// A reservation starts small, so that a short visit leaks little when it crashes, and doubles while it is
+// used up: what one sync can pay for.
+const (
+	firstBatchBytes = 4 << 20
+	maxBatchBytes   = 64 << 20
+	maxBatch        = 4096 // clusters
+)
+
+// newAllocator leaves sync, switchHeader and guard to the image.
+func newAllocator(f File, g geometry, h *header) (*allocator, error) {
+	rc, err := loadRefcounts(f, g, h)
+	if err != nil {
+		return nil, err
+	}
+	length, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	a := &allocator{f: f, g: g, rc: rc, next: 1, batch: min(max(int64(firstBatchBytes)>>g.clusterBits, 1), maxBatch/16)}
+	a.length.Store(length)
+	return a, nil
+}
+
+// take hands out n clusters, neighbours where possible. Whoever fails to use them gives them to release.
+func (a *allocator) take(n int64) (runs, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var have int64
+	for _, r := range a.ready {
+		have += r.n
+	}
+	if have < n {
+		if err := a.reserve(n - have); err != nil {
+			return nil, err
+		}
+	}
+	var got runs
+	for n > 0 {
+		r := a.ready[0]
+		k := min(n, r.n)
+		got.add(run{r.first, k})
+		n -= k
+		if a.ready[0] = (run{r.first + k, r.n - k}); k == r.n {
+			a.ready = a.ready[1:]
+		}
+	}
+	return got, nil
+}
+
+// reserve is called with mu held. It adds at least n clusters to ready, or nothing.
+func (a *allocator) reserve(n int64) error {
+	n = max(n, a.batch)
+	got, newBlocks, err := a.claim(n)
+	if err == nil {
+		err = a.prepare(got)
+	}
+	if err == nil && len(newBlocks) > 0 {
+		err = a.link(newBlocks)
+	}
+	if err != nil {
+		a.unclaim(got, newBlocks)
+		return fmt.Errorf("reserve %d clusters: %w", n, err)
+	}
+	for _, r := range got {
+		a.ready.add(r)
+	}
+	a.batch = min(a.batch*2, max(int64(maxBatchBytes)>>a.g.clusterBits, 1), maxBatch)
+	return nil
+}
+
+// unclaim takes claim back in memory. On disk counts may stay, which leaks; blocks that nothing points at
+// are forgotten.
+func (a *allocator) unclaim(got runs, newBlocks []int64) {
+	for _, k := range newBlocks {
+		a.rc.forget(k)
+	}
+	for _, r := range got {
+		a.next = min(a.next, r.first)
+		_ = a.g.eachBlock(r, func(k, i, n int64) error {
+			if b := a.rc.blocks[k]; b != nil {
+				_, err := a.rc.add(run{k<<a.g.blockBits + i, n}, -1)
+				return err
+			}
+			return nil
+		})
+	}
+}
+
+// claim counts n free clusters in memory. newBlocks are the refcount blocks that it made on the way; the table
+// on disk does not yet point at them.
+func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
+	for c := a.next; n > 0; {
+		if c, err = a.rc.nextFree(c); err != nil {
+			return got, newBlocks, err
+		}
+		k := c >> a.g.blockBits
+		if k >= int64(len(a.rc.table)) {
+			if err := a.growTable(k); err != nil {
+				return got, newBlocks, err
+			}
+			continue
+		}
+		b, err := a.rc.block(k)
+		if err != nil {
+			return got, newBlocks, err
+		}
+		if b == nil {
+			if err := a.newBlock(k); err != nil {
+				return got, newBlocks, err
+			}
+			newBlocks = append(newBlocks, k)
+			continue
+		}
+		i := c & (a.g.blockCounts - 1)
+		end := i
+		for end < a.g.blockCounts && end-i < n && b.counts.get(end) == 0 {
+			end++
+		}
+		r := run{c, end - i}
+		if err := a.check(r); err != nil {
+			return got, newBlocks, err
+		}
+		if _, err := a.rc.add(r, 1); err != nil {
+			return got, newBlocks, err
+		}
+		got.add(r)
+		n, c = n-r.n, r.end()
+		a.next = c
+	}
+	return got, newBlocks, nil
+}
+
+// newBlock makes refcount block k, in the first cluster that it counts itself.
+func (a *allocator) newBlock(k int64) error {
+	r := run{k << a.g.blockBits, 1}
+	if err := a.check(r); err != nil {
+		return err
+	}
+	b := &refBlock{counts: make(counts, a.g.clusterSize)}
+	b.counts.set(0, 1)
+	for s := range a.g.clusterSize / sectorSize {
+		b.dirty.add(s)
+	}
+	a.rc.setBlock(k, r.first<<a.g.clusterBits)
+	a.rc.keep(k, b)
+	return nil
+}
+
+// check refuses to hand out what is known to be metadata although its count is 0.
+func (a *allocator) check(r run) error {
+	for c := r.first; c < r.end(); c++ {
+		if a.rc.blockAt[c] {
+			return fmt.Errorf("%s: %w: refcount block at file offset %#x has a count of 0", a.f.Name(), ErrCorrupt, c<<a.g.clusterBits)
+		}
+	}
+	return a.guard(r)
+}
+
+// prepare makes reserved clusters read as zeros and, with their counts, durable.
+func (a *allocator) prepare(got runs) error {
+	end := a.length.Load()
+	for _, r := range got {
+		if at := r.first << a.g.clusterBits; at < a.length.Load() {
+			if err := a.f.PunchHole(at, min(r.n<<a.g.clusterBits, a.length.Load()-at)); err != nil {
+				return err
+			}
+		}
+		end = max(end, r.end()<<a.g.clusterBits)
+	}
+	if err := a.rc.writeBack(); err != nil {
+		return err
+	}
+	length, err := a.f.Size() // a new refcount block may have made it longer
+	if err != nil {
+		return err
+	}
+	if end = max(end, length); end > length {
+		if err := a.f.Truncate(end); err != nil {
+			return err
+		}
+	}
+	a.length.Store(end)
+	return a.sync()
+}
+
+// link makes the refcount table point at new blocks, whose content is durable.
+func (a *allocator) link(blocks []int64) error {
+	for _, k := range blocks {
+		var e [8]byte
+		binary.BigEndian.PutUint64(e[:], uint64(a.rc.table[k]))
+		if _, err := a.f.WriteAt(e[:], a.rc.tableAt.first<<a.g.clusterBits+k*8); err != nil {
+			return err
+		}
+	}
+	return a.sync()
+}
+
+// release gives clusters up once each: those that nobody counts any more are punched and free. Nothing durable
+// may reference them (I4).
+func (a *allocator) release(rs runs) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.releaseLocked(rs)
+}
+
+func (a *allocator) releaseLocked(rs runs) error {
+	for _, r := range rs {
+		zero, err := a.rc.add(r, -1)
+		if err != nil {
+			return err
+		}
+		if err := a.punch(zero); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// punch gives the blocks of free clusters back to the file system. Called with mu held, so that no cluster is
+// handed out before its punch is done.
+func (a *allocator) punch(free runs) error {
+	for _, r := range free {
+		a.next = min(a.next, r.first)
+	}
+	for _, r := range free {
+		at := r.first << a.g.clusterBits
+		if n := min(r.n<<a.g.clusterBits, a.length.Load()-at); n > 0 {
+			if err := a.f.PunchHole(at, n); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// close returns what is left of the reservation, writes all counts and cuts the free end off the file. It
+// syncs.
+func (a *allocator) close() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.giveBack(); err != nil {
+		return err
+	}
+	last := a.g.clusters(a.length.Load()) - 1
+	for last > 0 {
+		b, err := a.rc.block(last >> a.g.blockBits)
+		if err != nil {
+			return err
+		}
+		if b != nil && b.counts.get(last&(a.g.blockCounts-1)) != 0 {
+			break
+		}
+		last--
+	}
+	if end := (last + 1) << a.g.clusterBits; end < a.length.Load() {
+		if err := a.f.Truncate(end); err != nil {
+			return err
+		}
+		a.length.Store(end)
+	}
+	return a.sync()
+}
+
+// giveBack ends the reservation; all counts are written. Called with mu held.
+func (a *allocator) giveBack() error {
+	if err := a.releaseLocked(a.ready); err != nil {
+		return err
+	}
+	a.ready = nil
+	return a.rc.writeBack()
+}

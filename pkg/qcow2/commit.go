@@ -1,0 +1,118 @@
+package qcow2
+
+import "fmt"
+
+// Flush makes all completed writes durable. Flushes that come while one runs share the next.
+func (img *Image) Flush() error {
+	if err := img.begin(0, 0, false); err != nil {
+		return err
+	}
+	defer img.end()
+	if img.readOnly {
+		return nil
+	}
+	return img.commit()
+}
+
+// commit is a guest flush (Spec A, W2 and W3): one sync if no mapping changed or if each change can be seen in
+// any order, two otherwise.
+func (img *Image) commit() error {
+	img.mu.Lock()
+	need := img.started + 1 // a commit that starts from now on covers all that came before
+	img.mu.Unlock()
+
+	img.commitMu.Lock()
+	defer img.commitMu.Unlock()
+	img.mu.Lock()
+	done := img.completed >= need
+	img.mu.Unlock()
+	if done {
+		return img.failed()
+	}
+	w := img.takeDirty()
+	err := w.write(img)
+	img.settle(w, err)
+	if err != nil {
+		return fmt.Errorf("%s: flush: %w", img.f.Name(), err)
+	}
+	if err := img.alloc.release(w.freed); err != nil {
+		return img.fail(err)
+	}
+	return nil
+}
+
+// commitWork is what one commit writes.
+type commitWork struct {
+	number  uint64
+	barrier bool
+	freed   runs
+	tables  []*l2Table
+	l1Dirty sectorSet
+	writes  []metaWrite
+}
+
+type metaWrite struct {
+	off int64
+	b   []byte // a copy
+}
+
+// takeDirty collects what has changed; what changes from now on is the next commit's.
+func (img *Image) takeDirty() *commitWork {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.started++
+	w := &commitWork{number: img.started, barrier: img.barrier, freed: img.freed, l1Dirty: img.l1Dirty}
+	img.barrier, img.freed, img.l1Dirty = false, nil, nil
+	for _, e := range img.l2.tables {
+		t := e.Value.(*l2Table)
+		if t.dirty.empty() {
+			continue
+		}
+		t.writing, t.dirty = t.dirty, nil
+		w.tables = append(w.tables, t)
+		t.writing.each(func(first, n int64) {
+			at, end := first*sectorSize, (first+n)*sectorSize
+			w.writes = append(w.writes, metaWrite{t.offset + at, append([]byte(nil), t.data[at:end]...)})
+		})
+	}
+	w.l1Dirty.each(func(first, n int64) {
+		const perSector = sectorSize / 8
+		from, to := first*perSector, min((first+n)*perSector, int64(len(img.l1)))
+		w.writes = append(w.writes, metaWrite{img.hdr.Load().l1Offset + from*8, encodeL1(img.l1[from:to])})
+	})
+	return w
+}
+
+func (w *commitWork) write(img *Image) error {
+	if w.barrier {
+		if err := img.sync(); err != nil {
+			return err
+		}
+	}
+	for _, m := range w.writes {
+		if _, err := img.f.WriteAt(m.b, m.off); err != nil {
+			return fmt.Errorf("write metadata: %w", err)
+		}
+	}
+	return img.sync()
+}
+
+// settle ends the commit in memory. What a failed one took is dirty again: nothing is lost, and a later flush
+// may succeed where a full disk has been relieved.
+func (img *Image) settle(w *commitWork, err error) {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if err == nil {
+		img.completed = w.number
+	} else {
+		img.barrier = true
+		img.freed = append(w.freed, img.freed...)
+		img.l1Dirty.addAll(w.l1Dirty)
+	}
+	for _, t := range w.tables {
+		if err != nil {
+			t.dirty.addAll(t.writing)
+		}
+		t.writing = nil
+	}
+}

@@ -1,0 +1,63 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// growTable makes room in the refcount table for block k, the first that it cannot hold. The new table and
+// the blocks that count it go to the first clusters that the old table does not reach, so that they describe
+// themselves; one header write switches; then the old table is free. Called with mu held.
+func (a *allocator) growTable(k int64) error {
+	first := k << a.g.blockBits
+	entries, tableClusters, newBlocks := k, int64(0), int64(0)
+	for need := k + max(k/2, 1); entries < need; {
+		tableClusters = a.g.clusters(need * 8)
+		newBlocks = 1
+		for newBlocks<<a.g.blockBits < newBlocks+tableClusters {
+			newBlocks++
+		}
+		entries, need = tableClusters<<a.g.clusterBits/8, k+newBlocks
+	}
+	if tableClusters<<a.g.clusterBits > maxRefcountTableBytes {
+		return fmt.Errorf("%s: %w: the refcount table would exceed %d MiB", a.f.Name(), ErrLimit, maxRefcountTableBytes>>20)
+	}
+	used := run{first, newBlocks + tableClusters}
+	if err := a.check(used); err != nil {
+		return err
+	}
+
+	table := make([]int64, entries)
+	copy(table, a.rc.table)
+	all := make(counts, newBlocks<<a.g.clusterBits)
+	for i := range used.n {
+		all.set(i, 1)
+	}
+	for i := range newBlocks {
+		table[k+i] = (first + i) << a.g.clusterBits
+	}
+	raw := make([]byte, tableClusters<<a.g.clusterBits)
+	for i, off := range table {
+		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
+	}
+	if _, err := a.f.WriteAt(append(all, raw...), first<<a.g.clusterBits); err != nil {
+		return err
+	}
+	// Blocks that claim has made and not yet linked must not appear in a durable table before their content.
+	if err := a.rc.writeBack(); err != nil {
+		return err
+	}
+	if err := a.sync(); err != nil {
+		return err
+	}
+	at := run{first + newBlocks, tableClusters}
+	if err := a.switchHeader(func(h *header) {
+		h.refTableOffset, h.refTableClusters = at.first<<a.g.clusterBits, at.n
+	}); err != nil {
+		return err
+	}
+	old := a.rc.tableAt
+	a.rc.setTable(table, at)
+	a.length.Store(max(a.length.Load(), used.end()<<a.g.clusterBits))
+	return a.releaseLocked(runs{old})
+}

@@ -1,0 +1,293 @@
+// Package qcow2 reads and writes QEMU's qcow2 images, versions 2 and 3, and takes, restores and deletes
+// their internal snapshots.
+//
+// After a crash at any point an image opens, each listed snapshot and the active content are exactly what they
+// were or what they were to become, and everything flushed is there. To that end writes follow a fixed
+// order: see alloc.go (reservation), commit.go (guest flush) and generation.go (snapshot operations).
+package qcow2
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+)
+
+// OpenOptions say how an image is opened.
+type OpenOptions struct {
+	ReadOnly    bool
+	L2CacheSize int64 // bytes of L2 tables kept in memory; 0 = 32 MiB
+}
+
+const defaultL2CacheSize = 32 << 20
+
+// Image is an open image. Its methods are safe for concurrent use; requests that overlap are ordered
+// somehow, and each takes effect whole.
+type Image struct {
+	f        File
+	g        geometry
+	readOnly bool
+	version  int
+	inflate  inflater
+	alloc    *allocator // nil if read-only
+	failure  atomic.Pointer[error]
+
+	// Locks are taken in this order. gate: guest requests hold it shared, whatever needs them to stop
+	// (snapshots, resize, close) exclusively. It guards closed and the header's size.
+	gate   sync.RWMutex
+	closed bool
+
+	guests   *rangeLock // guest clusters in use by requests
+	tableMu  sync.Mutex // held while the active state gets an L2 table of its own
+	commitMu sync.Mutex // held by the running commit
+
+	mu        sync.Mutex // guards all below
+	l1        []l1Entry  // the active L1 table
+	l1Dirty   sectorSet
+	l2        *l2Cache
+	freed     runs   // no longer referenced in memory; released after the next commit (I4)
+	barrier   bool   // data and copied tables must be durable before the mapping is written
+	started   uint64 // commits
+	completed uint64 // the latest commit that succeeded
+	rows      []snapshotRow
+	rowBytes  int64          // length of the snapshot table
+	views     map[string]int // open views by snapshot ID
+
+	hdrMu sync.Mutex // held while the header is switched
+	hdr   atomic.Pointer[header]
+}
+
+// Open takes ownership of f: Close closes it, and so does Open when it fails. The image is not probed for
+// other formats; features that are not supported are refused by name with ErrUnsupported.
+func Open(f File, o OpenOptions) (*Image, error) {
+	img, err := open(f, o)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open %s: %w", f.Name(), err), f.Close())
+	}
+	return img, nil
+}
+
+func open(f File, o OpenOptions) (*Image, error) {
+	h, err := readHeader(f)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case o.ReadOnly:
+	case h.incompatible&incompatCorrupt != 0:
+		return nil, fmt.Errorf("%w: the image is marked corrupt; check and repair it first", ErrCorrupt)
+	case h.incompatible&incompatDirty != 0:
+		return nil, fmt.Errorf("%w: the image is marked dirty (lazy refcounts); `qemu-img check -r all` rebuilds its reference counts", ErrUnsupported)
+	}
+	g := newGeometry(h.clusterBits)
+	img := &Image{f: f, g: g, readOnly: o.ReadOnly, version: h.version, guests: newRangeLock(), views: make(map[string]int)}
+	img.hdr.Store(&h)
+	if img.l1, err = readL1(f, g, h.l1Offset, h.l1Size); err != nil {
+		return nil, fmt.Errorf("active L1 table: %w", err)
+	}
+	if img.rows, img.rowBytes, err = readSnapshotTable(f, &h); err != nil {
+		return nil, err
+	}
+	cache := o.L2CacheSize
+	if cache <= 0 {
+		cache = defaultL2CacheSize
+	}
+	img.l2 = newL2Cache(cache, g)
+	if o.ReadOnly {
+		return img, nil
+	}
+	if img.alloc, err = newAllocator(f, g, &h); err != nil {
+		return nil, err
+	}
+	img.alloc.sync, img.alloc.switchHeader, img.alloc.guard = img.sync, img.switchHeader, img.guard
+	if h.autoclear != 0 {
+		// We maintain none of these features: say so before the first write.
+		err = img.switchHeader(func(h *header) { h.autoclear = 0 })
+	}
+	return img, err
+}
+
+// readHeader reads and checks the header, whose extensions may fill the first cluster.
+func readHeader(f File) (header, error) {
+	b := make([]byte, sectorSize)
+	if err := readPadded(f, b, 0); err != nil {
+		return header{}, err
+	}
+	if bits := binary.BigEndian.Uint32(b[20:]); bits > minClusterBits && bits <= maxClusterBits {
+		b = make([]byte, 1<<bits)
+		if err := readPadded(f, b, 0); err != nil {
+			return header{}, err
+		}
+	}
+	return decodeHeader(b)
+}
+
+// readL1 reads a table of entries L1 entries. It is bounded by the file, whatever the header claims.
+func readL1(f File, g geometry, off, entries int64) ([]l1Entry, error) {
+	length, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	if entries > 0 && off+entries*8 > g.clusters(length)<<g.clusterBits {
+		return nil, fmt.Errorf("%w: %d entries at file offset %#x reach beyond the end of the file", ErrCorrupt, entries, off)
+	}
+	b := make([]byte, entries*8)
+	if err := readPadded(f, b, off); err != nil {
+		return nil, err
+	}
+	return decodeL1(b), nil
+}
+
+// readPadded fills p from off on; what lies beyond the end of the file is zeros, for the last cluster may be cut.
+func readPadded(f File, p []byte, off int64) error {
+	n, err := f.ReadAt(p, off)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	clear(p[n:])
+	return nil
+}
+
+// Size returns the size of the active disk in bytes.
+func (img *Image) Size() int64 { return img.hdr.Load().size }
+
+// ClusterSize returns the cluster size in bytes.
+func (img *Image) ClusterSize() int64 { return img.g.clusterSize }
+
+// Info describes an image.
+type Info struct {
+	Version         int
+	ClusterSize     int64 // bytes
+	Size            int64 // of the active disk, bytes
+	FileSize        int64 // length of the file, bytes
+	RefcountBits    int
+	CorruptBit      bool
+	DirtyBit        bool
+	LazyRefcounts   bool
+	ExtendedL2      bool
+	CompressionType string
+	Snapshots       []Snapshot // in table order
+}
+
+// Info describes the image as it is now.
+func (img *Image) Info() Info {
+	h := img.hdr.Load()
+	length, _ := img.f.Size() // 0 if it cannot be had: this is for people
+	return Info{
+		Version: h.version, ClusterSize: img.g.clusterSize, Size: h.size, FileSize: length,
+		RefcountBits: 1 << h.refcountOrder, CompressionType: "zlib", Snapshots: img.Snapshots(),
+		CorruptBit: h.incompatible&incompatCorrupt != 0, DirtyBit: h.incompatible&incompatDirty != 0,
+		LazyRefcounts: h.compatible&compatLazyRefcounts != 0, ExtendedL2: h.incompatible&incompatExtendedL2 != 0,
+	}
+}
+
+// Close flushes, returns what was reserved and closes the file. After a failure it only closes the file.
+func (img *Image) Close() error {
+	img.gate.Lock()
+	defer img.gate.Unlock()
+	if img.closed {
+		return fmt.Errorf("close %s: %w", img.f.Name(), ErrClosed)
+	}
+	img.closed = true
+	var err error
+	if !img.readOnly {
+		if err = img.commit(); err == nil {
+			err = img.alloc.close()
+		}
+	}
+	return errors.Join(err, img.f.Close())
+}
+
+// begin lets a request in: gate is held shared until end. It checks that n bytes at off lie on the disk.
+func (img *Image) begin(off, n int64, write bool) error {
+	img.gate.RLock()
+	err := img.usable(write)
+	if size := img.Size(); err == nil && (off < 0 || n < 0 || off > size || n > size-off) {
+		err = fmt.Errorf("%s: %w: %d bytes at %d of a disk of %d", img.f.Name(), ErrOutOfRange, n, off, size)
+	}
+	if err != nil {
+		img.gate.RUnlock()
+	}
+	return err
+}
+
+func (img *Image) end() { img.gate.RUnlock() }
+
+// usable is called with gate held.
+func (img *Image) usable(write bool) error {
+	switch {
+	case img.closed:
+		return fmt.Errorf("%s: %w", img.f.Name(), ErrClosed)
+	case write && img.readOnly:
+		return fmt.Errorf("%s: %w", img.f.Name(), ErrReadOnly)
+	}
+	return img.failed()
+}
+
+// fail makes every later operation fail: what is on disk is unknown until the image is opened again.
+func (img *Image) fail(cause error) error {
+	err := fmt.Errorf("%s: %w: %w", img.f.Name(), ErrFailed, cause)
+	img.failure.CompareAndSwap(nil, &err)
+	return err
+}
+
+func (img *Image) failed() error {
+	if p := img.failure.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// sync makes all writes durable. After a failure nothing can be said about any of them.
+func (img *Image) sync() error {
+	if err := img.failed(); err != nil {
+		return err
+	}
+	if err := img.f.Sync(); err != nil {
+		return img.fail(fmt.Errorf("sync: %w", err))
+	}
+	return nil
+}
+
+// switchHeader changes the generation of the metadata durably, by a write of one sector (C3). All that the new
+// header selects must be durable.
+func (img *Image) switchHeader(change func(*header)) error {
+	img.hdrMu.Lock()
+	defer img.hdrMu.Unlock()
+	if err := img.failed(); err != nil {
+		return err
+	}
+	h := *img.hdr.Load()
+	change(&h)
+	sector := h.encode()
+	if _, err := img.f.WriteAt(sector, 0); err != nil {
+		return img.fail(fmt.Errorf("write the header: %w", err))
+	}
+	if err := img.sync(); err != nil {
+		return err
+	}
+	copy(h.sector[:], sector)
+	img.hdr.Store(&h)
+	return nil
+}
+
+// guard refuses host clusters that the header says are metadata as a place for anything else.
+func (img *Image) guard(r run) error {
+	h := img.hdr.Load()
+	for _, m := range [...]struct {
+		what        string
+		off, length int64
+	}{
+		{"the header", 0, img.g.clusterSize},
+		{"the active L1 table", h.l1Offset, h.l1Size * 8},
+		{"the refcount table", h.refTableOffset, h.refTableClusters << img.g.clusterBits},
+		{"the snapshot table", h.snapshotsOffset, h.snapshots}, // at least its first cluster
+	} {
+		if m.length > 0 && r.first<<img.g.clusterBits < m.off+m.length && m.off < r.end()<<img.g.clusterBits {
+			return fmt.Errorf("%s: %w: clusters %d to %d overlap %s", img.f.Name(), ErrCorrupt, r.first, r.end()-1, m.what)
+		}
+	}
+	return nil
+}

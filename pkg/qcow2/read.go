@@ -1,0 +1,83 @@
+package qcow2
+
+import "fmt"
+
+// ReadAt reads len(p) bytes of the active disk at off, all of them or an error.
+func (img *Image) ReadAt(p []byte, off int64) (int, error) {
+	if err := img.begin(off, int64(len(p)), false); err != nil {
+		return 0, err
+	}
+	defer img.end()
+	done := 0
+	err := img.g.chunks(off, int64(len(p)), func(c chunk) error {
+		unlock := img.lock(c, false)
+		defer unlock()
+		es, err := img.entries(c)
+		if err == nil {
+			err = img.readEntries(p[done:done+int(c.n)], c.off, es)
+		}
+		if err == nil {
+			done += int(c.n)
+		}
+		return err
+	})
+	return done, err
+}
+
+// readEntries fills p with guest bytes from off on, which entries es map. Neighbouring host clusters are read
+// together.
+func (img *Image) readEntries(p []byte, off int64, es []l2Entry) error {
+	for len(p) > 0 {
+		in := img.g.inCluster(off)
+		k := 1
+		for k < len(es) && follows(es[k-1], es[k], img.g) {
+			k++
+		}
+		n := int(min(int64(k)<<img.g.clusterBits-in, int64(len(p))))
+		if err := img.readRun(p[:n], in, es[0]); err != nil {
+			return fmt.Errorf("%s: read guest offset %#x: %w", img.f.Name(), off, err)
+		}
+		p, off, es = p[n:], off+int64(n), es[k:]
+	}
+	return nil
+}
+
+// follows tells whether b can be read together with a, the entry before it.
+func follows(a, b l2Entry, g geometry) bool {
+	switch {
+	case a.kind().readsZero():
+		return b.kind().readsZero()
+	case a.kind() == kindData:
+		return b.kind() == kindData && b.offset() == a.offset()+g.clusterSize
+	}
+	return false
+}
+
+// readRun reads from in bytes into the host clusters that begin with e.
+func (img *Image) readRun(p []byte, in int64, e l2Entry) error {
+	switch e.kind() {
+	case kindData:
+		return readPadded(img.f, p, e.offset()+in)
+	case kindCompressed:
+		cluster := make([]byte, img.g.clusterSize)
+		if err := img.readCompressed(cluster, e); err != nil {
+			return err
+		}
+		copy(p, cluster[in:])
+	default:
+		clear(p)
+	}
+	return nil
+}
+
+func (img *Image) readCompressed(cluster []byte, e l2Entry) error {
+	off, n := e.compressed(img.g)
+	src := make([]byte, n)
+	if err := readPadded(img.f, src, off); err != nil {
+		return err
+	}
+	if err := img.inflate.inflate(cluster, src); err != nil {
+		return fmt.Errorf("compressed cluster at file offset %#x: %w", off, err)
+	}
+	return nil
+}

@@ -1,0 +1,158 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// refcounts is the live refcount table and its blocks, loaded on demand. The allocator guards it.
+type refcounts struct {
+	f       File
+	g       geometry
+	table   []int64        // host offset of each refcount block, 0 = none; as many as the table has room for
+	tableAt run            // host clusters of the table
+	blockAt map[int64]bool // host clusters that hold a block
+	blocks  map[int64]*refBlock
+	limit   int // blocks kept in memory, dirty ones apart
+}
+
+// refBlock is a refcount block in memory.
+type refBlock struct {
+	counts counts
+	dirty  sectorSet
+}
+
+// refBlockCacheBytes bounds the clean refcount blocks in memory: 8 MiB count 256 GiB of 64 KiB clusters.
+const refBlockCacheBytes = 8 << 20
+
+func loadRefcounts(f File, g geometry, h *header) (*refcounts, error) {
+	b := make([]byte, h.refTableClusters<<g.clusterBits)
+	if err := readPadded(f, b, h.refTableOffset); err != nil {
+		return nil, fmt.Errorf("read the refcount table: %w", err)
+	}
+	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: int(max(refBlockCacheBytes>>g.clusterBits, 4))}
+	table := make([]int64, len(b)/8)
+	for i := range table {
+		e := binary.BigEndian.Uint64(b[i*8:])
+		if e >= maxHostOffset || !g.aligned(int64(e)) {
+			return nil, fmt.Errorf("%s: %w: refcount table entry %d (file offset %#x) is %#x",
+				f.Name(), ErrCorrupt, i, h.refTableOffset+int64(i)*8, e)
+		}
+		table[i] = int64(e)
+	}
+	rc.setTable(table, run{h.refTableOffset >> g.clusterBits, h.refTableClusters})
+	return rc, nil
+}
+
+// block returns refcount block i, nil if the table has none: all its counts are 0.
+func (rc *refcounts) block(i int64) (*refBlock, error) {
+	if i >= int64(len(rc.table)) || rc.table[i] == 0 {
+		return nil, nil
+	}
+	if b := rc.blocks[i]; b != nil {
+		return b, nil
+	}
+	b := &refBlock{counts: make(counts, rc.g.clusterSize)}
+	if err := readPadded(rc.f, b.counts, rc.table[i]); err != nil {
+		return nil, fmt.Errorf("read refcount block %d: %w", i, err)
+	}
+	rc.keep(i, b)
+	return b, nil
+}
+
+// keep caches a block and drops clean ones beyond the limit.
+func (rc *refcounts) keep(i int64, b *refBlock) {
+	for k, old := range rc.blocks {
+		if len(rc.blocks) < rc.limit {
+			break
+		}
+		if old.dirty.empty() {
+			delete(rc.blocks, k)
+		}
+	}
+	rc.blocks[i] = b
+}
+
+// nextFree returns the first cluster from c on whose count is 0; it may lie beyond all blocks.
+func (rc *refcounts) nextFree(c int64) (int64, error) {
+	for {
+		b, err := rc.block(c >> rc.g.blockBits)
+		if err != nil || b == nil {
+			return c, err
+		}
+		i := c & (rc.g.blockCounts - 1)
+		if j := b.counts.nextZero(i); j < rc.g.blockCounts {
+			return c + j - i, nil
+		}
+		c = (c>>rc.g.blockBits + 1) << rc.g.blockBits
+	}
+}
+
+// add changes the counts of clusters that have refcount blocks and returns those that fell to 0.
+func (rc *refcounts) add(r run, delta int) (zero runs, err error) {
+	err = rc.g.eachBlock(r, func(k, i, n int64) error {
+		b, err := rc.block(k)
+		if err != nil {
+			return err
+		}
+		if b == nil {
+			return fmt.Errorf("%s: %w: clusters %d to %d are in use but have no refcount block", rc.f.Name(), ErrCorrupt, r.first, r.end()-1)
+		}
+		if err := b.counts.add(i, n, delta); err != nil {
+			return fmt.Errorf("%s: refcount block %d: %w", rc.f.Name(), k, err)
+		}
+		for s := i * 2 / sectorSize; s <= (i+n-1)*2/sectorSize; s++ {
+			b.dirty.add(s)
+		}
+		for j := i; delta < 0 && j < i+n; j++ {
+			if b.counts.get(j) == 0 {
+				zero.add(run{k<<rc.g.blockBits + j, 1})
+			}
+		}
+		return nil
+	})
+	return zero, err
+}
+
+// writeBack writes what has changed in the blocks. It does not sync.
+func (rc *refcounts) writeBack() error {
+	for i, b := range rc.blocks {
+		var err error
+		b.dirty.each(func(first, n int64) {
+			if err != nil {
+				return
+			}
+			at, end := first*sectorSize, (first+n)*sectorSize
+			_, err = rc.f.WriteAt(b.counts[at:end], rc.table[i]+at)
+		})
+		if err != nil {
+			return fmt.Errorf("write refcount block %d: %w", i, err)
+		}
+		b.dirty = b.dirty[:0]
+	}
+	return nil
+}
+
+// setTable replaces the table.
+func (rc *refcounts) setTable(table []int64, at run) {
+	rc.table, rc.tableAt = table, at
+	rc.blockAt = make(map[int64]bool)
+	for _, off := range table {
+		if off != 0 {
+			rc.blockAt[off>>rc.g.clusterBits] = true
+		}
+	}
+}
+
+// setBlock puts the offset of block i into the table.
+func (rc *refcounts) setBlock(i, off int64) {
+	rc.table[i] = off
+	rc.blockAt[off>>rc.g.clusterBits] = true
+}
+
+// forget takes a block that the table on disk does not have out again.
+func (rc *refcounts) forget(i int64) {
+	delete(rc.blockAt, rc.table[i]>>rc.g.clusterBits)
+	delete(rc.blocks, i)
+	rc.table[i] = 0
+}

@@ -1,0 +1,152 @@
+package qcow2
+
+import (
+	"fmt"
+	"sync"
+)
+
+// View reads one state of an image: the active one, or a snapshot. A snapshot's view does not wait for guest
+// requests: what it reads does not change.
+type View struct {
+	img  *Image
+	size int64 // of a snapshot's disk
+	row  *snapshotRow
+	l1   []l1Entry
+
+	mu     sync.Mutex // guards all below
+	l2     *l2Cache
+	closed bool
+}
+
+// viewCacheBytes is what a snapshot's view keeps of L2 tables.
+const viewCacheBytes = 1 << 20
+
+// Active returns a view of the active disk, as it is at the time of each call.
+func (img *Image) Active() *View { return &View{img: img} }
+
+// OpenSnapshot opens a snapshot for reading, with its own disk size. It cannot be deleted until the view is closed.
+func (img *Image) OpenSnapshot(s Selector) (*View, error) {
+	if err := img.begin(0, 0, false); err != nil {
+		return nil, err
+	}
+	defer img.end()
+	row, err := img.findRow(s)
+	if err != nil {
+		return nil, err
+	}
+	l1, err := img.snapshotL1(&row)
+	if err != nil {
+		return nil, err
+	}
+	if need := img.g.l1Entries(row.diskSize); need > int64(len(l1)) {
+		if need > maxL1Bytes/8 {
+			return nil, fmt.Errorf("%s: %w: disk of %d bytes in snapshot %q", img.f.Name(), ErrLimit, row.diskSize, row.name)
+		}
+		l1 = append(l1, make([]l1Entry, need-int64(len(l1)))...)
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.views[row.id]++
+	return &View{img: img, size: row.diskSize, row: &row, l1: l1, l2: newL2Cache(viewCacheBytes, img.g)}, nil
+}
+
+// viewed tells whether a view of a snapshot is open.
+func (img *Image) viewed(id string) bool {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return img.views[id] > 0
+}
+
+// Size returns the size of the disk in bytes.
+func (v *View) Size() int64 {
+	if v.row == nil {
+		return v.img.Size()
+	}
+	return v.size
+}
+
+// Close ends the view. The image stays open.
+func (v *View) Close() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.closed {
+		return fmt.Errorf("view of %s: %w", v.img.f.Name(), ErrClosed)
+	}
+	v.closed = true
+	if v.row != nil {
+		v.img.mu.Lock()
+		defer v.img.mu.Unlock()
+		v.img.views[v.row.id]--
+	}
+	return nil
+}
+
+// ReadAt reads len(p) bytes at off, all of them or an error.
+func (v *View) ReadAt(p []byte, off int64) (int, error) {
+	if v.row == nil {
+		return v.img.ReadAt(p, off)
+	}
+	if off < 0 || off > v.size || int64(len(p)) > v.size-off {
+		return 0, fmt.Errorf("%s, snapshot %q: %w: %d bytes at %d of a disk of %d", v.img.f.Name(), v.row.name, ErrOutOfRange, len(p), off, v.size)
+	}
+	done := 0
+	err := v.img.g.chunks(off, int64(len(p)), func(c chunk) error {
+		es, err := v.entries(c)
+		if err == nil {
+			err = v.img.readEntries(p[done:done+int(c.n)], c.off, es)
+		}
+		if err == nil {
+			done += int(c.n)
+		}
+		return err
+	})
+	return done, err
+}
+
+// entries returns a copy of the checked entries of c.
+func (v *View) entries(c chunk) ([]l2Entry, error) {
+	if v.row == nil {
+		if err := v.img.begin(c.off, c.n, false); err != nil {
+			return nil, err
+		}
+		defer v.img.end()
+		return v.img.entries(c)
+	}
+	es := make([]l2Entry, c.last-c.first+1)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.closed {
+		return nil, fmt.Errorf("view of %s: %w", v.img.f.Name(), ErrClosed)
+	}
+	t, err := v.table(c.table)
+	if err != nil || t == nil {
+		return es, err
+	}
+	for i := range es {
+		es[i] = t.entry(c.first + int64(i))
+		if err := es[i].check(v.img.g, v.img.version); err != nil {
+			return nil, fmt.Errorf("%s: L2 table %d of snapshot %q, entry %d: %w", v.img.f.Name(), c.table, v.row.name, c.first+int64(i), err)
+		}
+	}
+	return es, nil
+}
+
+// table returns a snapshot's L2 table, nil if there is none. Called with mu held.
+func (v *View) table(index int64) (table, error) {
+	if t := v.l2.get(index); t != nil {
+		return t.data, nil
+	}
+	e := v.l1[index]
+	if err := e.check(v.img.g); err != nil {
+		return nil, fmt.Errorf("%s: L1 entry %d of snapshot %q: %w", v.img.f.Name(), index, v.row.name, err)
+	}
+	if e.offset() == 0 {
+		return nil, nil
+	}
+	data, err := readL2(v.img.f, v.img.g, e.offset())
+	if err != nil {
+		return nil, err
+	}
+	v.l2.put(&l2Table{index: index, offset: e.offset(), data: data})
+	return data, nil
+}

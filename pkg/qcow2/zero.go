@@ -1,0 +1,95 @@
+package qcow2
+
+// WriteZeroes makes n bytes at off read as zeros. Host clusters that the active state owns are kept, so that a
+// later write there cannot run out of space.
+func (img *Image) WriteZeroes(off, n int64) error {
+	return img.eachToZero(off, n, func(e l2Entry) l2Entry {
+		switch {
+		case img.version < 3 || !e.own():
+			return img.zeroEntry()
+		}
+		return e | flagZero
+	})
+}
+
+// Discard makes n bytes at off read as zeros and gives up the host clusters of whole clusters. The file system
+// gets them back after the next Flush, unless a snapshot needs them.
+func (img *Image) Discard(off, n int64) error {
+	return img.eachToZero(off, n, func(l2Entry) l2Entry { return img.zeroEntry() })
+}
+
+// zeroEntry maps a cluster that reads as zeros: no backing file is ever behind an unallocated one.
+func (img *Image) zeroEntry() l2Entry { return 0 }
+
+// eachToZero replaces the entry of each whole cluster that does not read as zeros by replace's, and writes zeros
+// to the parts of clusters at the ends.
+func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error {
+	if err := img.begin(off, n, true); err != nil {
+		return err
+	}
+	defer img.end()
+	return img.g.chunks(off, n, func(c chunk) error {
+		unlock := img.lock(c, true)
+		defer unlock()
+		for _, part := range img.g.wholeClusters(c, img.Size()) {
+			if err := img.zeroPart(part, replace); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// wholeClusters splits c into the parts of clusters at its ends and what lies between. The last cluster of the
+// disk is whole if all of the disk in it is.
+func (g geometry) wholeClusters(c chunk, size int64) []chunk {
+	part := func(from, to int64) chunk {
+		return chunk{off: from, n: to - from, table: c.table, first: g.l2Index(from), last: g.l2Index(to - 1)}
+	}
+	end := c.off + c.n
+	from := (c.off + g.clusterSize - 1) &^ (g.clusterSize - 1)
+	to := end &^ (g.clusterSize - 1)
+	if end == size {
+		to = end
+	}
+	if from >= to {
+		return []chunk{c}
+	}
+	var parts []chunk
+	if from > c.off {
+		parts = append(parts, part(c.off, from))
+	}
+	parts = append(parts, part(from, to))
+	if to < end {
+		parts = append(parts, part(to, end))
+	}
+	return parts
+}
+
+// zeroPart makes one part read as zeros: c is whole clusters, or lies in one.
+func (img *Image) zeroPart(c chunk, replace func(l2Entry) l2Entry) error {
+	old, err := img.entries(c)
+	if err != nil {
+		return err
+	}
+	whole := img.g.inCluster(c.off) == 0 && (img.g.inCluster(c.off+c.n) == 0 || c.off+c.n == img.Size())
+	es := make([]l2Entry, len(old))
+	changed := false
+	for i, e := range old {
+		es[i] = e
+		if !e.kind().readsZero() || whole && e.kind() == kindZeroAlloc {
+			es[i] = replace(e)
+		}
+		changed = changed || es[i] != e
+	}
+	switch {
+	case !changed:
+		return nil
+	case !whole:
+		return img.writeMapping(c, make([]byte, c.n))
+	}
+	if err := img.ownTable(c.table); err != nil {
+		return err
+	}
+	return img.setEntries(c, old, es, false)
+}
