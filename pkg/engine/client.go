@@ -1,0 +1,163 @@
+package engine
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"strings"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// Client talks to an engine. Its errors match the sentinels of this package, of pkg/pool and of
+// pkg/qcow2. It is safe for concurrent use.
+type Client struct {
+	api  api.EngineClient
+	conn *grpc.ClientConn
+	path string // of the engine's socket
+}
+
+// Attachment is a volume that the engine serves, or served until it failed.
+type Attachment struct {
+	VolumeID  string
+	Device    string // /dev/loopN
+	Size      int64  // virtual bytes
+	WorkerPID int
+	Failure   string // empty while the volume is served; else why it is not
+}
+
+// NewClient returns a client of the engine at endpoint, unix:///path. It connects when it is used, and
+// again after the engine was restarted.
+func NewClient(endpoint string) (*Client, error) {
+	path, err := socketPath(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := grpc.NewClient("unix://"+path,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUnaryInterceptor(decodeErrors),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("client of %s: %w", endpoint, err)
+	}
+	return &Client{api: api.NewEngineClient(conn), conn: conn, path: path}, nil
+}
+
+// Close ends the connection.
+func (c *Client) Close() error { return c.conn.Close() }
+
+// Probe returns the engine's version if it is up and its pool is usable.
+func (c *Client) Probe(ctx context.Context) (version string, err error) {
+	r, err := c.api.Probe(ctx, &api.ProbeRequest{})
+	return r.GetVersion(), err
+}
+
+// Attach serves a volume as a block device and returns the device's path; the same one if it is
+// attached already. An attachment that failed is replaced.
+func (c *Client) Attach(ctx context.Context, volumeID string) (device string, err error) {
+	r, err := c.api.Attach(ctx, &api.AttachRequest{VolumeId: volumeID})
+	return r.GetDevice(), err
+}
+
+// Detach ends a volume's device and closes its image; nil if it is not attached. ErrInUse while
+// something has the device open.
+func (c *Client) Detach(ctx context.Context, volumeID string) error {
+	_, err := c.api.Detach(ctx, &api.DetachRequest{VolumeId: volumeID})
+	return err
+}
+
+// List returns the attached volumes, the failed ones too, sorted by volume ID.
+func (c *Client) List(ctx context.Context) ([]Attachment, error) {
+	r, err := c.api.List(ctx, &api.ListRequest{})
+	if err != nil {
+		return nil, err
+	}
+	var out []Attachment
+	for _, a := range r.GetAttachments() {
+		out = append(out, Attachment{
+			VolumeID: a.GetVolumeId(), Device: a.GetDevice(), Size: a.GetSize(),
+			WorkerPID: int(a.GetWorkerPid()), Failure: a.GetFailure(),
+		})
+	}
+	return out, nil
+}
+
+// Resize makes an attached volume at least size virtual bytes long and returns what it has now.
+// ErrNotAttached.
+func (c *Client) Resize(ctx context.Context, volumeID string, size int64) (int64, error) {
+	r, err := c.api.Resize(ctx, &api.ResizeRequest{VolumeId: volumeID, Size: size})
+	return r.GetSize(), err
+}
+
+// CreateSnapshot takes a snapshot of an attached volume; the one that exists if the name is taken.
+// freeze, when not nil, is a directory on the file system that is mounted from the volume's device: it
+// is frozen for the instant of the snapshot. ErrNotAttached, ErrFreeze.
+func (c *Client) CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (qcow2.Snapshot, error) {
+	req := &api.CreateSnapshotRequest{VolumeId: volumeID, Name: name}
+	if freeze != nil {
+		req.FreezeToken = rand.Text()
+		if err := c.PassFD(ctx, req.GetFreezeToken(), freeze); err != nil {
+			return qcow2.Snapshot{}, err
+		}
+	}
+	r, err := c.api.CreateSnapshot(ctx, req)
+	if err != nil {
+		return qcow2.Snapshot{}, err
+	}
+	return snapshotFromAPI(r.GetSnapshot()), nil
+}
+
+// DeleteSnapshot removes a snapshot of an attached volume; nil if there is none of that name.
+// ErrNotAttached; qcow2.ErrInUse while it is cloned.
+func (c *Client) DeleteSnapshot(ctx context.Context, volumeID, name string) error {
+	_, err := c.api.DeleteSnapshot(ctx, &api.DeleteSnapshotRequest{VolumeId: volumeID, Name: name})
+	return err
+}
+
+// ListSnapshots returns the snapshots of an attached volume in the order of its table, those that
+// clones use left out. ErrNotAttached.
+func (c *Client) ListSnapshots(ctx context.Context, volumeID string) ([]qcow2.Snapshot, error) {
+	r, err := c.api.ListSnapshots(ctx, &api.ListSnapshotsRequest{VolumeId: volumeID})
+	if err != nil {
+		return nil, err
+	}
+	var out []qcow2.Snapshot
+	for _, s := range r.GetSnapshots() {
+		out = append(out, snapshotFromAPI(s))
+	}
+	return out, nil
+}
+
+// Clone writes a standalone image of size virtual bytes (0: the source's) at target, an absolute path
+// inside the engine's pool, from a snapshot of an attached volume, or from its present content if
+// snapshot is empty. target appears when it is whole. The clone goes on when ctx ends: a repeated call
+// with the same target joins it. ErrNotAttached; qcow2.ErrExists if target exists.
+func (c *Client) Clone(ctx context.Context, volumeID, snapshot, target string, size int64) error {
+	_, err := c.api.Clone(ctx, &api.CloneRequest{VolumeId: volumeID, Snapshot: snapshot, Target: target, Size: size})
+	return err
+}
+
+// decodeErrors is the client's half of the error mapping.
+func decodeErrors(
+	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+) error {
+	return fromStatus(invoke(ctx, method, req, reply, cc, opts...))
+}
+
+// socketPath returns the path of an endpoint unix:///path.
+func socketPath(endpoint string) (string, error) {
+	path, ok := strings.CutPrefix(endpoint, "unix://")
+	if !ok || !strings.HasPrefix(path, "/") {
+		return "", fmt.Errorf("%w: endpoint %q is not unix:///path", ErrInvalid, endpoint)
+	}
+	return path, nil
+}
+
+func snapshotFromAPI(s *api.Snapshot) qcow2.Snapshot {
+	return qcow2.Snapshot{ID: s.GetId(), Name: s.GetName(), Date: s.GetCreationTime().AsTime(), DiskSize: s.GetDiskSize()}
+}

@@ -1,0 +1,124 @@
+package engine
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// partSuffix is added to the target's name until the clone is whole.
+const partSuffix = ".part"
+
+// clone is a running Clone of one state of an attached volume, whose I/O goes on.
+type clone struct {
+	source    *served
+	view      *qcow2.View
+	temporary qcow2.Selector // the snapshot that was made for this clone
+	cleanUp   bool           // temporary is to be deleted
+}
+
+// openClone opens a snapshot, or, when its name is empty, one that is made of the present content and
+// goes with the clone. The caller calls run.
+func (s *served) openClone(snapshot string) (*clone, error) {
+	c := &clone{source: s}
+	which := qcow2.ByName(snapshot)
+	if snapshot == "" {
+		made, err := s.img.CreateSnapshot(reservedPrefix+rand.Text(), nil)
+		if err != nil {
+			return nil, err
+		}
+		which = qcow2.ByIDAndName(made.ID, made.Name)
+		c.temporary, c.cleanUp = which, true
+	}
+	view, err := s.img.OpenSnapshot(which)
+	if err != nil {
+		return nil, errors.Join(err, c.deleteTemporary())
+	}
+	c.view = view
+	s.clones.Add(1)
+	return c, nil
+}
+
+// run writes the clone and lets go of the source.
+func (c *clone) run(target string, size int64) error {
+	defer c.source.clones.Done()
+	err := writeClone(c.source.cloning, c.view, target, size)
+	if c.source.cloning.Err() != nil {
+		err = fmt.Errorf("%w: the source is being detached: %w", ErrUnavailable, err)
+	}
+	if closeErr := c.view.Close(); closeErr != nil {
+		klog.ErrorS(closeErr, "Source of a clone does not close", "target", target)
+	}
+	if deleteErr := c.deleteTemporary(); deleteErr != nil {
+		// The next attach deletes it. The clone itself is good.
+		klog.ErrorS(deleteErr, "Snapshot of a clone stays", "target", target)
+	}
+	return err
+}
+
+func (c *clone) deleteTemporary() error {
+	if !c.cleanUp {
+		return nil
+	}
+	return c.source.img.DeleteSnapshot(c.temporary)
+}
+
+// writeClone writes view as a standalone image that appears at target, durably, when it is whole.
+func writeClone(ctx context.Context, view *qcow2.View, target string, size int64) (err error) {
+	if _, err := os.Lstat(target); err == nil {
+		return fmt.Errorf("%s: %w", target, qcow2.ErrExists)
+	}
+	part := target + partSuffix
+	if err := os.Remove(part); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	f, err := qcow2.CreateFile(part)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(part)
+		}
+	}()
+	err = qcow2.Clone(ctx, f, view, size, nil)
+	if err == nil {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return fmt.Errorf("clone to %s: %w", target, err)
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, part, unix.AT_FDCWD, target, unix.RENAME_NOREPLACE); err != nil {
+		if errors.Is(err, unix.EEXIST) {
+			err = qcow2.ErrExists
+		}
+		return fmt.Errorf("clone to %s: %w", target, err)
+	}
+	return syncDir(filepath.Dir(target))
+}
+
+// sweepClones deletes the snapshots of clones whose worker died. One that stays only takes space.
+func sweepClones(img *qcow2.Image, volume string) {
+	for _, s := range img.Snapshots() {
+		if !IsReservedSnapshot(s.Name) {
+			continue
+		}
+		if err := img.DeleteSnapshot(qcow2.ByIDAndName(s.ID, s.Name)); err != nil {
+			klog.ErrorS(err, "Snapshot of an interrupted clone stays", "volume", volume, "snapshot", s.Name)
+		}
+	}
+}

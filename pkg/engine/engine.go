@@ -1,0 +1,42 @@
+// Package engine serves attached volumes. A supervisor listens on a unix socket and starts one worker
+// process for each attached volume; the worker owns the image and the block device. A worker that dies
+// takes only its own volume with it, and none outlives its supervisor.
+//
+//	plugin ──gRPC, unix socket──▶ supervisor ──gRPC, socketpair──▶ worker ──▶ image.qcow2, /dev/loopN
+package engine
+
+import (
+	"strings"
+)
+
+// devicePrefix begins the name of each of our loop devices; the volume ID, at most 58 bytes, follows.
+const devicePrefix = "csiq:"
+
+// reservedPrefix begins the names of the snapshots that exist only while a clone reads them. No listing
+// shows them; those that a dead worker left are deleted when the volume is attached the next time.
+const reservedPrefix = ".csi-qcow2-clone."
+
+// IsReservedSnapshot tells whether a snapshot name is one that the engine uses for clones.
+// Nobody may create one, and listings hide them.
+func IsReservedSnapshot(name string) bool { return strings.HasPrefix(name, reservedPrefix) }
+
+// Options of an engine.
+type Options struct {
+	// Listen is the endpoint of the control API, unix:///path. A second socket, for file descriptors, is
+	// made at path.fds.
+	Listen string
+	// PoolDir is the pool whose volumes are served. It may become a pool later.
+	PoolDir string
+	// Version is what Probe answers.
+	Version string
+	// WorkerCommand is the command of a worker process, to which "--pool DIR --volume ID" is added; it
+	// must call RunWorker. Empty: this executable with the argument "worker".
+	WorkerCommand []string
+
+	hooks hooks
+}
+
+// hooks let tests stop the supervisor at places where it can be killed.
+type hooks struct {
+	frozen func() // after FIFREEZE
+}

@@ -1,0 +1,148 @@
+package engine
+
+import (
+	"context"
+	"errors"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// Errors that callers of a Client match with errors.Is. The sentinel errors of pkg/pool and
+// pkg/qcow2 arrive as themselves too: an unknown volume is pool.ErrNotFound, an unknown snapshot
+// qcow2.ErrNotFound, a full disk qcow2.ErrNoSpace.
+var (
+	// ErrNotAttached is returned for an operation on a volume that no worker serves: the caller may
+	// open the image itself, under the pool's lock.
+	ErrNotAttached = errors.New("volume is not attached")
+	// ErrInUse is returned by Detach while something has the device open. Nothing was changed.
+	ErrInUse = errors.New("device is in use")
+	// ErrTombstone is returned by Attach for a volume that was deleted and only keeps its snapshots.
+	ErrTombstone = errors.New("volume is deleted, only its snapshots remain")
+	// ErrUnavailable is returned when the engine, its pool or the volume's worker cannot be reached,
+	// or went away during the call: try again.
+	ErrUnavailable = errors.New("engine is unavailable")
+	// ErrInvalid is returned for a request that can never succeed: a reserved snapshot name, a target
+	// outside the pool.
+	ErrInvalid = errors.New("invalid request")
+	// ErrFreeze is returned by CreateSnapshot when the file system could not be frozen, or not be
+	// kept frozen until the snapshot. No snapshot was made.
+	ErrFreeze = errors.New("file system was not frozen")
+)
+
+// errorDomain marks the error details that this package writes.
+const errorDomain = "engine.qcow2.csi.dev"
+
+// kind is how one sentinel error travels: as a reason in the status details, and as a code for whoever
+// reads no details.
+type kind struct {
+	reason   string
+	sentinel error
+	code     codes.Code
+}
+
+// kinds is the one table of errors that survive a call. Where several match, the first gives the code.
+func kinds() []kind {
+	return []kind{
+		{"NOT_ATTACHED", ErrNotAttached, codes.FailedPrecondition},
+		{"DEVICE_IN_USE", ErrInUse, codes.FailedPrecondition},
+		{"TOMBSTONE", ErrTombstone, codes.FailedPrecondition},
+		{"INVALID", ErrInvalid, codes.InvalidArgument},
+		{"FREEZE", ErrFreeze, codes.Aborted},
+		{"UNAVAILABLE", ErrUnavailable, codes.Unavailable},
+
+		{"POOL_NOT_READY", pool.ErrNotReady, codes.Unavailable},
+		{"VOLUME_NOT_FOUND", pool.ErrNotFound, codes.NotFound},
+		{"VOLUME_IN_USE", pool.ErrInUse, codes.FailedPrecondition},
+		{"BAD_VOLUME_ID", pool.ErrBadID, codes.InvalidArgument},
+
+		{"NO_SPACE", qcow2.ErrNoSpace, codes.ResourceExhausted},
+		{"NOT_FOUND", qcow2.ErrNotFound, codes.NotFound},
+		{"EXISTS", qcow2.ErrExists, codes.AlreadyExists},
+		{"IN_USE", qcow2.ErrInUse, codes.FailedPrecondition},
+		{"CORRUPT", qcow2.ErrCorrupt, codes.DataLoss},
+		{"UNSUPPORTED", qcow2.ErrUnsupported, codes.Unimplemented},
+		{"LIMIT", qcow2.ErrLimit, codes.ResourceExhausted},
+		{"READ_ONLY", qcow2.ErrReadOnly, codes.FailedPrecondition},
+		{"OUT_OF_RANGE", qcow2.ErrOutOfRange, codes.OutOfRange},
+		{"IMAGE_FAILED", qcow2.ErrFailed, codes.DataLoss},
+		{"CLOSED", qcow2.ErrClosed, codes.Unavailable},
+
+		{"CANCELED", context.Canceled, codes.Canceled},
+		{"DEADLINE_EXCEEDED", context.DeadlineExceeded, codes.DeadlineExceeded},
+	}
+}
+
+// toStatus turns an error into what gRPC sends: the code of its first kind, the text, and a reason for
+// each sentinel that it wraps.
+func toStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	code := codes.Unknown
+	out := status.New(code, err.Error())
+	for _, k := range kinds() {
+		if !errors.Is(err, k.sentinel) {
+			continue
+		}
+		if code == codes.Unknown {
+			code = k.code
+			out = status.New(code, err.Error())
+		}
+		detailed, detailErr := out.WithDetails(&errdetails.ErrorInfo{Domain: errorDomain, Reason: k.reason})
+		if detailErr == nil {
+			out = detailed
+		}
+	}
+	return out.Err()
+}
+
+// fromStatus is the reverse of toStatus: the error it returns has the text, and wraps the sentinels, of
+// the error on the other side. A connection that failed is ErrUnavailable, a context that ended its error.
+func fromStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	st, ok := status.FromError(err)
+	if !ok {
+		return err
+	}
+	remote := &remoteError{text: st.Message()}
+	for _, detail := range st.Details() {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok && info.GetDomain() == errorDomain {
+			remote.add(func(k kind) bool { return k.reason == info.GetReason() })
+		}
+	}
+	if len(remote.sentinels) > 0 {
+		return remote
+	}
+	switch st.Code() { // made by gRPC itself
+	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded:
+		remote.add(func(k kind) bool {
+			return k.code == st.Code() && k.sentinel != pool.ErrNotReady && k.sentinel != qcow2.ErrClosed
+		})
+	default:
+	}
+	return remote
+}
+
+// remoteError is an error from the other end of a connection.
+type remoteError struct {
+	text      string
+	sentinels []error
+}
+
+func (e *remoteError) Error() string   { return e.text }
+func (e *remoteError) Unwrap() []error { return e.sentinels }
+
+func (e *remoteError) add(match func(kind) bool) {
+	for _, k := range kinds() {
+		if match(k) {
+			e.sentinels = append(e.sentinels, k.sentinel)
+		}
+	}
+}

@@ -1,0 +1,192 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// An open directory cannot travel in a gRPC message. It comes over a second socket, path.fds, as one
+// SOCK_SEQPACKET message: a token, and the descriptor beside it (SCM_RIGHTS). The answer is one message: a
+// zero byte, and the reason if it was refused. A later CreateSnapshot names the token.
+const (
+	fdSocketSuffix = ".fds"
+	maxTokenLen    = 64
+	maxTokens      = 64
+	// tokenLifetime is short because a held descriptor keeps its file system from being unmounted.
+	tokenLifetime = 30 * time.Second
+	fdCallTimeout = 5 * time.Second
+)
+
+// PassFD gives the engine a copy of an open directory, under a token of at most 64 bytes that a
+// CreateSnapshot within half a minute names. CreateSnapshot of Client does it by itself.
+func (c *Client) PassFD(ctx context.Context, token string, dir *os.File) error {
+	ctx, cancel := context.WithTimeout(ctx, fdCallTimeout)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, "unixpacket", c.path+fdSocketSuffix)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+
+	reply := make([]byte, 512)
+	n, err := exchangeFD(conn.(*net.UnixConn), token, dir, reply)
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("pass a descriptor to the engine: %w", ctx.Err())
+	case err != nil:
+		return fmt.Errorf("%w: pass a descriptor: %w", ErrUnavailable, err)
+	case n > 1:
+		return fmt.Errorf("%w: %s", ErrFreeze, reply[1:n])
+	}
+	return nil
+}
+
+// exchangeFD sends the descriptor, receives the answer into reply and returns its length, at least 1.
+func exchangeFD(conn *net.UnixConn, token string, dir *os.File, reply []byte) (int, error) {
+	if _, _, err := conn.WriteMsgUnix([]byte(token), unix.UnixRights(int(dir.Fd())), nil); err != nil {
+		return 0, err
+	}
+	n, err := conn.Read(reply)
+	if err == nil && n == 0 {
+		err = net.ErrClosed
+	}
+	return n, err
+}
+
+// fdStore holds the descriptors that were passed and not yet used.
+type fdStore struct {
+	lifetime time.Duration
+
+	mu   sync.Mutex // guards what follows
+	held map[string]heldFD
+}
+
+type heldFD struct {
+	dir    *os.File
+	expiry *time.Timer
+}
+
+func newFDStore(lifetime time.Duration) *fdStore {
+	return &fdStore{lifetime: lifetime, held: map[string]heldFD{}}
+}
+
+// put takes over dir. Its descriptor is closed when nobody takes it in time.
+func (s *fdStore) put(token string, dir *os.File) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case token == "" || len(token) > maxTokenLen:
+		return errors.New("malformed token")
+	case len(s.held) >= maxTokens:
+		return errors.New("too many descriptors are held")
+	}
+	if _, taken := s.held[token]; taken {
+		return errors.New("the token is taken")
+	}
+	expiry := time.AfterFunc(s.lifetime, func() {
+		if unused, err := s.take(token); err == nil {
+			unused.Close()
+		}
+	})
+	s.held[token] = heldFD{dir, expiry}
+	return nil
+}
+
+// take returns the directory of a token, once; the caller closes it.
+func (s *fdStore) take(token string) (*os.File, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h, ok := s.held[token]
+	if !ok {
+		return nil, fmt.Errorf("%w: no directory was passed under this token, or it expired", ErrFreeze)
+	}
+	delete(s.held, token)
+	h.expiry.Stop()
+	return h.dir, nil
+}
+
+// closeAll forgets every descriptor.
+func (s *fdStore) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, h := range s.held {
+		h.expiry.Stop()
+		h.dir.Close()
+	}
+	clear(s.held)
+}
+
+// serve receives descriptors until the listener is closed, and waits for the senders.
+func (s *fdStore) serve(l *net.UnixListener) {
+	var senders sync.WaitGroup
+	defer senders.Wait()
+	for {
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				klog.ErrorS(err, "Descriptor socket failed")
+			}
+			return
+		}
+		senders.Go(func() {
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(fdCallTimeout))
+			reply := []byte{0}
+			if err := s.receive(conn); err != nil {
+				klog.ErrorS(err, "Descriptor refused")
+				reply = append(reply, err.Error()...)
+			}
+			_, _ = conn.Write(reply)
+		})
+	}
+}
+
+// receive takes one message with one descriptor.
+func (s *fdStore) receive(conn *net.UnixConn) error {
+	token := make([]byte, maxTokenLen+1)
+	control := make([]byte, unix.CmsgSpace(4))
+	n, cn, _, _, err := conn.ReadMsgUnix(token, control)
+	if err != nil {
+		return err
+	}
+	fd, err := parseRights(control[:cn])
+	if err != nil {
+		return err
+	}
+	dir := os.NewFile(uintptr(fd), "passed directory")
+	if info, err := dir.Stat(); err != nil || !info.IsDir() {
+		dir.Close()
+		return errors.New("the descriptor is not a directory")
+	}
+	if err := s.put(string(token[:n]), dir); err != nil {
+		dir.Close()
+		return err
+	}
+	return nil
+}
+
+// parseRights returns the one descriptor of a control message; more than one do not fit its buffer.
+func parseRights(control []byte) (int, error) {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil || len(messages) != 1 {
+		return -1, errors.New("no descriptor came with the token")
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) == 0 {
+		return -1, errors.New("no descriptor came with the token")
+	}
+	for _, extra := range fds[1:] {
+		unix.Close(extra)
+	}
+	return fds[0], nil
+}

@@ -1,0 +1,217 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+)
+
+const (
+	// stopPatience is how long a worker may take to flush and exit before it is killed.
+	stopPatience = time.Minute
+	// statusPatience is how long a worker may take to say how it is.
+	statusPatience = 5 * time.Second
+	// maxMessage bounds a gRPC message: the list of the 65,536 snapshots that an image can have is longer
+	// than the default of 4 MiB.
+	maxMessage = 64 << 20
+)
+
+// process is the supervisor's end of one worker process.
+type process struct {
+	volume string
+	cmd    *exec.Cmd
+	conn   *grpc.ClientConn
+	api    api.EngineClient
+	done   chan struct{} // closed when the process has been reaped
+	exit   error         // how it ended; read after done
+}
+
+// startProcess starts a worker for one volume. The worker is killed when ctx ends; stop it before.
+func startProcess(ctx context.Context, command []string, poolDir, volume string) (*process, error) {
+	ours, theirs, err := controlPair()
+	if err != nil {
+		return nil, fmt.Errorf("socket pair for the worker of %s: %w", volume, err)
+	}
+	defer theirs.Close()
+	args := append(command[1:len(command):len(command)], "--pool", poolDir, "--volume", volume)
+	cmd := exec.CommandContext(ctx, command[0], args...)
+	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	cmd.ExtraFiles = []*os.File{theirs} // controlFD
+	// A group of its own: a terminal's interrupt is for the supervisor alone.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	conn, err := workerConn(ours)
+	if err != nil {
+		ours.Close()
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		conn.Close()
+		ours.Close()
+		return nil, fmt.Errorf("start the worker of %s: %w", volume, err)
+	}
+	p := &process{volume: volume, cmd: cmd, conn: conn, api: api.NewEngineClient(conn), done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.exit = cmd.Wait()
+		conn.Close()
+		ours.Close()
+	}()
+	return p, nil
+}
+
+// controlPair returns the two ends of the connection between a supervisor and a worker.
+func controlPair() (ours net.Conn, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	theirs = os.NewFile(uintptr(fds[1]), "worker control")
+	f := os.NewFile(uintptr(fds[0]), "supervisor control")
+	defer f.Close()
+	ours, err = net.FileConn(f)
+	if err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	return ours, theirs, nil
+}
+
+// workerConn makes a gRPC connection of a socket that is connected already. It cannot be made twice, and
+// must never be given up for idleness: a worker that loses it takes its supervisor for dead.
+func workerConn(c net.Conn) (*grpc.ClientConn, error) {
+	once := make(chan net.Conn, 1)
+	once <- c
+	conn, err := grpc.NewClient("passthrough:///worker",
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case c := <-once:
+				return c, nil
+			default:
+				return nil, errors.New("the worker's connection has ended")
+			}
+		}),
+		grpc.WithIdleTimeout(0),
+		grpc.WithUnaryInterceptor(decodeErrors),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("worker connection: %w", err)
+	}
+	return conn, nil
+}
+
+// status asks the worker what it serves.
+func (p *process) status(ctx context.Context) (*api.Attachment, error) {
+	ctx, cancel := context.WithTimeout(ctx, statusPatience)
+	defer cancel()
+	r, err := p.api.List(ctx, &api.ListRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("%w: the worker of %s does not answer: %w", ErrUnavailable, p.volume, err)
+	}
+	if len(r.GetAttachments()) != 1 {
+		return nil, fmt.Errorf("%w: the worker of %s serves nothing", ErrUnavailable, p.volume)
+	}
+	return r.GetAttachments()[0], nil
+}
+
+// createSnapshot is the call of that name; cut is called at the instant whose state the snapshot holds, or
+// when there will be none because the call failed or the worker died. The worker tells the instant by
+// sending the response's header then, long before the response.
+func (p *process) createSnapshot(ctx context.Context, name string, cut func()) (*api.Snapshot, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var reply api.CreateSnapshotResponse
+	err := func() error {
+		defer cut()
+		stream, err := p.conn.NewStream(ctx, &grpc.StreamDesc{}, api.Engine_CreateSnapshot_FullMethodName)
+		if err != nil {
+			return err
+		}
+		if err := stream.SendMsg(&api.CreateSnapshotRequest{VolumeId: p.volume, Name: name}); err != nil {
+			return stream.RecvMsg(&reply) // says why
+		}
+		if err := stream.CloseSend(); err != nil {
+			return err
+		}
+		_, err = stream.Header()
+		cut()
+		if err != nil {
+			return err
+		}
+		return stream.RecvMsg(&reply)
+	}()
+	if err != nil {
+		return nil, fromStatus(err)
+	}
+	return reply.GetSnapshot(), nil
+}
+
+// stop lets the worker flush, abort what it still serves, and exit; it returns when it is gone.
+func (p *process) stop() {
+	p.conn.Close()
+	timeout := time.NewTimer(stopPatience)
+	defer timeout.Stop()
+	select {
+	case <-p.done:
+	case <-timeout.C:
+		klog.ErrorS(nil, "Worker does not end, killing it", "volume", p.volume, "pid", p.cmd.Process.Pid)
+		_ = p.cmd.Process.Kill()
+		<-p.done
+	}
+}
+
+// snapshot returns the snapshot of a name, nil if there is none.
+func (p *process) snapshot(ctx context.Context, name string) (*api.Snapshot, error) {
+	r, err := p.api.ListSnapshots(ctx, &api.ListSnapshotsRequest{VolumeId: p.volume})
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range r.GetSnapshots() {
+		if s.GetName() == name {
+			return s, nil
+		}
+	}
+	return nil, nil //nolint:nilnil // no such snapshot is not an error
+}
+
+// explain adds to a call's error how the worker died, if it did.
+func (p *process) explain(err error) error {
+	if !errors.Is(err, ErrUnavailable) {
+		return err
+	}
+	// The connection may break a moment before the process is reaped.
+	patience := time.NewTimer(time.Second)
+	defer patience.Stop()
+	select {
+	case <-p.done:
+		return fmt.Errorf("%w: %w", p.death(), err)
+	case <-patience.C:
+		return err
+	}
+}
+
+// death says how the process ended, or nil while it runs.
+func (p *process) death() error {
+	select {
+	case <-p.done:
+		if p.exit == nil {
+			return fmt.Errorf("%w: the worker of %s exited", ErrUnavailable, p.volume)
+		}
+		return fmt.Errorf("%w: the worker of %s died: %w", ErrUnavailable, p.volume, p.exit)
+	default:
+		return nil
+	}
+}

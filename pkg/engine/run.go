@@ -1,0 +1,130 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+)
+
+// errOtherEngine is why an engine does not start.
+var errOtherEngine = errors.New("another engine is running")
+
+// poolPoll is how often an engine without a pool looks for it.
+const poolPoll = time.Second
+
+// Run serves a pool until ctx ends; then it detaches every volume, and aborts those in use. It returns an
+// error if another engine serves the same pool or listens on the same socket. A pool that is not there yet
+// is waited for: every call answers ErrUnavailable until it appears.
+func Run(ctx context.Context, o Options) error {
+	path, err := socketPath(o.Listen)
+	if err != nil {
+		return err
+	}
+	if len(o.WorkerCommand) == 0 {
+		self, err := os.Executable()
+		if err != nil {
+			return fmt.Errorf("own executable, for workers: %w", err)
+		}
+		o.WorkerCommand = []string{self, "worker"}
+	}
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	s := newSupervisor(life, o)
+	defer s.tasks.Wait()
+	defer end()
+	defer s.shutDown()
+	if err := s.open(ctx); err != nil && !errors.Is(err, pool.ErrNotReady) {
+		return err
+	}
+	return s.serve(ctx, path)
+}
+
+// serve answers calls until ctx ends, and shuts down.
+func (s *supervisor) serve(parent context.Context, path string) error {
+	calls, err := listen(parent, "unix", path)
+	if err != nil {
+		return err
+	}
+	defer calls.Close()
+	fds, err := listen(parent, "unixpacket", path+fdSocketSuffix)
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancelCause(parent)
+	server := newServer(supervisorLogLevel)
+	api.RegisterEngineServer(server, &service{supervisor: s})
+	var helpers sync.WaitGroup
+	helpers.Go(func() { s.fds.serve(fds) })
+	helpers.Go(func() { stop(s.awaitPool(ctx)) })
+	helpers.Go(func() { stop(server.Serve(calls)) })
+	klog.InfoS("Engine is listening", "socket", path)
+
+	<-ctx.Done()
+	klog.InfoS("Engine is stopping", "reason", context.Cause(ctx))
+	calls.Close()
+	fds.Close()
+	s.shutDown()
+	server.Stop()
+	helpers.Wait()
+	if parent.Err() != nil {
+		return nil
+	}
+	return context.Cause(ctx)
+}
+
+// awaitPool opens the pool as soon as it is there. It returns when ctx ends or the pool cannot be served.
+func (s *supervisor) awaitPool(ctx context.Context) error {
+	tick := time.NewTicker(poolPoll)
+	defer tick.Stop()
+	for {
+		err := s.open(ctx)
+		if err != nil && !errors.Is(err, pool.ErrNotReady) {
+			return err
+		}
+		if err == nil {
+			<-ctx.Done()
+			return nil
+		}
+		klog.V(2).InfoS("Waiting for the pool", "reason", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// listen makes a unix socket for root alone. It replaces one that a dead engine left.
+func listen(ctx context.Context, network, path string) (*net.UnixListener, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, network, path)
+	switch {
+	case err == nil:
+		conn.Close()
+		return nil, fmt.Errorf("%s: %w", path, errOtherEngine)
+	case errors.Is(err, unix.ECONNREFUSED):
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("stale socket: %w", err)
+		}
+	}
+	// The mode that the socket has before bind is the mode of its file: it is never open to others.
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var chmodErr error
+		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmodErr)
+	}}
+	l, err := config.Listen(ctx, network, path)
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.UnixListener), nil
+}

@@ -1,0 +1,147 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// served is a volume that this process owns and serves: its lease, its image and its device.
+type served struct {
+	lease   *pool.Lease
+	img     *qcow2.Image
+	backend *backend
+	dev     *blockdev.Device
+
+	// clones counts the Clones that read img; stopClones ends them.
+	clones     sync.WaitGroup
+	cloning    context.Context //nolint:containedctx // common to all Clones
+	stopClones context.CancelFunc
+}
+
+// serve takes a volume and makes a device of it. Clones end with ctx.
+func serve(ctx context.Context, poolDir, volume string) (*served, error) {
+	p, err := pool.Open(poolDir)
+	if err != nil {
+		return nil, err
+	}
+	lease, err := p.Lock(volume)
+	if err != nil {
+		return nil, err
+	}
+	s, err := serveLeased(ctx, lease, volume)
+	if err != nil {
+		return nil, errors.Join(err, lease.Unlock())
+	}
+	return s, nil
+}
+
+func serveLeased(ctx context.Context, lease *pool.Lease, volume string) (*served, error) {
+	if lease.Volume().Tombstone {
+		return nil, fmt.Errorf("%s: %w", volume, ErrTombstone)
+	}
+	img, err := lease.Open(false)
+	if err != nil {
+		return nil, err
+	}
+	sweepClones(img, volume)
+	b := &backend{Image: img}
+	dev, err := blockdev.Attach(b, blockdev.Options{
+		Name:               devicePrefix + volume,
+		DiscardGranularity: int(img.ClusterSize()),
+		Errno:              errno,
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("attach %s: %w", volume, err), img.Close())
+	}
+	s := &served{lease: lease, img: img, backend: b, dev: dev}
+	s.cloning, s.stopClones = context.WithCancel(ctx)
+	return s, nil
+}
+
+// endDevice ends the device; ErrInUse, and nothing changed, while somebody has it open.
+func (s *served) endDevice() error {
+	err := s.dev.Detach()
+	if errors.Is(err, blockdev.ErrBusy) {
+		return fmt.Errorf("%w: %s: %w", ErrInUse, s.dev.Path(), err)
+	}
+	return err
+}
+
+// close ends what reads the image, flushes and closes the image, and lets go of the volume. The device
+// has been ended.
+func (s *served) close() error {
+	s.stopClones()
+	s.clones.Wait()
+	return errors.Join(s.img.Close(), s.lease.Unlock())
+}
+
+// abort ends the device whoever uses it, and closes.
+func (s *served) abort() error {
+	err := s.dev.Abort()
+	<-s.dev.Done()
+	return errors.Join(err, s.close())
+}
+
+// failure says why nothing is served any more; nil while all is well.
+func (s *served) failure() error {
+	if err := s.backend.failed.Load(); err != nil {
+		return *err
+	}
+	select {
+	case <-s.dev.Done():
+		return fmt.Errorf("the connection of %s has ended", s.dev.Path())
+	default:
+		return nil
+	}
+}
+
+// backend is the image as the device sees it. It remembers the first error that says that the image is
+// damaged or lost.
+type backend struct {
+	*qcow2.Image
+	failed atomic.Pointer[error]
+}
+
+func (b *backend) ReadAt(p []byte, off int64) (int, error) {
+	n, err := b.Image.ReadAt(p, off)
+	return n, b.note(err)
+}
+
+func (b *backend) WriteAt(p []byte, off int64) (int, error) {
+	n, err := b.Image.WriteAt(p, off)
+	return n, b.note(err)
+}
+
+func (b *backend) WriteZeroes(off, n int64) error { return b.note(b.Image.WriteZeroes(off, n)) }
+func (b *backend) Discard(off, n int64) error     { return b.note(b.Image.Discard(off, n)) }
+func (b *backend) Flush() error                   { return b.note(b.Image.Flush()) }
+
+func (b *backend) note(err error) error {
+	if err == nil {
+		return nil // the usual way: no errors.Is
+	}
+	if errors.Is(err, qcow2.ErrFailed) || errors.Is(err, qcow2.ErrCorrupt) {
+		if b.failed.CompareAndSwap(nil, &err) {
+			klog.ErrorS(err, "Image failed")
+		}
+	}
+	return err
+}
+
+// errno is what a user of the device sees of an error.
+func errno(err error) uintptr {
+	if errors.Is(err, qcow2.ErrNoSpace) {
+		return uintptr(unix.ENOSPC)
+	}
+	return uintptr(unix.EIO)
+}

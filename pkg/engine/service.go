@@ -1,0 +1,249 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"sync"
+
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+)
+
+// service is the control API of a supervisor. What a call has begun goes on when its caller is gone.
+type service struct {
+	api.UnimplementedEngineServer
+	*supervisor
+}
+
+func (s *service) Probe(ctx context.Context, _ *api.ProbeRequest) (*api.ProbeResponse, error) {
+	p, err := s.ready(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Ready(); err != nil {
+		return nil, err
+	}
+	return &api.ProbeResponse{Version: s.options.Version}, nil
+}
+
+func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.AttachResponse, error) {
+	id := r.GetVolumeId()
+	unlock, err := s.calls.lock(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	p, err := s.ready(ctx)
+	if err != nil {
+		return nil, err
+	}
+	v, err := p.Volume(id)
+	if err != nil {
+		return nil, err
+	}
+	if v.Tombstone {
+		return nil, fmt.Errorf("%s: %w", id, ErrTombstone)
+	}
+	device, err := s.reuse(ctx, id)
+	if err != nil || device != "" {
+		return &api.AttachResponse{Device: device}, err
+	}
+	if err := clearDevices(id); err != nil {
+		// Whoever has it open keeps a dead device, which goes with its last user.
+		klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
+	}
+	a, err := s.start(p, id)
+	if err != nil {
+		return nil, err
+	}
+	return &api.AttachResponse{Device: a.device}, nil
+}
+
+// reuse returns the device of a volume that is attached and well, or "" when it needs a new worker.
+func (s *service) reuse(ctx context.Context, id string) (device string, err error) {
+	a := s.find(id)
+	if a == nil || a.worker == nil {
+		return "", nil
+	}
+	status, err := a.worker.status(ctx)
+	switch {
+	case a.worker.death() != nil:
+	case err != nil:
+		return "", err
+	case status.GetFailure() == "":
+		return a.device, nil
+	default:
+		klog.ErrorS(nil, "Replacing a failed worker", "volume", id, "failure", status.GetFailure())
+	}
+	s.set(id, nil)
+	a.worker.stop()
+	return "", nil
+}
+
+func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.DetachResponse, error) {
+	id := r.GetVolumeId()
+	if !pool.ValidID(id) {
+		return nil, fmt.Errorf("%q: %w", id, pool.ErrBadID)
+	}
+	unlock, err := s.calls.lock(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if _, err := s.ready(ctx); err != nil {
+		return nil, err
+	}
+	a := s.find(id)
+	if a != nil && a.worker != nil {
+		_, err := a.worker.api.Detach(s.life, &api.DetachRequest{VolumeId: id})
+		if errors.Is(err, ErrInUse) {
+			return nil, err
+		}
+		// Otherwise the device has gone, or it goes with the worker.
+		s.set(id, nil)
+		a.worker.stop()
+		if err != nil {
+			err = a.worker.explain(err)
+			s.set(id, &attachment{device: a.device, failure: err.Error()})
+			return nil, err
+		}
+	}
+	if a != nil && a.worker == nil {
+		if err := clearDevices(id); err != nil {
+			return nil, err
+		}
+		s.set(id, nil)
+	}
+	return &api.DetachResponse{}, nil
+}
+
+func (s *service) List(ctx context.Context, _ *api.ListRequest) (*api.ListResponse, error) {
+	if _, err := s.ready(ctx); err != nil {
+		return nil, err
+	}
+	attached := s.attachments()
+	ids := slices.Sorted(maps.Keys(attached))
+	r := &api.ListResponse{Attachments: make([]*api.Attachment, len(ids))}
+	var questions sync.WaitGroup
+	for i, id := range ids {
+		questions.Go(func() { r.Attachments[i] = attached[id].describe(ctx, id) })
+	}
+	questions.Wait()
+	return r, nil
+}
+
+func (a *attachment) describe(ctx context.Context, id string) *api.Attachment {
+	if a.worker != nil {
+		status, err := a.worker.status(ctx)
+		if err == nil {
+			return status
+		}
+		return &api.Attachment{VolumeId: id, Device: a.device, Failure: a.worker.explain(err).Error()}
+	}
+	return &api.Attachment{VolumeId: id, Device: a.device, Failure: a.failure}
+}
+
+// locked returns a volume's worker and device while nothing else changes the volume.
+func (s *service) locked(ctx context.Context, id string) (w *process, device string, unlock func(), err error) {
+	unlock, err = s.calls.lock(ctx, id)
+	if err != nil {
+		return nil, "", nil, err
+	}
+	w, device, err = s.worker(ctx, id)
+	if err != nil {
+		unlock()
+		return nil, "", nil, err
+	}
+	return w, device, unlock, nil
+}
+
+func (s *service) Resize(ctx context.Context, r *api.ResizeRequest) (*api.ResizeResponse, error) {
+	w, _, unlock, err := s.locked(ctx, r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	reply, err := w.api.Resize(s.life, r)
+	return reply, w.explain(err)
+}
+
+func (s *service) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotRequest) (*api.CreateSnapshotResponse, error) {
+	if err := checkSnapshotName(r.GetName()); err != nil {
+		return nil, err
+	}
+	w, device, unlock, err := s.locked(ctx, r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if r.GetFreezeToken() == "" {
+		snapshot, err := w.createSnapshot(s.life, r.GetName(), func() {})
+		return &api.CreateSnapshotResponse{Snapshot: snapshot}, w.explain(err)
+	}
+	dir, takeErr := s.fds.take(r.GetFreezeToken())
+	if takeErr == nil {
+		defer dir.Close()
+	}
+	// A repeated call must not freeze the file system again; its token may be gone.
+	existing, err := w.snapshot(s.life, r.GetName())
+	if err != nil || existing != nil {
+		return &api.CreateSnapshotResponse{Snapshot: existing}, w.explain(err)
+	}
+	if takeErr != nil {
+		return nil, takeErr
+	}
+	snapshot, err := s.frozenSnapshot(w, device, r.GetName(), dir)
+	return &api.CreateSnapshotResponse{Snapshot: snapshot}, w.explain(err)
+}
+
+// frozenSnapshot takes a snapshot while the file system of dir is frozen.
+func (s *service) frozenSnapshot(w *process, device, name string, dir *os.File) (*api.Snapshot, error) {
+	f, err := freezeFS(s.openedPool(), w.volume, device, dir)
+	if err != nil {
+		return nil, err
+	}
+	if s.options.hooks.frozen != nil {
+		s.options.hooks.frozen()
+	}
+	snapshot, err := w.createSnapshot(s.life, name, func() { _ = f.thaw() })
+	if lost := f.thaw(); err == nil && lost != nil {
+		_, deleteErr := w.api.DeleteSnapshot(s.life, &api.DeleteSnapshotRequest{VolumeId: w.volume, Name: name})
+		return nil, errors.Join(lost, deleteErr)
+	}
+	return snapshot, err
+}
+
+func (s *service) DeleteSnapshot(ctx context.Context, r *api.DeleteSnapshotRequest) (*api.DeleteSnapshotResponse, error) {
+	if err := checkSnapshotName(r.GetName()); err != nil {
+		return nil, err
+	}
+	w, _, unlock, err := s.locked(ctx, r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	reply, err := w.api.DeleteSnapshot(s.life, r)
+	return reply, w.explain(err)
+}
+
+func (s *service) ListSnapshots(ctx context.Context, r *api.ListSnapshotsRequest) (*api.ListSnapshotsResponse, error) {
+	w, _, err := s.worker(ctx, r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	reply, err := w.api.ListSnapshots(ctx, r)
+	return reply, w.explain(err)
+}
+
+func checkSnapshotName(name string) error {
+	if name == "" || IsReservedSnapshot(name) {
+		return fmt.Errorf("%w: snapshot name %q", ErrInvalid, name)
+	}
+	return nil
+}

@@ -1,0 +1,222 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// controlFD is the descriptor on which a worker inherits the connection to its supervisor.
+const controlFD = 3
+
+// errSupervisorGone is why a worker ends while it still serves its volume.
+var errSupervisorGone = errors.New("the supervisor is gone")
+
+// RunWorker is the body of a worker process: it serves one volume of a pool, as told over the inherited
+// connection, until the connection or ctx ends. A volume that is attached then is flushed and aborted: its
+// users get I/O errors at once instead of waiting for ever.
+func RunWorker(ctx context.Context, poolDir, volume string) error {
+	f := os.NewFile(controlFD, "supervisor")
+	conn, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		return fmt.Errorf("inherited connection to the supervisor: %w", err)
+	}
+	return serveWorker(ctx, conn, poolDir, volume)
+}
+
+func serveWorker(ctx context.Context, conn net.Conn, poolDir, volume string) error {
+	w := &worker{poolDir: poolDir, volume: volume, life: context.WithoutCancel(ctx)}
+	server := newServer(workerLogLevel)
+	api.RegisterEngineServer(server, w)
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	err := server.Serve(newOneConn(conn))
+	if errors.Is(err, net.ErrClosed) {
+		err = nil
+	}
+	err = errors.Join(err, w.abort())
+	server.Stop() // waits for the calls that still run
+	return err
+}
+
+// worker serves the control API for one volume.
+type worker struct {
+	api.UnimplementedEngineServer
+	poolDir, volume string
+	// life is the context of work that goes on when its caller is gone.
+	life context.Context //nolint:containedctx // not a call's
+
+	// mu serialises Attach, Detach, Resize and the snapshot calls.
+	mu sync.Mutex
+	// current is nil while the volume is not attached. Changed under mu, read without.
+	current atomic.Pointer[served]
+	ended   bool // the supervisor is gone; guarded by mu
+}
+
+// abort ends an attached volume when the worker has lost its supervisor.
+func (w *worker) abort() error {
+	if s := w.current.Load(); s != nil {
+		_ = s.dev.Abort() // at once: a call that holds mu may take long
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ended = true
+	s := w.current.Swap(nil)
+	if s == nil {
+		return nil
+	}
+	klog.ErrorS(errSupervisorGone, "Aborting the device", "volume", w.volume, "device", s.dev.Path())
+	return errors.Join(errSupervisorGone, s.abort())
+}
+
+// attached returns the volume, or ErrNotAttached.
+func (w *worker) attached() (*served, error) {
+	if s := w.current.Load(); s != nil {
+		return s, nil
+	}
+	return nil, fmt.Errorf("%s: %w", w.volume, ErrNotAttached)
+}
+
+func (w *worker) Attach(context.Context, *api.AttachRequest) (*api.AttachResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := w.current.Load()
+	if s == nil {
+		if w.ended {
+			return nil, errSupervisorGone
+		}
+		var err error
+		if s, err = serve(w.life, w.poolDir, w.volume); err != nil {
+			return nil, err
+		}
+		w.current.Store(s)
+	}
+	return &api.AttachResponse{Device: s.dev.Path()}, nil
+}
+
+func (w *worker) Detach(context.Context, *api.DetachRequest) (*api.DetachResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if s := w.current.Load(); s != nil {
+		if err := s.endDevice(); err != nil {
+			return nil, err
+		}
+		w.current.Store(nil)
+		if err := s.close(); err != nil {
+			return nil, err
+		}
+	}
+	return &api.DetachResponse{}, nil
+}
+
+// List returns the one volume. It does not wait for other calls: the supervisor asks it whether all is well.
+func (w *worker) List(context.Context, *api.ListRequest) (*api.ListResponse, error) {
+	s := w.current.Load()
+	if s == nil {
+		return &api.ListResponse{}, nil
+	}
+	a := &api.Attachment{
+		VolumeId: w.volume, Device: s.dev.Path(), Size: s.img.Size(), WorkerPid: int32(os.Getpid()),
+	}
+	if err := s.failure(); err != nil {
+		a.Failure = err.Error()
+	}
+	return &api.ListResponse{Attachments: []*api.Attachment{a}}, nil
+}
+
+func (w *worker) Resize(_ context.Context, r *api.ResizeRequest) (*api.ResizeResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s, err := w.attached()
+	if err != nil {
+		return nil, err
+	}
+	if r.GetSize() > s.img.Size() {
+		if err := s.img.Resize(r.GetSize()); err != nil {
+			return nil, err
+		}
+	}
+	// Also when the image was large enough: an earlier call may have failed here.
+	if err := s.dev.Resize(); err != nil {
+		return nil, fmt.Errorf("resize %s: %w", s.dev.Path(), err)
+	}
+	return &api.ResizeResponse{Size: s.img.Size()}, nil
+}
+
+// CreateSnapshot sends the response's header at the instant whose state the snapshot holds.
+func (w *worker) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotRequest) (*api.CreateSnapshotResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s, err := w.attached()
+	if err != nil {
+		return nil, err
+	}
+	snapshot, err := s.img.CreateSnapshot(r.GetName(), func() { sendCut(ctx) })
+	if errors.Is(err, qcow2.ErrExists) {
+		snapshot, err = s.img.FindSnapshot(qcow2.ByName(r.GetName()))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &api.CreateSnapshotResponse{Snapshot: snapshotToAPI(snapshot)}, nil
+}
+
+func (w *worker) DeleteSnapshot(_ context.Context, r *api.DeleteSnapshotRequest) (*api.DeleteSnapshotResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s, err := w.attached()
+	if err != nil {
+		return nil, err
+	}
+	err = s.img.DeleteSnapshot(qcow2.ByName(r.GetName()))
+	if err != nil && !errors.Is(err, qcow2.ErrNotFound) {
+		return nil, err
+	}
+	return &api.DeleteSnapshotResponse{}, nil
+}
+
+func (w *worker) ListSnapshots(context.Context, *api.ListSnapshotsRequest) (*api.ListSnapshotsResponse, error) {
+	s, err := w.attached()
+	if err != nil {
+		return nil, err
+	}
+	r := &api.ListSnapshotsResponse{}
+	for _, snapshot := range s.img.Snapshots() {
+		if !IsReservedSnapshot(snapshot.Name) {
+			r.Snapshots = append(r.Snapshots, snapshotToAPI(snapshot))
+		}
+	}
+	return r, nil
+}
+
+func (w *worker) Clone(_ context.Context, r *api.CloneRequest) (*api.CloneResponse, error) {
+	c, err := w.startClone(r)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.run(r.GetTarget(), r.GetSize()); err != nil {
+		return nil, err
+	}
+	return &api.CloneResponse{}, nil
+}
+
+// startClone opens what is to be cloned. Only this waits for other calls.
+func (w *worker) startClone(r *api.CloneRequest) (*clone, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s, err := w.attached()
+	if err != nil {
+		return nil, err
+	}
+	return s.openClone(r.GetSnapshot())
+}
