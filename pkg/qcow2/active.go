@@ -135,6 +135,9 @@ func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
 	if err != nil {
 		return err
 	}
+	if t.dirty.empty() {
+		img.dirty++
+	}
 	for i, e := range es {
 		if e == old[i] {
 			continue

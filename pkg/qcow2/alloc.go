@@ -14,6 +14,7 @@ type allocator struct {
 	f            File
 	g            geometry
 	sync         func() error // of f; a failure fails the image
+	fail         func(error) error
 	switchHeader func(change func(*header)) error
 	guard        func(run) error // refuses clusters that the header says are metadata
 
@@ -33,7 +34,7 @@ const (
 	maxBatch        = 4096 // clusters
 )
 
-// newAllocator leaves sync, switchHeader and guard to the image.
+// newAllocator leaves the functions to the image.
 func newAllocator(f File, g geometry, h *header) (*allocator, error) {
 	rc, err := loadRefcounts(f, g, h)
 	if err != nil {
@@ -125,6 +126,7 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 			if err := a.growTable(k); err != nil {
 				return got, newBlocks, err
 			}
+			newBlocks = nil // the new table points at them
 			continue
 		}
 		b, err := a.rc.block(k)
@@ -216,7 +218,8 @@ func (a *allocator) link(blocks []int64) error {
 		var e [8]byte
 		binary.BigEndian.PutUint64(e[:], uint64(a.rc.table[k]))
 		if _, err := a.f.WriteAt(e[:], a.rc.tableAt.first<<a.g.clusterBits+k*8); err != nil {
-			return err
+			// Whether the table on disk has the block is unknown now.
+			return a.fail(fmt.Errorf("write refcount table entry %d: %w", k, err))
 		}
 	}
 	return a.sync()

@@ -41,6 +41,17 @@ func (img *Image) commit() error {
 	return nil
 }
 
+// relieve commits when half of the L2 cache is dirty: dirty tables cannot be dropped from it.
+func (img *Image) relieve() error {
+	img.mu.Lock()
+	full := img.dirty*2 > img.l2.limit
+	img.mu.Unlock()
+	if !full {
+		return nil
+	}
+	return img.commit()
+}
+
 // commitWork is what one commit writes.
 type commitWork struct {
 	number  uint64
@@ -62,7 +73,7 @@ func (img *Image) takeDirty() *commitWork {
 	defer img.mu.Unlock()
 	img.started++
 	w := &commitWork{number: img.started, barrier: img.barrier, freed: img.freed, l1Dirty: img.l1Dirty}
-	img.barrier, img.freed, img.l1Dirty = false, nil, nil
+	img.barrier, img.freed, img.l1Dirty, img.dirty = false, nil, nil, 0
 	for _, e := range img.l2.tables {
 		t := e.Value.(*l2Table)
 		if t.dirty.empty() {
@@ -112,6 +123,7 @@ func (img *Image) settle(w *commitWork, err error) {
 	for _, t := range w.tables {
 		if err != nil {
 			t.dirty.addAll(t.writing)
+			img.dirty++
 		}
 		t.writing = nil
 	}

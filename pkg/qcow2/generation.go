@@ -33,10 +33,14 @@ func (img *Image) newGeneration() *generation {
 	defer img.mu.Unlock()
 	img.alloc.mu.Lock()
 	defer img.alloc.mu.Unlock()
+	l1 := slices.Clone(img.l1)
+	if len(l1) == 0 {
+		l1 = make([]l1Entry, 1) // QEMU writes none for an empty disk; a table has a cluster
+	}
 	return &generation{
-		img: img, g: img.g, h: *img.hdr.Load(),
-		l1: slices.Clone(img.l1), row: slices.Clone(img.rows),
-		table: slices.Clone(img.alloc.rc.table), blocks: make(map[int64]counts), next: img.alloc.next,
+		img: img, g: img.g, h: *img.hdr.Load(), l1: l1, row: slices.Clone(img.rows),
+		table:  slices.Clone(img.alloc.rc.table),
+		blocks: make(map[int64]counts), next: img.alloc.next,
 	}
 }
 
@@ -328,6 +332,10 @@ func (n *generation) buildRefcounts() error {
 
 // abort gives back what the build has written, and returns why it ended.
 func (n *generation) abort(cause error) error {
+	cause = fmt.Errorf("%s: %w", n.img.f.Name(), cause)
+	if len(n.wrote) == 0 {
+		return cause
+	}
 	a := n.img.alloc
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -335,7 +343,7 @@ func (n *generation) abort(cause error) error {
 	if err == nil {
 		err = n.img.f.Truncate(a.length.Load())
 	}
-	return errors.Join(fmt.Errorf("%s: %w", n.img.f.Name(), cause), err)
+	return errors.Join(cause, err)
 }
 
 // adopt makes the image use what is now the live generation.

@@ -47,6 +47,7 @@ type Image struct {
 	l1        []l1Entry  // the active L1 table
 	l1Dirty   sectorSet
 	l2        *l2Cache
+	dirty     int    // tables that have changed since the last commit, at least
 	freed     runs   // no longer referenced in memory; released after the next commit (I4)
 	barrier   bool   // data and copied tables must be durable before the mapping is written
 	started   uint64 // commits
@@ -101,7 +102,7 @@ func open(f File, o OpenOptions) (*Image, error) {
 	if img.alloc, err = newAllocator(f, g, &h); err != nil {
 		return nil, err
 	}
-	img.alloc.sync, img.alloc.switchHeader, img.alloc.guard = img.sync, img.switchHeader, img.guard
+	img.alloc.sync, img.alloc.fail, img.alloc.switchHeader, img.alloc.guard = img.sync, img.fail, img.switchHeader, img.guard
 	if h.autoclear != 0 {
 		// We maintain none of these features: say so before the first write.
 		err = img.switchHeader(func(h *header) { h.autoclear = 0 })

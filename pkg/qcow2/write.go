@@ -26,7 +26,10 @@ func (img *Image) writeChunk(c chunk, p []byte) error {
 	}
 	unlock := img.lock(c, true)
 	defer unlock()
-	return img.writeMapping(c, p)
+	if err := img.writeMapping(c, p); err != nil {
+		return err
+	}
+	return img.relieve()
 }
 
 // writeInPlace writes to clusters that the active state owns: the mapping stays as it is. It does nothing if one

@@ -36,7 +36,7 @@ func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error 
 				return err
 			}
 		}
-		return nil
+		return img.relieve()
 	})
 }
 
