@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"encoding/binary"
 	"fmt"
 	"math/bits"
 )
@@ -30,68 +29,27 @@ func Create(f File, size int64, o CreateOptions) error {
 	case size < 0:
 		return fmt.Errorf("%w: size %d", ErrOutOfRange, size)
 	}
-	if n, err := f.Size(); err != nil || n != 0 {
-		return fmt.Errorf("create %s: the file is not empty (%d bytes): %w", f.Name(), n, errOr(err, ErrExists))
-	}
-	g := newGeometry(clusterBits)
-	if g.l1Entries(size) > maxL1Bytes/8 {
-		return fmt.Errorf("%w: a disk of %d bytes with clusters of %d needs more than %d MiB of L1 table; use larger clusters",
-			ErrLimit, size, o.ClusterSize, maxL1Bytes>>20)
-	}
-	b, err := emptyImage(g, size, o.Version)
-	if err != nil {
+	if err := requireEmpty(f); err != nil {
 		return err
 	}
-	if _, err := f.WriteAt(b, 0); err != nil {
-		return fmt.Errorf("create: %w", err)
+	l, err := newLayout(newGeometry(clusterBits), o.Version, size, 0, 0)
+	if err == nil {
+		err = l.writeRefcounts(f)
 	}
-	return f.Sync()
-}
-
-// emptyImage lays out header, refcount table, refcount blocks and L1 table, in that order.
-func emptyImage(g geometry, size int64, version int) ([]byte, error) {
-	l1Size := max(g.l1Entries(size), 1)
-	l1Clusters := g.clusters(l1Size * 8)
-	blocks, tableClusters := int64(1), int64(1)
-	total := func() int64 { return 1 + tableClusters + blocks + l1Clusters }
-	for blocks<<g.blockBits < total() || tableClusters<<g.clusterBits < blocks*8 {
-		blocks = g.clusters(total() * 2)
-		tableClusters = g.clusters(blocks * 8)
+	if err == nil {
+		err = l.writeHeader(f)
 	}
-	if tableClusters<<g.clusterBits > maxRefcountTableBytes {
-		return nil, fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, maxRefcountTableBytes>>20)
-	}
-
-	b := make([]byte, total()<<g.clusterBits)
-	table, block := b[g.clusterSize:], b[(1+tableClusters)<<g.clusterBits:]
-	for i := range blocks {
-		binary.BigEndian.PutUint64(table[i*8:], uint64((1+tableClusters+i)<<g.clusterBits))
-	}
-	for c := range total() {
-		counts(block).set(c, 1)
-	}
-
-	h := header{
-		version: version, clusterBits: g.clusterBits, size: size,
-		l1Size: l1Size, l1Offset: (1 + tableClusters + blocks) << g.clusterBits,
-		refTableOffset: g.clusterSize, refTableClusters: tableClusters,
-	}
-	be := binary.BigEndian
-	be.PutUint32(h.sector[0:], magic)
-	be.PutUint32(h.sector[4:], uint32(version))
-	be.PutUint32(h.sector[20:], uint32(g.clusterBits))
-	if version >= 3 {
-		be.PutUint32(h.sector[96:], 4) // refcount_order: 16 bits
-		be.PutUint32(h.sector[100:], headerLengthV3)
-	}
-	copy(b, h.encode())
-	return b, nil
-}
-
-// errOr returns err, or other if there is none.
-func errOr(err, other error) error {
 	if err != nil {
-		return err
+		return fmt.Errorf("create %s: %w", f.Name(), err)
 	}
-	return other
+	return nil
+}
+
+// requireEmpty refuses to write over anything.
+func requireEmpty(f File) error {
+	n, err := f.Size()
+	if err == nil && n != 0 {
+		err = fmt.Errorf("%s holds %d bytes: %w", f.Name(), n, ErrExists)
+	}
+	return err
 }
