@@ -8,12 +8,3 @@ import "context"
 func (img *Image) Check(ctx context.Context, progress func(done, total int64)) (CheckResult, error) {
 	panic("stub")
 }
-
-type CheckResult struct {
-	Corruptions, Leaks  int64
-	Problems            []string // the first 1000, each says what and where
-	Clusters, Allocated int64
-	ImageEnd            int64
-}
-
-func (r CheckResult) ExitStatus() int { panic("stub") }

@@ -14,7 +14,7 @@ import (
 // qemuImg runs qemu-img and returns its output; it fails the test unless the exit status is 0.
 func qemuImg(t testing.TB, args ...string) string {
 	t.Helper()
-	return runTool(t, "qemu-img", args...)
+	return qemuTool(t, "qemu-img", args...)
 }
 
 // qemuIO runs the commands on the image at path. Exit status and output tell about failure: qemu-io
@@ -25,14 +25,14 @@ func qemuIO(t testing.TB, path string, commands ...string) string {
 	for _, c := range commands {
 		args = append(args, "-c", c)
 	}
-	out := runTool(t, "qemu-io", append(args, path)...)
+	out := qemuTool(t, "qemu-io", append(args, path)...)
 	if strings.Contains(out, "failed") || strings.Contains(out, "Input/output error") {
 		t.Fatalf("qemu-io %q: %s", commands, out)
 	}
 	return out
 }
 
-func runTool(t testing.TB, name string, args ...string) string {
+func qemuTool(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
 	if err != nil {

@@ -41,9 +41,9 @@ func (r *snapshotRow) check(g geometry) error {
 	switch {
 	case r.l1Size > maxL1Bytes/8:
 		return fmt.Errorf("%w: L1 table of %d entries", ErrLimit, r.l1Size)
-	case r.l1Offset < 0 || r.l1Offset >= maxHostOffset || !g.aligned(r.l1Offset):
+	case !g.aligned(r.l1Offset) || r.l1Size > 0 && uint64(r.l1Offset) >= maxHostOffset:
 		return fmt.Errorf("%w: L1 table at offset %#x", ErrCorrupt, uint64(r.l1Offset))
-	case r.l1Offset == 0 && r.l1Size > 0:
+	case r.l1Size > 0 && r.l1Offset == 0:
 		return fmt.Errorf("%w: L1 table at offset 0, in the header", ErrCorrupt)
 	case r.diskSize < 0:
 		return fmt.Errorf("%w: disk of %d bytes", ErrCorrupt, uint64(r.diskSize))

@@ -1,0 +1,156 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+)
+
+// CheckResult is the verdict on an image's metadata.
+type CheckResult struct {
+	Corruptions int64    // contradictions that endanger data
+	Leaks       int64    // clusters that are counted as used more often than they are: lost space, no danger
+	Problems    []string // the first 1000 of both, each says what and where
+	Clusters    int64    // guest clusters that the disk has
+	Allocated   int64    // those that the active state maps to host clusters
+	ImageEnd    int64    // file offset behind the last host cluster in use
+}
+
+// maxProblems bounds CheckResult.Problems.
+const maxProblems = 1000
+
+// ExitStatus is what `qemu-img check` exits with for such an image: 0 clean, 2 corrupt, 3 leaks only.
+func (r CheckResult) ExitStatus() int {
+	switch {
+	case r.Corruptions > 0:
+		return 2
+	case r.Leaks > 0:
+		return 3
+	}
+	return 0
+}
+
+// checker recomputes from the mappings how often each host cluster is referenced and holds that against
+// the counts in the image. It needs 5 bytes of memory per host cluster in use, reads each table once
+// however many paths lead to it, and never follows a reference out of the file; so neither loops nor
+// claims of size can make it work longer than the file is.
+type checker struct {
+	ctx    context.Context
+	file   File
+	h      *header
+	g      geometry
+	length int64 // of the file, rounded up to sectors
+
+	clusters int64                   // host clusters: in the file, or the one behind it that a reference begins in
+	groups   map[int64]*clusterGroup // see check_refcounts.go
+	recent   *clusterGroup           // the group used last
+	l1       []l1Region              // L1 tables to walk, the active one first
+	l2       []l2Region              // L2 tables found in them
+	progress func(done, _ int64)     // never nil
+	result   CheckResult
+}
+
+// checkImage checks the image in f whose header is h. It only reads f, which must not change meanwhile.
+// progress, when not nil, is called with the bytes of L2 tables done and to do. An error means that the
+// image could not be checked: f cannot be read, ctx ended, or the snapshot table is beyond reading.
+func checkImage(ctx context.Context, f File, h header, progress func(done, total int64)) (CheckResult, error) {
+	size, err := f.Size()
+	if err != nil {
+		return CheckResult{}, fmt.Errorf("check %s: %w", f.Name(), err)
+	}
+	if progress == nil {
+		progress = func(_, _ int64) {}
+	}
+	c := &checker{
+		ctx: ctx, file: f, h: &h, g: newGeometry(h.clusterBits), progress: progress, groups: map[int64]*clusterGroup{},
+		length: (size + sectorSize - 1) &^ (sectorSize - 1),
+	}
+	c.clusters = c.g.clusters(c.length)
+	c.result.Clusters = c.g.clusters(h.size)
+
+	// Everything that has one owner is marked first: what is found in L1 and L2 tables afterwards must
+	// not lie in it.
+	for _, step := range []func() error{
+		c.markHeader, c.loadRefcounts, c.markSnapshotTable, c.markBitmaps, c.markL1Tables, c.walkL1Tables, c.walkL2Tables,
+	} {
+		if err := step(); err != nil {
+			return c.result, fmt.Errorf("check %s: %w", f.Name(), err)
+		}
+	}
+	c.compareRefcounts()
+	return c.result, nil
+}
+
+func (c *checker) markHeader() error {
+	c.reference(origin{use: useHeader}, 0, c.g.clusterSize, 1)
+	return nil
+}
+
+// markSnapshotTable also notes the L1 table of each snapshot.
+func (c *checker) markSnapshotTable() error {
+	c.l1 = append(c.l1, l1Region{offset: c.h.l1Offset, entries: c.h.l1Size, from: origin{use: useL1}})
+	if c.h.snapshots == 0 {
+		return nil
+	}
+	rows, size, err := scanSnapshotTable(c.file, c.h)
+	if err != nil {
+		return err
+	}
+	c.reference(origin{use: useSnapshotTable}, c.h.snapshotsOffset, size, 1)
+	for i := range rows {
+		row := &rows[i]
+		if c.h.version >= 3 && row.extraSize < 16 {
+			c.corrupt(1, "snapshot table row %d (id %q, name %q) has %d bytes of extra data, at least 16 are due",
+				i, row.id, row.name, row.extraSize)
+		}
+		if err := row.check(c.g); err != nil {
+			c.corrupt(1, "snapshot table row %d (id %q, name %q): %v", i, row.id, row.name, err)
+			continue
+		}
+		c.l1 = append(c.l1, l1Region{offset: row.l1Offset, entries: row.l1Size, from: origin{use: useSnapshotL1, table: row.l1Offset, index: int64(i)}})
+	}
+	return nil
+}
+
+// corrupt notes a corruption that n paths lead to.
+func (c *checker) corrupt(n int64, format string, args ...any) {
+	c.result.Corruptions += n
+	c.problem(format, args...)
+}
+
+// leak notes a leaked cluster.
+func (c *checker) leak(format string, args ...any) {
+	c.result.Leaks++
+	c.problem(format, args...)
+}
+
+func (c *checker) problem(format string, args ...any) {
+	if len(c.result.Problems) < maxProblems {
+		c.result.Problems = append(c.result.Problems, fmt.Sprintf(format, args...))
+	}
+}
+
+// readBytes is how much of a table is read at a time.
+const readBytes = 1 << 20
+
+// scan reads n bytes at off piece by piece and passes each piece, with its distance from off, to fn.
+// Bytes behind the end of the file are zeros.
+func (c *checker) scan(off, n int64, fn func(b []byte, at int64) error) error {
+	buf := make([]byte, min(n, max(readBytes, c.g.clusterSize)))
+	for at := int64(0); at < n; at += int64(len(buf)) {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		buf = buf[:min(int64(len(buf)), n-at)]
+		got, err := c.file.ReadAt(buf, off+at)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return fmt.Errorf("read at offset %#x: %w", off+at, err)
+		}
+		clear(buf[got:])
+		if err := fn(buf, at); err != nil {
+			return err
+		}
+	}
+	return nil
+}

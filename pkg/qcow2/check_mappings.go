@@ -1,0 +1,177 @@
+package qcow2
+
+import (
+	"cmp"
+	"encoding/binary"
+	"slices"
+)
+
+// l1Region is an L1 table on disk.
+type l1Region struct {
+	offset, entries int64
+	from            origin
+}
+
+// l2Region is an L2 table on disk and how many L1 entries, of the active table and of all, point at it.
+type l2Region struct {
+	offset        int64
+	active, times int64
+}
+
+// markL1Tables drops those that cannot be walked.
+func (c *checker) markL1Tables() error {
+	c.l1 = slices.DeleteFunc(c.l1, func(l l1Region) bool {
+		return l.entries == 0 || !c.reference(l.from, l.offset, l.entries*8, 1)
+	})
+	return nil
+}
+
+// walkL1Tables finds the L2 tables and how often each is referenced.
+func (c *checker) walkL1Tables() error {
+	isActive := func(l l1Region) bool { return l.from.use == useL1 }
+	for _, active := range []bool{true, false} {
+		for _, l1 := range c.l1 {
+			if isActive(l1) != active {
+				continue
+			}
+			err := c.scan(l1.offset, l1.entries*8, func(b []byte, at int64) error {
+				for i := 0; i < len(b); i += 8 {
+					if e := l1Entry(binary.BigEndian.Uint64(b[i:])); e != 0 {
+						c.checkL1Entry(e, origin{use: useL2, table: l1.offset, index: (at + int64(i)) / 8}, active)
+					}
+				}
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+		}
+		for i := range c.l2 {
+			k, at := c.group(c.l2[i].offset >> c.g.clusterBits)
+			c.l2[i].times = int64(k.refs[at])
+			if active {
+				c.l2[i].active = c.l2[i].times
+			}
+		}
+	}
+	return nil
+}
+
+func (c *checker) checkL1Entry(e l1Entry, from origin, active bool) {
+	if e&l1Reserved != 0 {
+		c.corrupt(1, "%s: reserved bits are set in %#x", from, uint64(e))
+	}
+	off := e.offset()
+	switch {
+	case off == 0:
+		c.corrupt(1, "%s: offset 0, in the header", from)
+		return
+	case !c.g.aligned(off):
+		c.corrupt(1, "%s: offset %#x is not aligned to a cluster", from, off)
+		return
+	case active:
+		c.checkCopied(from, off, e.copied(), 1)
+	}
+	known := false
+	if off>>c.g.clusterBits < c.clusters {
+		k, i := c.group(off >> c.g.clusterBits)
+		known = k.use[i] == useL2
+	}
+	if c.reference(from, off, c.g.clusterSize, 1) && !known {
+		c.l2 = append(c.l2, l2Region{offset: off})
+	}
+}
+
+// checkCopied holds the COPIED flag of an active entry against the stored count (I2).
+func (c *checker) checkCopied(from origin, off int64, copied bool, times int64) {
+	if stored := c.stored(off); copied != (stored == 1) {
+		c.corrupt(times, "%s: COPIED is %t, but the cluster at %#x has refcount %d", from, copied, off, stored)
+	}
+}
+
+// walkL2Tables reads tables that lie side by side in one go.
+func (c *checker) walkL2Tables() error {
+	slices.SortFunc(c.l2, func(a, b l2Region) int { return cmp.Compare(a.offset, b.offset) })
+	size := c.g.clusterSize
+	total := int64(len(c.l2)) * size
+	done := int64(0)
+	for rest := c.l2; len(rest) > 0; {
+		n := 1
+		for n < len(rest) && rest[n].offset == rest[n-1].offset+size && int64(n+1)*size <= readBytes {
+			n++
+		}
+		err := c.scan(rest[0].offset, int64(n)*size, func(b []byte, at int64) error {
+			for ; len(b) > 0; b, at = b[size:], at+size {
+				c.checkL2Table(table(b[:size]), rest[at/size])
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		rest = rest[n:]
+		done += int64(n) * size
+		c.progress(done, total)
+	}
+	return nil
+}
+
+func (c *checker) checkL2Table(t table, l2 l2Region) {
+	for i := int64(0); i < t.len(); i++ {
+		e := t.entry(i)
+		if e == 0 {
+			continue
+		}
+		from := origin{use: useData, table: l2.offset, index: i}
+		if e.kind() == kindCompressed {
+			c.checkCompressed(e, from, l2)
+			continue
+		}
+		if e&l2Reserved != 0 {
+			c.corrupt(l2.times, "%s: reserved bits are set in %#x", from, uint64(e))
+		}
+		if e&flagZero != 0 && c.h.version < 3 {
+			c.corrupt(l2.times, "%s: zero flag in %#x of a version 2 image", from, uint64(e))
+		}
+		off := e.offset()
+		switch {
+		case off == 0: // unallocated or plain zero
+		case !c.g.aligned(off):
+			c.corrupt(l2.times, "%s: offset %#x is not aligned to a cluster", from, off)
+		default:
+			n := c.dataRun(t, i)
+			c.reference(from, off, n<<c.g.clusterBits, l2.times)
+			c.result.Allocated += n * l2.active
+			for j := range n {
+				if l2.active > 0 {
+					c.checkCopied(origin{use: useData, table: l2.offset, index: i + j}, off+j<<c.g.clusterBits, t.entry(i+j).copied(), l2.active)
+				}
+			}
+			i += n - 1
+		}
+	}
+}
+
+// dataRun returns how many entries from i on, which has an aligned host cluster, map consecutive clusters. It
+// stops before one that needs a look of its own, and at the end of the file.
+func (c *checker) dataRun(t table, i int64) int64 {
+	n := int64(1)
+	for off := t.entry(i).offset(); i+n < t.len(); n++ {
+		e := t.entry(i + n)
+		if e&(flagCompressed|l2Reserved) != 0 || e.offset() != off+n<<c.g.clusterBits || e&flagZero != 0 && c.h.version < 3 ||
+			e.offset()+c.g.clusterSize > c.length {
+			break
+		}
+	}
+	return n
+}
+
+func (c *checker) checkCompressed(e l2Entry, from origin, l2 l2Region) {
+	from.use = useCompressed
+	if e.copied() {
+		c.corrupt(l2.times, "%s: COPIED is set on a compressed cluster, %#x", from, uint64(e))
+	}
+	off, n := e.compressed(c.g)
+	c.reference(from, off, n, l2.times)
+	c.result.Allocated += l2.active
+}
