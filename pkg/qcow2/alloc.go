@@ -291,7 +291,14 @@ func (a *allocator) close() error {
 	return a.sync()
 }
 
-// giveBack ends the reservation; all counts are written. Called with mu held.
+// endReservation returns what is left of the reservation and writes all counts.
+func (a *allocator) endReservation() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.giveBack()
+}
+
+// giveBack is endReservation with mu held.
 func (a *allocator) giveBack() error {
 	if err := a.releaseLocked(a.ready); err != nil {
 		return err

@@ -31,6 +31,25 @@ func (r CheckResult) ExitStatus() int {
 	return 0
 }
 
+// Check checks the image as it is on disk after a flush. Guest requests wait for it. progress, if not nil, is called
+// with the bytes of L2 tables done and to do. An error means that it could not be checked.
+func (img *Image) Check(ctx context.Context, progress func(done, total int64)) (CheckResult, error) {
+	img.gate.Lock()
+	defer img.gate.Unlock()
+	if err := img.usable(false); err != nil {
+		return CheckResult{}, err
+	}
+	if !img.readOnly {
+		if err := img.commit(); err != nil {
+			return CheckResult{}, err
+		}
+		if err := img.alloc.endReservation(); err != nil {
+			return CheckResult{}, err
+		}
+	}
+	return checkImage(ctx, img.f, *img.hdr.Load(), progress)
+}
+
 // checker recomputes from the mappings how often each host cluster is referenced and holds that against
 // the counts in the image. It needs 5 bytes of memory per host cluster in use, reads each table once
 // however many paths lead to it, and never follows a reference out of the file; so neither loops nor
