@@ -1,0 +1,156 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// copyChunk is how many bytes are read at once: one cluster at least, of any size.
+const copyChunk = 2 << 20
+
+// sparseUnit is the length, and the alignment, from which on zeros in data become a hole.
+const sparseUnit = 4096
+
+func newImageExportCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "export FILE OUT",
+		Short: "Write the disk, or a snapshot of it, as a raw file",
+		Long: `Write the active disk, or a snapshot, as the raw file OUT, which must not exist. Zeros become holes. With OUT
+"-" everything is written to standard output.`,
+		Example: `  csi-qcow2 image export disk.qcow2 disk.raw
+  csi-qcow2 image export disk.qcow2 - --snapshot before-upgrade | sha256sum`,
+		Args: takes("FILE", "OUT"),
+	}
+	snapshot := addSnapshotFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return withImage(args[0], true, func(img *qcow2.Image) error {
+			view, err := openView(img, *snapshot)
+			if err != nil {
+				return err
+			}
+			defer view.Close()
+			p := newProgress(cmd.ErrOrStderr(), "exporting "+args[0])
+			defer p.end()
+			if args[1] == "-" {
+				return exportStream(cmd.Context(), cmd.OutOrStdout(), view, p)
+			}
+			return exportFile(cmd.Context(), args[1], view, p)
+		})
+	}
+	return cmd
+}
+
+func exportStream(ctx context.Context, w io.Writer, view *qcow2.View, p *progress) error {
+	out := bufio.NewWriterSize(w, copyChunk)
+	zeros := make([]byte, copyChunk)
+	err := readView(ctx, view, p, func(data []byte, _, n int64) error {
+		if data == nil {
+			data = zeros[:n]
+		}
+		_, err := out.Write(data)
+		return err
+	})
+	return errors.Join(err, out.Flush())
+}
+
+func exportFile(ctx context.Context, path string, view *qcow2.View, p *progress) (err error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, f.Close())
+		if err != nil {
+			err = errors.Join(err, os.Remove(path))
+		}
+	}()
+	err = readView(ctx, view, p, func(data []byte, off, _ int64) error { return writeSparse(f, data, off) })
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(f.Truncate(view.Size()), f.Sync()); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// readView gives the whole content to fn, in order, in pieces of at most copyChunk bytes: data, or nil for n
+// bytes of zeros at off.
+func readView(ctx context.Context, view *qcow2.View, p *progress, fn func(data []byte, off, n int64) error) error {
+	buffer := make([]byte, copyChunk)
+	return view.Extents(0, func(e qcow2.Extent) error {
+		hole := e.Kind == qcow2.Unallocated || e.Kind == qcow2.Zero
+		for done := int64(0); done < e.Length; {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			off, n := e.Offset+done, min(e.Length-done, copyChunk)
+			var data []byte
+			if !hole {
+				data = buffer[:n]
+				if err := readFull(view, data, off); err != nil {
+					return err
+				}
+			}
+			if err := fn(data, off, n); err != nil {
+				return err
+			}
+			done += n
+			p.update(off+n, view.Size())
+		}
+		return nil
+	})
+}
+
+// readFull fills p from off on.
+func readFull(r io.ReaderAt, p []byte, off int64) error {
+	n, err := r.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("read %d bytes at %d: %w", len(p), off, err)
+}
+
+// writeSparse writes those parts of data that are not zeros; f has a hole in the place of the others.
+func writeSparse(f io.WriterAt, data []byte, off int64) error {
+	return nonZeroRuns(data, off, sparseUnit, func(run []byte, off int64) error {
+		_, err := f.WriteAt(run, off)
+		return err
+	})
+}
+
+// nonZeroRuns calls fn for each run of data that is not zeros, whole units at a time. The data is that at off,
+// a multiple of unit.
+func nonZeroRuns(data []byte, off, unit int64, fn func(run []byte, off int64) error) error {
+	length := int64(len(data))
+	for at := int64(0); at < length; {
+		end := at
+		for end < length && !isZero(data[end:min(end+unit, length)]) {
+			end = min(end+unit, length)
+		}
+		if end > at {
+			if err := fn(data[at:end], off+at); err != nil {
+				return err
+			}
+		}
+		at = end + unit
+	}
+	return nil
+}
+
+func isZero(b []byte) bool {
+	return len(b) == 0 || (b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1]))
+}

@@ -1,0 +1,101 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+func newImageImportCommand() *cobra.Command {
+	var flags createFlags
+	cmd := &cobra.Command{
+		Use:   "import RAW FILE",
+		Short: "Make an image out of a raw file or a block device",
+		Long: `Make the image FILE, which must not exist, out of a raw file or a block device. Its size is rounded up to a
+multiple of 512. Zeros take no space.`,
+		Example: `  csi-qcow2 image import disk.raw disk.qcow2`,
+		Args:    takes("RAW", "FILE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			raw, err := os.Open(args[0])
+			if err != nil {
+				return err
+			}
+			defer raw.Close()
+			size, err := rawSize(raw)
+			if err != nil {
+				return err
+			}
+			p := newProgress(cmd.ErrOrStderr(), "importing "+args[0])
+			defer p.end()
+			return flags.create(args[1], size, func(img *qcow2.Image) error {
+				return importRaw(cmd.Context(), img, raw, size, p)
+			})
+		},
+	}
+	flags.register(cmd)
+	return cmd
+}
+
+// rawSize returns the length of a regular file or a block device.
+func rawSize(f *os.File) (int64, error) {
+	stat, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if mode := stat.Mode(); !mode.IsRegular() && (mode&os.ModeDevice == 0 || mode&os.ModeCharDevice != 0) {
+		return 0, fmt.Errorf("%s is neither a regular file nor a block device", f.Name())
+	}
+	return f.Seek(0, io.SeekEnd)
+}
+
+func importRaw(ctx context.Context, img *qcow2.Image, raw *os.File, size int64, p *progress) error {
+	buffer := make([]byte, copyChunk)
+	for off := int64(0); off < size; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		data, err := nextData(raw, off, size)
+		if err != nil {
+			return err
+		}
+		if off = data / copyChunk * copyChunk; off >= size {
+			break
+		}
+		n := min(copyChunk, size-off)
+		if err := readFull(raw, buffer[:n], off); err != nil {
+			return fmt.Errorf("%s: %w", raw.Name(), err)
+		}
+		err = nonZeroRuns(buffer[:n], off, img.ClusterSize(), func(run []byte, off int64) error {
+			_, err := img.WriteAt(run, off)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		off += n
+		p.update(off, size)
+	}
+	return img.Flush()
+}
+
+// nextData returns where, from off on, the file's next data begins, or size if only a hole follows. A file
+// that does not tell is all data.
+func nextData(raw *os.File, off, size int64) (int64, error) {
+	data, err := unix.Seek(int(raw.Fd()), off, unix.SEEK_DATA)
+	switch {
+	case err == nil:
+		return data, nil
+	case errors.Is(err, unix.ENXIO):
+		return size, nil
+	case errors.Is(err, unix.EINVAL):
+		return off, nil
+	}
+	return 0, fmt.Errorf("seek in %s: %w", raw.Name(), err)
+}

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"math"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// snapshotInfo is a snapshot in JSON, with the keys of `qemu-img info --output=json` and the disk size.
+type snapshotInfo struct {
+	ID          string `json:"id"`
+	Name        string `json:"name"`
+	VMStateSize int64  `json:"vm-state-size"`
+	DateSec     int64  `json:"date-sec"`
+	DateNsec    int    `json:"date-nsec"`
+	VMClockSec  int64  `json:"vm-clock-sec"`
+	VMClockNsec int64  `json:"vm-clock-nsec"`
+	Icount      *int64 `json:"icount,omitempty"`
+	DiskSize    int64  `json:"disk-size"`
+}
+
+func describeSnapshot(s qcow2.Snapshot) snapshotInfo {
+	info := snapshotInfo{
+		ID: s.ID, Name: s.Name, VMStateSize: s.VMStateSize, DiskSize: s.DiskSize,
+		DateSec: s.Date.Unix(), DateNsec: s.Date.Nanosecond(),
+		VMClockSec: int64(s.VMClock / time.Second), VMClockNsec: int64(s.VMClock % time.Second),
+	}
+	if s.Icount <= math.MaxInt64 { // else it is not known
+		n := int64(s.Icount)
+		info.Icount = &n
+	}
+	return info
+}
+
+func snapshotTable(w io.Writer, snapshots []qcow2.Snapshot) {
+	fmt.Fprintln(w, "ID\tNAME\tTAKEN\tDISK SIZE\tVM STATE")
+	for _, s := range snapshots {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", printable(s.ID), printable(s.Name),
+			s.Date.Local().Format(time.DateTime), humanSize(s.DiskSize), humanSize(s.VMStateSize))
+	}
+}
+
+func newImageSnapshotCommand() *cobra.Command {
+	group := newGroup("snapshot", "Take, restore, delete and list the internal snapshots of an image",
+		`Take, restore, delete and list the internal snapshots of an image. Each change is one atomic switch: after
+a crash the image is as before or as after.
+
+NAME is a snapshot's name or, if no snapshot has that name, its ID.`,
+		newSnapshotListCommand(),
+		newSnapshotChange("create", "Take a snapshot of the active disk",
+			"Take a snapshot of the active disk. The name must be free.",
+			createSnapshot),
+		newSnapshotChange("goto", "Make the active disk what it was at a snapshot",
+			"Make the active disk, its size included, what it was at a snapshot. What was written since is lost; the\nsnapshots stay.",
+			gotoSnapshot),
+		newSnapshotChange("delete", "Delete a snapshot and free what only it held",
+			"Delete a snapshot and free what only it held.",
+			deleteSnapshot))
+	group.Example = `  csi-qcow2 image snapshot create disk.qcow2 before-upgrade
+  csi-qcow2 image snapshot list disk.qcow2 -o json
+  csi-qcow2 image snapshot goto disk.qcow2 before-upgrade`
+	return group
+}
+
+func createSnapshot(img *qcow2.Image, name string) error {
+	_, err := img.CreateSnapshot(name, nil)
+	return err
+}
+
+func gotoSnapshot(img *qcow2.Image, name string) error {
+	selector, err := findSnapshot(img, name)
+	if err != nil {
+		return err
+	}
+	return img.GotoSnapshot(selector)
+}
+
+func deleteSnapshot(img *qcow2.Image, name string) error {
+	selector, err := findSnapshot(img, name)
+	if err != nil {
+		return err
+	}
+	return img.DeleteSnapshot(selector)
+}
+
+func newSnapshotChange(verb, short, long string, change func(*qcow2.Image, string) error) *cobra.Command {
+	return &cobra.Command{
+		Use: verb + " FILE NAME", Short: short, Long: long,
+		Args: takes("FILE", "NAME"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			return withImage(args[0], false, func(img *qcow2.Image) error { return change(img, args[1]) })
+		},
+	}
+}
+
+func newSnapshotListCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list FILE",
+		Short: "List the snapshots of an image",
+		Args:  takes("FILE"),
+	}
+	output := addOutputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return withImage(args[0], true, func(img *qcow2.Image) error {
+			snapshots := img.Snapshots()
+			list := make([]snapshotInfo, 0, len(snapshots))
+			for _, s := range snapshots {
+				list = append(list, describeSnapshot(s))
+			}
+			return output.print(cmd.OutOrStdout(), list, func(w io.Writer) { snapshotTable(w, snapshots) })
+		})
+	}
+	return cmd
+}

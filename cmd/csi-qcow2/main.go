@@ -1,0 +1,22 @@
+// Command csi-qcow2 is a Kubernetes CSI driver whose volumes are qcow2 images and whose volume snapshots
+// are the images' internal snapshots. The one binary is the CSI plugin (node), the server of the block
+// devices (engine), the tool for pools and images on the command line, and a demonstration of it all.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// version is set by the linker.
+var version = "unknown"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	// The first signal ends the work in an orderly way, the second one ends the process.
+	context.AfterFunc(ctx, stop)
+	err := newRootCommand().ExecuteContext(ctx)
+	os.Exit(exitStatus(ctx, os.Stderr, err))
+}

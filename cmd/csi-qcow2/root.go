@@ -1,0 +1,76 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+func newRootCommand() *cobra.Command {
+	root := newGroup("csi-qcow2", "Kubernetes volumes that are qcow2 images, with internal snapshots",
+		`csi-qcow2 turns a directory of a node into Kubernetes volumes. Each volume is one qcow2 image, each
+VolumeSnapshot an internal snapshot of it.
+
+On a node run "engine", which serves the block devices, and "node", the CSI plugin, on one pool.
+For administrators there are "pool" and "image"; an image that is not attached can also be handled
+with QEMU's own tools at any time.`,
+		newEngineCommand(), newWorkerCommand(), newPoolCommand(), newImageCommand())
+	root.Version = version
+	root.SilenceErrors = true // exitStatus prints them
+	root.SetVersionTemplate("csi-qcow2 {{.Version}}\n")
+	return root
+}
+
+// newGroup returns a command that only holds others: alone it prints its help, and a subcommand that it
+// does not have is an error.
+func newGroup(use, short, long string, commands ...*cobra.Command) *cobra.Command {
+	group := &cobra.Command{
+		Use: use, Short: short, Long: long,
+		Args:         cobra.NoArgs,
+		SilenceUsage: true,
+		RunE:         func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	group.AddCommand(commands...)
+	return group
+}
+
+// takes checks that a command gets exactly the arguments that its usage line names in capitals.
+func takes(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == len(names) {
+			return nil
+		}
+		return fmt.Errorf("usage: %s %s (it was given %d arguments; see --help)",
+			cmd.CommandPath(), strings.Join(names, " "), len(args))
+	}
+}
+
+// statusError ends the program with an exit status of its own; what there is to say has been printed.
+type statusError int
+
+func (e statusError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// exitStatus prints err for people and returns the exit status that it stands for.
+func exitStatus(ctx context.Context, w io.Writer, err error) int {
+	var status statusError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &status):
+		return int(status)
+	case ctx.Err() != nil && errors.Is(err, context.Canceled):
+		fmt.Fprintln(w, "csi-qcow2: interrupted")
+		return 1
+	}
+	fmt.Fprintf(w, "csi-qcow2: %v\n", err)
+	if errors.Is(err, qcow2.ErrInUse) {
+		fmt.Fprintln(w, "Another process has the image open: QEMU or one of its tools, this tool, or the engine, for as long as the volume is attached.")
+	}
+	return 1
+}
