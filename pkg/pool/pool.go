@@ -1,13 +1,24 @@
 // Package pool keeps a node's volumes: a directory with one subdirectory per volume, which holds the
 // image and what Kubernetes knows about it. All state is in the files; nothing is cached.
+//
+//	pool.json                      version and UUID: what makes the directory a pool
+//	volumes/<id>/image.qcow2       the volume
+//	volumes/<id>/volume.json       Volume
+//	volumes/<id>/clean, frozen     Markers
+//	creating/<id>/                 as above, half made
+//	removing/<id>/                 as above, half removed
+//
+// Three locks, all of them flock(2) on a directory, so that they go with the process that holds them:
+// the pool's own directory is held for the moments in which a name is taken; a volume's, exclusively, by its Lease, or
+// by its Create while it lies in creating/, or shared by Snapshots. The pool's is taken before a volume's.
 package pool
 
 import (
-	"context"
+	"encoding/json"
 	"errors"
-	"time"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+	"fmt"
+	"io/fs"
+	"path/filepath"
 )
 
 var (
@@ -16,87 +27,111 @@ var (
 	ErrNotReady = errors.New("pool is not ready")
 	// ErrNotFound is returned for a volume that this pool does not hold.
 	ErrNotFound = errors.New("volume not found")
+	// ErrExists is returned when a volume of the name, or of the ID, exists.
+	ErrExists = errors.New("volume already exists")
 	// ErrInUse is returned when another process, or another goroutine, holds the volume.
 	ErrInUse = errors.New("volume is in use")
 	// ErrBadID is returned for an ID that this driver cannot have made.
 	ErrBadID = errors.New("malformed volume ID")
 )
 
-// Volume is what volume.json holds.
-type Volume struct {
-	ID         string            `json:"id"`
-	Name       string            `json:"name"` // CSI name, as the provisioner gave it
-	Size       int64             `json:"size"` // virtual bytes at creation; the image's own size is the truth
-	Parameters map[string]string `json:"parameters,omitempty"`
-	Created    time.Time         `json:"created"`
-	Source     string            `json:"source,omitempty"` // "snapshot:<snapshot ID>" or "volume:<volume ID>" or ""
-	// Tombstone: the volume was deleted while it had snapshots. It is not listed and not attachable.
-	Tombstone bool `json:"tombstone,omitempty"`
+// Names in a pool's directory.
+const (
+	identityFile = "pool.json"
+	volumesDir   = "volumes"
+	creatingDir  = "creating"
+	removingDir  = "removing"
+)
+
+// identity is what pool.json holds.
+type identity struct {
+	Version int    `json:"version"`
+	UUID    string `json:"uuid"`
 }
 
-// Init makes dir a pool. A pool is left as it is.
-func Init(dir string) error { panic("stub") }
+const (
+	identityVersion = 1
+	identityLimit   = 4 << 10 // bytes of pool.json
+)
 
-// Pool is an opened pool directory.
-type Pool struct{}
+// Pool is an opened pool directory. It is safe for concurrent use, and holds nothing open.
+type Pool struct {
+	path string
+	uuid string
+}
 
 // Open reads pool.json. ErrNotReady if there is none.
-func Open(dir string) (*Pool, error) { panic("stub") }
+func Open(path string) (*Pool, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	root, id, err := enter(path)
+	if err != nil {
+		return nil, err
+	}
+	return &Pool{path: path, uuid: id.UUID}, root.Close()
+}
 
 // Ready tells whether the directory still is the pool that was opened: nil or ErrNotReady.
-func (p *Pool) Ready() error { panic("stub") }
-func (p *Pool) Dir() string  { panic("stub") }
-func (p *Pool) UUID() string { panic("stub") }
-
-// NewID makes an ID: <name, safe, at most 40>-<8 of the pool's UUID>-<8 random>.
-func (p *Pool) NewID(name string) string { panic("stub") }
-
-// ValidID tells whether an ID is well-formed (it is then safe as a path element).
-func ValidID(id string) bool { panic("stub") }
-
-// Owns tells whether a well-formed ID was made by this pool.
-func (p *Pool) Owns(id string) bool { panic("stub") }
-
-// Volumes returns all volumes, tombstones too, sorted by ID. A volume whose volume.json cannot be read is
-// left out and reported in the joined error, which does not stop the others.
-func (p *Pool) Volumes() ([]Volume, error) { panic("stub") }
-
-// Volume returns one, tombstones too. ErrNotFound, ErrBadID.
-func (p *Pool) Volume(id string) (Volume, error) { panic("stub") }
-
-// FindByName returns the volume of a CSI name, tombstones left out. ErrNotFound.
-func (p *Pool) FindByName(name string) (Volume, error) { panic("stub") }
-
-// ImagePath is where a volume's image lies.
-func (p *Pool) ImagePath(id string) string { panic("stub") }
-
-// Create makes a volume that becomes visible, whole, when fill has returned nil: fill writes the image at
-// path, which does not exist yet. What an interrupted Create left is removed by Clean.
-func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Context, path string) error) error {
-	panic("stub")
+func (p *Pool) Ready() error {
+	root, err := p.enter()
+	if err != nil {
+		return err
+	}
+	return root.Close()
 }
 
-// Clean removes what interrupted Creates and removals left. Call it once, before the first Create.
-func (p *Pool) Clean() error { panic("stub") }
+// Dir returns the pool's directory, an absolute path.
+func (p *Pool) Dir() string { return p.path }
 
-// Lock takes a volume for this caller alone, across processes (the engine's worker holds it while the
-// volume is attached). ErrInUse at once if somebody has it.
-func (p *Pool) Lock(id string) (*Lease, error) { panic("stub") }
+// UUID returns what identifies the pool, in the usual form.
+func (p *Pool) UUID() string { return p.uuid }
 
-// Lease is the right to open and change one volume.
-type Lease struct{}
-
-func (l *Lease) Volume() Volume                           { panic("stub") }
-func (l *Lease) Open(readOnly bool) (*qcow2.Image, error) { panic("stub") } // caller closes it before Unlock
-func (l *Lease) Update(change func(*Volume)) error        { panic("stub") } // rewrites volume.json durably
-func (l *Lease) Remove() error                            { panic("stub") } // the whole volume; Unlock after
-func (l *Lease) Unlock() error                            { panic("stub") }
-
-// Space is what the pool's file system offers.
-type Space struct {
-	Total, Free int64 // bytes, of the file system, for this user
-	Used        int64 // bytes that the pool's volumes occupy
-	Promised    int64 // bytes that volumes may still come to occupy: sizes less what is allocated
+// enter opens the pool's directory for one operation. ErrNotReady if it is not the pool any more.
+func (p *Pool) enter() (dir, error) {
+	root, id, err := enter(p.path)
+	if err != nil {
+		return dir{}, err
+	}
+	if id.UUID != p.uuid {
+		return dir{}, errors.Join(fmt.Errorf("%w: %s is pool %s now, it was %s", ErrNotReady, p.path, id.UUID, p.uuid), root.Close())
+	}
+	return root, nil
 }
 
-func (p *Pool) Space() (Space, error) { panic("stub") }
+// enter opens a directory that is a whole pool.
+func enter(path string) (dir, identity, error) {
+	root, err := openDir(path)
+	if err != nil {
+		return dir{}, identity{}, fmt.Errorf("%w: %w", ErrNotReady, err)
+	}
+	id, err := readIdentity(root)
+	for _, sub := range []string{volumesDir, creatingDir, removingDir} {
+		if err == nil {
+			err = root.expect(sub, fs.ModeDir)
+		}
+	}
+	if err != nil {
+		return dir{}, identity{}, errors.Join(fmt.Errorf("%w: %s: %w", ErrNotReady, path, err), root.Close())
+	}
+	return root, id, nil
+}
+
+func readIdentity(root dir) (identity, error) {
+	var id identity
+	data, err := root.readFile(identityFile, identityLimit)
+	if err != nil {
+		return id, err
+	}
+	if err := json.Unmarshal(data, &id); err != nil {
+		return id, fmt.Errorf("%s: %w", identityFile, err)
+	}
+	switch {
+	case id.Version != identityVersion:
+		return id, fmt.Errorf("%s: version %d, this program knows %d", identityFile, id.Version, identityVersion)
+	case !validUUID(id.UUID):
+		return id, fmt.Errorf("%s: malformed UUID %q", identityFile, id.UUID)
+	}
+	return id, nil
+}

@@ -1,0 +1,71 @@
+package pool
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+)
+
+// Clean removes what interrupted Creates and removals left, and nothing that another process is at work on.
+// Call it when a process starts. What it cannot remove is in the joined error, and does not stop the rest.
+func (p *Pool) Clean() error {
+	root, err := p.enter()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	var failures []error
+	for _, part := range []string{creatingDir, removingDir} {
+		failures = append(failures, cleanPart(root, part))
+	}
+	return errors.Join(failures...)
+}
+
+func cleanPart(root dir, part string) error {
+	d, err := root.sub(part)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	names, err := d.names()
+	if err != nil {
+		return err
+	}
+	var failures []error
+	for _, id := range names {
+		if !ValidID(id) {
+			continue // not ours
+		}
+		if err := cleanOne(root, d, id); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			failures = append(failures, fmt.Errorf("clean %s/%s: %w", part, id, err))
+		}
+	}
+	return errors.Join(append(failures, d.sync())...)
+}
+
+// cleanOne removes a directory unless it is locked.
+func cleanOne(root, part dir, id string) error {
+	lock, err := lockAbandoned(root, part, id)
+	if errors.Is(err, ErrInUse) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(part.RemoveAll(id), lock.release())
+}
+
+// lockAbandoned locks a directory under the pool's lock: a Create has its own by the time it gives up that one.
+func lockAbandoned(root, part dir, id string) (dirLock, error) {
+	poolLock, err := lockDir(root, exclusive)
+	if err != nil {
+		return dirLock{}, err
+	}
+	defer poolLock.release()
+	d, err := part.sub(id)
+	if err != nil {
+		return dirLock{}, err
+	}
+	defer d.Close()
+	return lockDir(d, tryExclusive)
+}

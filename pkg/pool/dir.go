@@ -1,0 +1,169 @@
+package pool
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// dir is an open directory of the pool. All that is read and written goes through one, so an
+// operation that has found its pool cannot end up in the empty directory below when the disk is unmounted
+// meanwhile. No symbolic link in it is followed.
+type dir struct{ *os.Root }
+
+func openDir(path string) (dir, error) {
+	root, err := os.OpenRoot(path)
+	return dir{root}, err
+}
+
+// sub opens a directory in d. fs.ErrNotExist if there is none.
+func (d dir) sub(name string) (dir, error) {
+	if err := d.expect(name, fs.ModeDir); err != nil {
+		return dir{}, err
+	}
+	root, err := d.OpenRoot(name)
+	return dir{root}, err
+}
+
+// expect returns an error unless name is of the type: fs.ModeDir or, a regular file, 0.
+func (d dir) expect(name string, want fs.FileMode) error {
+	st, err := d.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if st.Mode().Type() != want {
+		return fmt.Errorf("%s/%s has the file type %v, expected %v", d.Name(), name, st.Mode().Type(), want)
+	}
+	return nil
+}
+
+// names returns what is in the directory, sorted.
+func (d dir) names() ([]string, error) {
+	entries, err := fs.ReadDir(d.FS(), ".")
+	names := make([]string, 0, len(entries))
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, err
+}
+
+// readFile returns the content of a regular file of at most limit bytes.
+func (d dir) readFile(name string, limit int64) ([]byte, error) {
+	for {
+		data, current, err := d.readOnce(name, limit)
+		if err != nil || current {
+			return data, err
+		}
+	}
+}
+
+// readOnce also tells whether the file that was read still is the one of that name: one that
+// has been replaced is overwritten by the next replacement.
+func (d dir) readOnce(name string, limit int64) (data []byte, current bool, err error) {
+	if err := d.expect(name, 0); err != nil {
+		return nil, false, err
+	}
+	f, err := d.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, false, err
+	}
+	defer f.Close()
+	data, err = io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, false, err
+	}
+	if int64(len(data)) > limit {
+		return nil, false, fmt.Errorf("%s has more than %d bytes", f.Name(), limit)
+	}
+	opened, err := f.Stat()
+	if err != nil {
+		return nil, false, err
+	}
+	now, err := d.Lstat(name)
+	if err != nil {
+		return nil, false, err
+	}
+	return data, os.SameFile(opened, now), nil
+}
+
+// replaceFile gives a file its content, durably: after a crash it has the old or the new one.
+//
+// The old file stays as a spare, and the next replacement writes into its blocks: once a file has been
+// replaced, replacing it takes no space. A volume must become a tombstone on a full file system too.
+func (d dir) replaceFile(name string, data []byte) error {
+	spare := name + ".spare"
+	if err := d.overwrite(spare, data); err != nil {
+		return err
+	}
+	if err := d.exchange(spare, name); err != nil {
+		return err
+	}
+	return d.sync()
+}
+
+func (d dir) overwrite(name string, data []byte) error {
+	if err := d.expect(name, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := d.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(data, 0) // not truncated before: that would give the blocks away
+	if err == nil {
+		err = f.Truncate(int64(len(data)))
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// exchange swaps two names; where b does not exist, or the file system cannot swap, a becomes b.
+func (d dir) exchange(a, b string) error {
+	err := d.control(func(fd int) error { return unix.Renameat2(fd, a, fd, b, unix.RENAME_EXCHANGE) })
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS):
+		return d.Rename(a, b)
+	case err != nil:
+		return &os.LinkError{Op: "exchange", Old: d.Name() + "/" + a, New: b, Err: err}
+	}
+	return nil
+}
+
+// sync makes the names in the directory durable.
+func (d dir) sync() error {
+	if err := d.control(unix.Fsync); err != nil {
+		return &fs.PathError{Op: "fsync", Path: d.Name(), Err: err}
+	}
+	return nil
+}
+
+// control runs a system call on the directory's descriptor.
+func (d dir) control(call func(fd int) error) error {
+	f, err := d.Open(".")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return control(f, call)
+}
+
+// control runs a system call on a descriptor until no signal interrupts it.
+func control(f *os.File, call func(fd int) error) error {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var callErr error
+	err = conn.Control(func(fd uintptr) {
+		for callErr = unix.EINTR; errors.Is(callErr, unix.EINTR); {
+			callErr = call(int(fd))
+		}
+	})
+	return errors.Join(err, callErr)
+}

@@ -1,0 +1,92 @@
+package pool
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+)
+
+// unfinishedFile is in a directory that Init is making a pool of, and becomes pool.json.
+const unfinishedFile = identityFile + ".unfinished"
+
+// Init makes path a pool: a directory that does not exist yet, or is empty but for lost+found. A pool is left as it is.
+// Anything else is refused: a directory with volumes and no pool.json is a damaged pool, not a new one.
+func Init(path string) error {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return err
+	}
+	root, err := openDir(path)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	lock, err := lockDir(root, exclusive) // against another Init
+	if err != nil {
+		return err
+	}
+	defer lock.release()
+
+	if _, err := root.Lstat(identityFile); !errors.Is(err, fs.ErrNotExist) {
+		return checkPool(path, err)
+	}
+	if err := refuseForeign(root); err != nil {
+		return err
+	}
+	return initialise(root)
+}
+
+// checkPool tells whether what has a pool.json is a pool.
+func checkPool(path string, lstatErr error) error {
+	if lstatErr != nil {
+		return lstatErr
+	}
+	root, _, err := enter(path)
+	if err != nil {
+		return err
+	}
+	return root.Close()
+}
+
+// refuseForeign returns an error if the directory holds more than what an interrupted Init leaves.
+func refuseForeign(root dir) error {
+	names, err := root.names()
+	if err != nil {
+		return err
+	}
+	ours := []string{"lost+found"}
+	if slices.Contains(names, unfinishedFile) {
+		ours = append(ours, unfinishedFile, volumesDir, creatingDir, removingDir)
+	}
+	for _, name := range names {
+		if !slices.Contains(ours, name) {
+			return fmt.Errorf("%s is not empty (%s) and holds no %s: refusing to make it a pool", root.Name(), name, identityFile)
+		}
+	}
+	return nil
+}
+
+// initialise creates everything before pool.json: with it, the pool is whole.
+func initialise(root dir) error {
+	data, err := json.Marshal(identity{Version: identityVersion, UUID: newUUID()})
+	if err != nil {
+		return err
+	}
+	if err := root.overwrite(unfinishedFile, append(data, '\n')); err != nil {
+		return err
+	}
+	for _, sub := range []string{volumesDir, creatingDir, removingDir} {
+		if err := root.Mkdir(sub, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	if err := root.sync(); err != nil {
+		return err
+	}
+	if err := root.Rename(unfinishedFile, identityFile); err != nil {
+		return err
+	}
+	return root.sync()
+}

@@ -1,0 +1,170 @@
+package pool
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"sync"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// Lock takes a volume for this caller alone, across processes (the engine's worker holds it while the
+// volume is attached). ErrInUse at once if somebody has it, ErrNotFound, ErrBadID. The lock goes with the process.
+func (p *Pool) Lock(id string) (*Lease, error) {
+	return p.lease(id, tryExclusive)
+}
+
+// Snapshots returns the snapshots of a volume that is not attached. ErrInUse when somebody has it.
+// Several callers can read at once, and a Lock waits for them.
+func (p *Pool) Snapshots(id string) ([]qcow2.Snapshot, error) {
+	l, err := p.lease(id, tryShared)
+	if err != nil {
+		return nil, err
+	}
+	defer l.Unlock()
+	img, err := l.Open(true)
+	if err != nil {
+		return nil, err
+	}
+	return img.Snapshots(), img.Close()
+}
+
+func (p *Pool) lease(id string, mode lockMode) (*Lease, error) {
+	d, err := p.openVolume(id)
+	if err != nil {
+		return nil, err
+	}
+	lock, err := lockDir(d, mode)
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	l := &Lease{pool: p, dir: d, lock: lock}
+	if err := l.verify(id); err != nil {
+		return nil, errors.Join(err, l.Unlock())
+	}
+	return l, nil
+}
+
+// Lease is the right to open and change one volume. It is safe for concurrent use.
+type Lease struct {
+	pool *Pool
+	dir  dir
+	lock dirLock
+
+	mu     sync.Mutex // guards what follows, and the order of Updates
+	volume Volume
+}
+
+// verify reads the volume, having made sure that what is locked is still the volume: it may have been
+// removed just before it was locked.
+func (l *Lease) verify(id string) error {
+	now, err := l.pool.openVolume(id)
+	if err != nil {
+		return err
+	}
+	defer now.Close()
+	path, err := now.Stat(".")
+	if err != nil {
+		return err
+	}
+	locked, err := l.lock.f.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(path, locked) {
+		return fmt.Errorf("%w: %s was replaced", ErrNotFound, id)
+	}
+	l.volume, err = readVolume(l.dir, id)
+	return err
+}
+
+// Volume returns what volume.json holds.
+func (l *Lease) Volume() Volume {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return clone(l.volume)
+}
+
+func clone(v Volume) Volume {
+	v.Parameters = maps.Clone(v.Parameters)
+	return v
+}
+
+// Open opens the image. The caller closes it before Unlock. ErrInUse if one of QEMU's programs has it.
+func (l *Lease) Open(readOnly bool) (*qcow2.Image, error) {
+	f, err := l.openFile(readOnly)
+	if err != nil {
+		return nil, err
+	}
+	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly})
+}
+
+func (l *Lease) openFile(readOnly bool) (qcow2.File, error) {
+	if err := l.dir.expect(imageFile, 0); err != nil {
+		return nil, err
+	}
+	f, err := qcow2.OpenFile(l.pool.ImagePath(l.volume.ID), readOnly)
+	if errors.Is(err, qcow2.ErrInUse) {
+		return nil, fmt.Errorf("%w: %w", ErrInUse, err)
+	}
+	return f, err
+}
+
+// Update rewrites volume.json durably, with what change has made of it. ID and name stay. It takes no
+// space on the file system unless the volume's data becomes much longer.
+func (l *Lease) Update(change func(*Volume)) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	v := clone(l.volume)
+	change(&v)
+	v.ID, v.Name = l.volume.ID, l.volume.Name
+	if err := writeVolume(l.dir, v); err != nil {
+		return fmt.Errorf("update volume %s: %w", v.ID, err)
+	}
+	l.volume = clone(v)
+	return nil
+}
+
+// Remove removes the whole volume; Unlock after. ErrInUse while its image is open, here or in QEMU. Once the
+// volume is out of sight it is gone, also if an error says that its space is not: Clean goes on then.
+func (l *Lease) Remove() error {
+	id := l.volume.ID
+	root, err := l.pool.enter()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if err := l.hide(root); err != nil {
+		return fmt.Errorf("remove volume %s: %w", id, err)
+	}
+	if err := errors.Join(root.RemoveAll(removingDir+"/"+id), syncSub(root, removingDir)); err != nil {
+		return fmt.Errorf("remove volume %s: %w", id, err)
+	}
+	return nil
+}
+
+// hide moves the volume out of sight, durably.
+func (l *Lease) hide(root dir) error {
+	f, err := l.openFile(false) // nobody must be using it
+	if err == nil {
+		defer f.Close()
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	from, to := volumesDir+"/"+l.volume.ID, removingDir+"/"+l.volume.ID
+	if err := root.RemoveAll(to); err != nil {
+		return err
+	}
+	if err := root.Rename(from, to); err != nil {
+		return err
+	}
+	return errors.Join(syncSub(root, volumesDir), syncSub(root, removingDir))
+}
+
+// Unlock gives the volume back.
+func (l *Lease) Unlock() error {
+	return errors.Join(l.lock.release(), l.dir.Close())
+}
