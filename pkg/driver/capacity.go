@@ -1,0 +1,150 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"sync"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+)
+
+const (
+	// DefaultReserve is what is kept free of the pool's file system, in bytes.
+	DefaultReserve = 1 << 30
+	// DefaultOvercommit promises no more than there is: a pod whose pool is full gets I/O errors.
+	DefaultOvercommit = 1.0
+
+	defaultVolumeSize = 1 << 30
+	// sizeUnit is the largest logical block of a disk: sizes are its multiples.
+	sizeUnit      = 4096
+	minVolumeSize = 1 << 20
+	minXFSSize    = 300 << 20 // mkfs.xfs refuses less
+	maxVolumeSize = 64 << 40
+
+	// maxL1Entries is the format's limit of 32 MiB.
+	maxL1Entries = 32 << 20 / 8
+)
+
+// sizeRange is what a volume's size may be, in bytes.
+type sizeRange struct {
+	required, limit int64 // 0: not given
+}
+
+func newSizeRange(r *csi.CapacityRange) (sizeRange, error) {
+	s := sizeRange{required: r.GetRequiredBytes(), limit: r.GetLimitBytes()}
+	switch {
+	case s.required < 0 || s.limit < 0:
+		return s, invalid("capacity range %d to %d is negative", s.required, s.limit)
+	case s.limit > 0 && s.required > s.limit:
+		return s, invalid("capacity range: %d bytes are required, the limit is %d", s.required, s.limit)
+	}
+	return s, nil
+}
+
+func (s sizeRange) contains(size int64) bool {
+	return size >= s.required && (s.limit == 0 || size <= s.limit)
+}
+
+// choose returns the smallest size that holds what is required, at least least, at most most, in whole
+// units; without a requirement preferred, or what the limit allows of it. errOutOfRange if there is none.
+func (s sizeRange) choose(preferred, least, most int64) (int64, error) {
+	size := s.required
+	if size == 0 {
+		size = preferred
+		if s.limit > 0 {
+			size = min(size, s.limit&^(sizeUnit-1))
+		}
+	}
+	size = max(size, least)
+	if size > most {
+		return 0, fmt.Errorf("%w: %d bytes, a volume can have at most %d", errOutOfRange, size, most)
+	}
+	size = roundUp(size)
+	if !s.contains(size) {
+		return 0, fmt.Errorf("%w: the limit is %d bytes, the smallest possible size %d", errOutOfRange, s.limit, size)
+	}
+	return size, nil
+}
+
+func roundUp(size int64) int64 { return (size + sizeUnit - 1) &^ (sizeUnit - 1) }
+
+// maxSize is the largest disk that an image with this cluster size can hold, in bytes.
+func maxSize(clusterSize int64) int64 {
+	return min(maxVolumeSize, maxL1Entries*clusterSize*clusterSize/8)
+}
+
+// capacity decides what still fits in the pool.
+type capacity struct {
+	reserve    int64
+	overcommit float64
+
+	mu      sync.Mutex
+	pending int64 // bytes promised to volumes that are being made, guarded by mu
+}
+
+// available returns how many bytes can be promised to new volumes.
+func (c *capacity) available(p *pool.Pool) (int64, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.availableLocked(p)
+}
+
+// availableLocked: (free − reserve) × the overcommit ratio − what is promised and not yet written.
+func (c *capacity) availableLocked(p *pool.Pool) (int64, error) {
+	space, err := p.Space()
+	if err != nil {
+		return 0, fmt.Errorf("space of the pool: %w", err)
+	}
+	usable := float64(max(space.Free-c.reserve, 0)) * c.overcommit
+	left := int64(min(usable, math.MaxInt64/2)) - space.Promised - c.pending
+	return max(left, 0) &^ (sizeUnit - 1), nil
+}
+
+// promise takes n bytes out of what is available until done is called, when the volume that they are for
+// counts itself. errExhausted if they do not fit.
+func (c *capacity) promise(p *pool.Pool, n int64) (done func(), err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	left, err := c.availableLocked(p)
+	if err != nil {
+		return nil, err
+	}
+	if n > left {
+		return nil, fmt.Errorf("%w: %d bytes do not fit in the pool, which can promise %d more", errExhausted, n, left)
+	}
+	c.pending += n
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.pending -= n
+	}, nil
+}
+
+// GetCapacity says what a CreateVolume now would be granted.
+func (c *controller) GetCapacity(_ context.Context, req *csi.GetCapacityRequest) (*csi.GetCapacityResponse, error) {
+	params, err := parseVolumeParameters(req.GetParameters())
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	left := int64(0)
+	unusable := len(req.GetVolumeCapabilities()) > 0 && checkCapabilities(req.GetVolumeCapabilities()) != nil
+	if !unusable && c.accessible(req.GetAccessibleTopology()) {
+		if left, err = c.capacity.available(p); err != nil {
+			return nil, err
+		}
+	}
+	return &csi.GetCapacityResponse{
+		AvailableCapacity: left,
+		// The scheduler looks at this instead of the capacity where it is set.
+		MaximumVolumeSize: wrapperspb.Int64(min(left, maxSize(params.clusterSizeOrDefault()))),
+		MinimumVolumeSize: wrapperspb.Int64(minVolumeSize),
+	}, nil
+}

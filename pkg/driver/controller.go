@@ -1,0 +1,280 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+type controller struct {
+	csi.UnimplementedControllerServer
+	*Driver
+}
+
+func (c *controller) ControllerGetCapabilities(
+	context.Context, *csi.ControllerGetCapabilitiesRequest,
+) (*csi.ControllerGetCapabilitiesResponse, error) {
+	resp := &csi.ControllerGetCapabilitiesResponse{}
+	for _, capability := range []csi.ControllerServiceCapability_RPC_Type{
+		csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,
+		csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
+		csi.ControllerServiceCapability_RPC_GET_VOLUME,
+		csi.ControllerServiceCapability_RPC_GET_CAPACITY,
+		csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
+		csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+		csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+		csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
+		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	} {
+		resp.Capabilities = append(resp.Capabilities, &csi.ControllerServiceCapability{
+			Type: &csi.ControllerServiceCapability_Rpc{Rpc: &csi.ControllerServiceCapability_RPC{Type: capability}},
+		})
+	}
+	return resp, nil
+}
+
+// CreateVolume makes a volume, or returns the one of that name.
+func (c *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
+	request, err := newVolumeRequest(req)
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.checkTopology(req.GetAccessibilityRequirements()); err != nil {
+		return nil, err
+	}
+	v, err := c.creating.join(ctx, request, func(ctx context.Context) (pool.Volume, error) {
+		return c.createVolume(ctx, p, request)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &csi.CreateVolumeResponse{Volume: c.volumeMessage(v, v.Size)}, nil
+}
+
+// DeleteVolume removes a volume. Its snapshots outlive it: as long as there is one, the volume stays as a
+// tombstone.
+func (c *controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
+	id := req.GetVolumeId()
+	if err := required("volume_id", id); err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := ownVolume(p, id); isNotFound(err) {
+		return &csi.DeleteVolumeResponse{}, nil // also an ID that no driver of ours has made
+	} else if err != nil {
+		return nil, err
+	}
+	release, err := c.holdUnstaged(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if err := c.images.change(ctx, p, id, deleteVolume); err != nil && !errors.Is(err, pool.ErrNotFound) {
+		return nil, err
+	}
+	return &csi.DeleteVolumeResponse{}, nil
+}
+
+// holdUnstaged keeps other operations off a volume that is not in use on this node. errPrecondition if it is.
+func (c *controller) holdUnstaged(ctx context.Context, id string) (release func(), err error) {
+	releaseVolume, err := c.busy.acquire("volume " + id)
+	if err != nil {
+		return nil, err
+	}
+	releaseNode, err := c.busy.acquire("node volume " + id)
+	if err != nil {
+		releaseVolume()
+		return nil, err
+	}
+	release = func() { releaseNode(); releaseVolume() }
+	attached, err := c.attachments(ctx)
+	if err == nil {
+		if a, ok := attached[id]; ok {
+			err = fmt.Errorf("%w: volume %s is in use as %s", errPrecondition, id, a.Device)
+		}
+	}
+	if err != nil {
+		release()
+		return nil, err
+	}
+	return release, nil
+}
+
+// deleteVolume removes a volume, or makes it a tombstone. The mark comes first: from then on nobody uses the
+// content that is dropped, and a repeated delete finishes the work.
+func deleteVolume(lease *pool.Lease) error {
+	keep := false
+	err := changeImage(lease, func(image *qcow2.Image) error {
+		if keep = len(listed(image.Snapshots())) > 0; !keep {
+			return nil
+		}
+		if err := lease.Update(func(v *pool.Volume) { v.Tombstone = true }); err != nil {
+			return fmt.Errorf("mark volume %s as deleted: %w", lease.Volume().ID, err)
+		}
+		return image.DropActive()
+	})
+	if err != nil || keep {
+		return err
+	}
+	return lease.Remove()
+}
+
+// ValidateVolumeCapabilities confirms what CreateVolume would have taken for this volume.
+func (c *controller) ValidateVolumeCapabilities(
+	_ context.Context, req *csi.ValidateVolumeCapabilitiesRequest,
+) (*csi.ValidateVolumeCapabilitiesResponse, error) {
+	if err := required("volume_id", req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	if len(req.GetVolumeCapabilities()) == 0 {
+		return nil, invalid("volume_capabilities are missing")
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	v, err := liveVolume(p, req.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	if err := validate(v, req); err != nil {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
+	}
+	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
+		VolumeContext:      req.GetVolumeContext(),
+		VolumeCapabilities: req.GetVolumeCapabilities(),
+		Parameters:         req.GetParameters(),
+	}}, nil
+}
+
+func validate(v pool.Volume, req *csi.ValidateVolumeCapabilitiesRequest) error {
+	params, err := parseVolumeParameters(req.GetParameters())
+	switch {
+	case err != nil:
+		return err
+	case !params.match(v):
+		return invalid("the volume has the parameters %v", v.Parameters)
+	case len(req.GetMutableParameters()) > 0:
+		return invalid("there are no mutable parameters")
+	case len(req.GetVolumeContext()) > 0:
+		return invalid("the volume has no volume context")
+	}
+	return checkCapabilities(req.GetVolumeCapabilities())
+}
+
+func (c *controller) ControllerGetVolume(
+	ctx context.Context, req *csi.ControllerGetVolumeRequest,
+) (*csi.ControllerGetVolumeResponse, error) {
+	if err := required("volume_id", req.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	v, err := liveVolume(p, req.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	size, err := c.volumeSize(ctx, p, v.ID)
+	if err != nil {
+		return nil, err
+	}
+	return &csi.ControllerGetVolumeResponse{
+		Volume: c.volumeMessage(v, size),
+		Status: &csi.ControllerGetVolumeResponse_VolumeStatus{},
+	}, nil
+}
+
+const volumeTokens = "volume"
+
+// ListVolumes returns the volumes in the order of their IDs, tombstones left out.
+func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
+	page, err := newPage(volumeTokens, req.GetMaxEntries(), req.GetStartingToken())
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	volumes, err := c.volumes(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	resp := &csi.ListVolumesResponse{}
+	last := ""
+	for _, v := range volumes {
+		if v.Tombstone || v.ID <= page.after {
+			continue
+		}
+		if page.full(len(resp.GetEntries())) {
+			resp.NextToken = token(volumeTokens, last)
+			break
+		}
+		size, err := c.volumeSize(ctx, p, v.ID)
+		if err != nil { // one that is busy, or broken, hides no other
+			klog.FromContext(ctx).V(4).Info("Volume is listed with its first size", "volume", v.ID, "err", err)
+			size = v.Size
+		}
+		resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{
+			Volume: c.volumeMessage(v, size),
+			Status: &csi.ListVolumesResponse_VolumeStatus{},
+		})
+		last = v.ID
+	}
+	return resp, nil
+}
+
+// volumes returns the pool's volumes sorted by ID, tombstones too. Those whose description is broken
+// are only logged.
+func (c *controller) volumes(ctx context.Context, p *pool.Pool) ([]pool.Volume, error) {
+	volumes, err := p.Volumes()
+	if errors.Is(err, pool.ErrNotReady) {
+		return nil, err
+	}
+	if err != nil {
+		klog.FromContext(ctx).Error(err, "Volumes are left out")
+	}
+	return volumes, nil
+}
+
+// volumeSize returns a volume's size now, in bytes: it may have been expanded.
+func (d *Driver) volumeSize(ctx context.Context, p *pool.Pool, id string) (size int64, err error) {
+	err = wherever(func() error {
+		size, err = d.attachedSize(ctx, id)
+		return err
+	}, func() error {
+		return d.images.read(ctx, p, id, func(image *qcow2.Image) error {
+			size = image.Size()
+			return nil
+		})
+	})
+	return size, err
+}
+
+func (c *controller) volumeMessage(v pool.Volume, size int64) *csi.Volume {
+	return &csi.Volume{
+		VolumeId:           v.ID,
+		CapacityBytes:      size,
+		ContentSource:      contentSourceMessage(v.Source),
+		AccessibleTopology: []*csi.Topology{c.topology()},
+	}
+}
+
+func isNotFound(err error) bool {
+	return errors.Is(err, errNotFound) || errors.Is(err, pool.ErrNotFound) || errors.Is(err, qcow2.ErrNotFound)
+}

@@ -1,0 +1,260 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// CreateSnapshot takes an internal snapshot whose name in the image is the CSI name, or returns the
+// one that exists.
+func (c *controller) CreateSnapshot(
+	ctx context.Context, req *csi.CreateSnapshotRequest,
+) (*csi.CreateSnapshotResponse, error) {
+	name, id := req.GetName(), req.GetSourceVolumeId()
+	if err := errors.Join(required("source_volume_id", id), checkSnapshotName(name)); err != nil {
+		return nil, err
+	}
+	freeze, err := parseSnapshotParameters(req.GetParameters())
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.checkTopology(req.GetAccessibilityRequirements()); err != nil {
+		return nil, err
+	}
+	release, err := c.busy.acquire("snapshot " + name)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	existing, err := c.snapshotByName(ctx, p, name, id)
+	if err != nil {
+		return nil, err
+	}
+	if existing == nil {
+		if existing, err = c.createSnapshot(ctx, p, id, name, freeze); err != nil {
+			return nil, err
+		}
+	}
+	return &csi.CreateSnapshotResponse{Snapshot: c.snapshotMessage(*existing)}, nil
+}
+
+// snapshotByName returns the snapshot of that name of the volume, which may be a tombstone by now; nil if
+// there is none. errExists if another volume has one.
+func (c *controller) snapshotByName(ctx context.Context, p *pool.Pool, name, volumeID string) (found *snapshot, err error) {
+	err = c.eachVolumesSnapshots(ctx, p, "", func(all []snapshot) bool {
+		for i := range all {
+			if all[i].Name == name && (found == nil || all[i].volume.ID == volumeID) {
+				found = &all[i]
+			}
+		}
+		return true
+	})
+	if err != nil || found == nil {
+		return nil, err
+	}
+	if found.volume.ID != volumeID {
+		return nil, fmt.Errorf("snapshot %q %w: of volume %s", name, errExists, found.volume.ID)
+	}
+	return found, nil
+}
+
+func (c *controller) createSnapshot(
+	ctx context.Context, p *pool.Pool, id, name string, freeze bool,
+) (*snapshot, error) {
+	v, err := liveVolume(p, id)
+	if err != nil {
+		return nil, err
+	}
+	release, err := c.busy.acquire("volume " + id)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	made := snapshot{volume: v}
+	err = wherever(func() (err error) {
+		made.Snapshot, err = c.snapshotAttached(ctx, id, name, freeze)
+		return err
+	}, func() error {
+		return c.images.change(ctx, p, id, func(lease *pool.Lease) error {
+			return changeImage(lease, func(image *qcow2.Image) (err error) {
+				made.Snapshot, err = image.CreateSnapshot(name, nil)
+				return err
+			})
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %q of volume %s: %w", name, id, err)
+	}
+	return &made, nil
+}
+
+// snapshotAttached has the engine take a snapshot, around which it freezes the file system that is mounted
+// from the volume here.
+func (c *controller) snapshotAttached(ctx context.Context, id, name string, freeze bool) (s qcow2.Snapshot, err error) {
+	var mounted *os.File
+	if freeze {
+		if mounted, err = c.mountedFileSystem(ctx, id); err != nil {
+			return s, err
+		}
+	}
+	s, err = c.engine.CreateSnapshot(ctx, id, name, mounted)
+	if mounted != nil {
+		err = errors.Join(err, mounted.Close())
+	}
+	return s, err
+}
+
+// DeleteSnapshot removes a snapshot, and with the last one of a tombstone the volume.
+func (c *controller) DeleteSnapshot(
+	ctx context.Context, req *csi.DeleteSnapshotRequest,
+) (*csi.DeleteSnapshotResponse, error) {
+	id := req.GetSnapshotId()
+	if err := required("snapshot_id", id); err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	volumeID, ok := snapshotVolume(id)
+	if !ok {
+		return &csi.DeleteSnapshotResponse{}, nil
+	}
+	release, err := c.busy.acquire("volume " + volumeID)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if err := c.deleteSnapshot(ctx, p, id, volumeID); err != nil && !isNotFound(err) {
+		return nil, err
+	}
+	return &csi.DeleteSnapshotResponse{}, nil
+}
+
+func (c *controller) deleteSnapshot(ctx context.Context, p *pool.Pool, id, volumeID string) error {
+	s, err := c.findSnapshot(ctx, p, id)
+	if err == nil {
+		err = wherever(func() error {
+			return c.engine.DeleteSnapshot(ctx, volumeID, s.Name)
+		}, func() error {
+			return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error {
+				return changeImage(lease, func(image *qcow2.Image) error {
+					return image.DeleteSnapshot(qcow2.ByName(s.Name))
+				})
+			})
+		})
+	}
+	if err != nil && !isNotFound(err) {
+		return fmt.Errorf("delete snapshot %q: %w", id, err)
+	}
+	// Also when the snapshot was gone: an earlier call may have come only so far.
+	return c.removeTombstone(ctx, p, volumeID)
+}
+
+// removeTombstone removes a deleted volume whose last snapshot is gone.
+func (c *controller) removeTombstone(ctx context.Context, p *pool.Pool, volumeID string) error {
+	v, err := ownVolume(p, volumeID)
+	if err != nil || !v.Tombstone {
+		return err
+	}
+	left, err := c.snapshotsOf(ctx, p, v)
+	if err != nil || len(left) > 0 {
+		return err
+	}
+	return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error { return lease.Remove() })
+}
+
+func (c *controller) GetSnapshot(ctx context.Context, req *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
+	if err := required("snapshot_id", req.GetSnapshotId()); err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	s, err := c.findSnapshot(ctx, p, req.GetSnapshotId())
+	if err != nil {
+		return nil, err
+	}
+	return &csi.GetSnapshotResponse{Snapshot: c.snapshotMessage(s)}, nil
+}
+
+const snapshotTokens = "snapshot"
+
+// ListSnapshots returns the snapshots of all volumes, tombstones included, in the order of volume and snapshot ID.
+func (c *controller) ListSnapshots(
+	ctx context.Context, req *csi.ListSnapshotsRequest,
+) (*csi.ListSnapshotsResponse, error) {
+	page, err := newPage(snapshotTokens, req.GetMaxEntries(), req.GetStartingToken())
+	if err != nil {
+		return nil, err
+	}
+	p, err := c.pool()
+	if err != nil {
+		return nil, err
+	}
+	resp := &csi.ListSnapshotsResponse{}
+	take := func(all []snapshot) bool {
+		for _, s := range all {
+			if s.id() <= page.after && page.after != "" && sameVolume(s, page.after) {
+				continue
+			}
+			if n := len(resp.GetEntries()); page.full(n) {
+				resp.NextToken = token(snapshotTokens, resp.GetEntries()[n-1].GetSnapshot().GetSnapshotId())
+				return false
+			}
+			resp.Entries = append(resp.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: c.snapshotMessage(s)})
+		}
+		return true
+	}
+	if req.GetSnapshotId() != "" || req.GetSourceVolumeId() != "" {
+		all, err := c.filterSnapshots(ctx, p, req.GetSnapshotId(), req.GetSourceVolumeId())
+		if err != nil {
+			return nil, err
+		}
+		take(all)
+		return resp, nil
+	}
+	from, _ := snapshotVolume(page.after)
+	if err := c.eachVolumesSnapshots(ctx, p, from, take); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+func sameVolume(s snapshot, id string) bool {
+	volumeID, _ := snapshotVolume(id)
+	return s.volume.ID == volumeID
+}
+
+// filterSnapshots returns what a listing by snapshot or volume finds: nothing, if there is no such thing.
+func (c *controller) filterSnapshots(ctx context.Context, p *pool.Pool, id, volumeID string) ([]snapshot, error) {
+	var all []snapshot
+	var err error
+	if id != "" {
+		var s snapshot
+		if s, err = c.findSnapshot(ctx, p, id); err == nil && (volumeID == "" || s.volume.ID == volumeID) {
+			all = []snapshot{s}
+		}
+	} else {
+		var v pool.Volume
+		if v, err = ownVolume(p, volumeID); err == nil {
+			all, err = c.snapshotsOf(ctx, p, v)
+		}
+	}
+	if isNotFound(err) || errors.Is(err, errOtherPool) {
+		return nil, nil
+	}
+	return all, err
+}

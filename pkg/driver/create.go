@@ -1,0 +1,127 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// volumeRequest is a checked CreateVolumeRequest. Two that are equal ask for the same volume.
+type volumeRequest struct {
+	name       string
+	size       sizeRange
+	parameters volumeParameters
+	source     contentSource
+	minSize    int64 // bytes that the file system needs
+}
+
+func newVolumeRequest(req *csi.CreateVolumeRequest) (r volumeRequest, err error) {
+	if err := checkVolumeName(req.GetName()); err != nil {
+		return r, err
+	}
+	if err := checkCapabilities(req.GetVolumeCapabilities()); err != nil {
+		return r, err
+	}
+	if len(req.GetMutableParameters()) > 0 {
+		return r, invalid("there are no mutable parameters")
+	}
+	r = volumeRequest{name: req.GetName(), minSize: minVolumeSize}
+	if r.parameters, err = parseVolumeParameters(req.GetParameters()); err != nil {
+		return r, err
+	}
+	if r.size, err = newSizeRange(req.GetCapacityRange()); err != nil {
+		return r, err
+	}
+	if r.source, err = newContentSource(req.GetVolumeContentSource()); err != nil {
+		return r, err
+	}
+	for _, c := range req.GetVolumeCapabilities() {
+		if c.GetMount() != nil && stagedFS(c, r.parameters) == fsXFS {
+			r.minSize = minXFSSize
+		}
+	}
+	return r, nil
+}
+
+// createVolume returns the volume of the request's name, which it makes if there is none.
+func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeRequest) (pool.Volume, error) {
+	existing, err := p.FindByName(r.name)
+	if err == nil {
+		return existing, r.match(existing)
+	}
+	if !errors.Is(err, pool.ErrNotFound) {
+		return pool.Volume{}, err
+	}
+	origin, err := c.resolve(ctx, p, r.source)
+	if err != nil {
+		return pool.Volume{}, err
+	}
+	if r.parameters, err = origin.inherit(r.parameters); err != nil {
+		return pool.Volume{}, err
+	}
+	size, err := r.chooseSize(origin)
+	if err != nil {
+		return pool.Volume{}, err
+	}
+	counted, err := c.capacity.promise(p, size)
+	if err != nil {
+		return pool.Volume{}, err
+	}
+	defer counted()
+	v := pool.Volume{
+		ID: p.NewID(r.name), Name: r.name, Size: size, Parameters: r.parameters.record(),
+		Created: time.Now().UTC(), Source: r.source.String(),
+	}
+	return v, p.Create(ctx, v, func(ctx context.Context, path string) error {
+		if r.source.kind == noSource {
+			return createImage(path, size, r.parameters.clusterSize)
+		}
+		return c.copyImage(ctx, p, origin, path, size)
+	})
+}
+
+// chooseSize: a copy is at least as large as its origin, and if nothing is asked, exactly.
+func (r volumeRequest) chooseSize(origin origin) (int64, error) {
+	most := maxSize(r.parameters.clusterSize)
+	if r.source.kind == noSource {
+		return r.size.choose(max(defaultVolumeSize, r.minSize), r.minSize, most)
+	}
+	if r.size.required > 0 && r.size.required < origin.size {
+		return 0, fmt.Errorf("%w: %d bytes are required, %s has %d", errOutOfRange, r.size.required, r.source, origin.size)
+	}
+	return r.size.choose(origin.size, max(origin.size, r.minSize), most)
+}
+
+// match is errExists if a volume is not what the request asks for.
+func (r volumeRequest) match(v pool.Volume) error {
+	switch {
+	case !r.size.contains(v.Size):
+		return fmt.Errorf("volume %q %w: it has %d bytes", r.name, errExists, v.Size)
+	case v.Source != r.source.String():
+		return fmt.Errorf("volume %q %w: its content is from %q", r.name, errExists, v.Source)
+	case !r.parameters.match(v):
+		return fmt.Errorf("volume %q %w: its parameters are %v", r.name, errExists, v.Parameters)
+	}
+	return nil
+}
+
+// match tells whether a volume has these parameters. What is not given matches anything.
+func (p volumeParameters) match(v pool.Volume) bool {
+	has := recordedParameters(v.Parameters)
+	return (p.clusterSize == 0 || p.clusterSize == has.clusterSize) && (p.fsType == "" || p.fsType == has.fsType)
+}
+
+// createImage writes an empty image at path, which must not exist.
+func createImage(path string, size, clusterSize int64) error {
+	file, err := qcow2.CreateFile(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(qcow2.Create(file, size, qcow2.CreateOptions{ClusterSize: clusterSize}), file.Close())
+}

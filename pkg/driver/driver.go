@@ -1,0 +1,123 @@
+// Package driver is the CSI plugin of a node: the Identity, Controller and Node services on one unix
+// socket, over a pool of volumes and the engine that serves the attached ones. It holds no state: it can be
+// killed and started again at any moment.
+package driver
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
+	"k8s.io/mount-utils"
+	utilexec "k8s.io/utils/exec"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+)
+
+// Name is the driver's name, as storage classes have it.
+const Name = "qcow2.csi.dev"
+
+// Options of a plugin.
+type Options struct {
+	Endpoint string // unix:///path of the CSI socket
+	NodeID   string // the Kubernetes node's name, at most 256 bytes
+	PoolDir  string // may become a pool later: until then every call is UNAVAILABLE
+	Engine   Engine // an *engine.Client; the caller closes it after Run
+	Version  string // of this program
+	// Reserve is how many bytes of the pool's file system are promised to nobody. Usually DefaultReserve.
+	Reserve int64
+	// Overcommit is how much may be promised for each free byte; 0 = DefaultOvercommit.
+	Overcommit float64
+}
+
+// Driver is what the three services share.
+type Driver struct {
+	nodeID, segment, version string
+
+	engine   Engine
+	images   *images
+	capacity *capacity
+	creating *creations
+	// busy is held by operations on "volume ID" (its metadata), "node volume ID" (its mounts) and
+	// "snapshot NAME", always in the order snapshot, volume, node.
+	busy *keyedLock
+
+	poolDir  string
+	poolMu   sync.Mutex
+	openPool *pool.Pool // nil until there is one, guarded by poolMu
+
+	mounter *mount.SafeFormatAndMount
+}
+
+// Run serves until ctx ends, then lets the calls that are under way finish, ends the copies that are, and
+// removes the socket.
+func Run(ctx context.Context, o Options) error {
+	if o.NodeID == "" || len(o.NodeID) > 256 {
+		return fmt.Errorf("%w: node ID of %d bytes", errInvalid, len(o.NodeID))
+	}
+	if o.Overcommit == 0 {
+		o.Overcommit = DefaultOvercommit
+	}
+	if o.Overcommit < 0 || o.Reserve < 0 {
+		return fmt.Errorf("%w: overcommit %v, reserve %d", errInvalid, o.Overcommit, o.Reserve)
+	}
+	listener, err := listen(o.Endpoint)
+	if err != nil {
+		return err
+	}
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	d := newDriver(work, o)
+	if _, err := d.pool(); err != nil {
+		klog.FromContext(ctx).Error(err, "The pool is not usable yet", "pool", o.PoolDir)
+	}
+	server := d.newServer()
+	klog.FromContext(ctx).Info("Serving", "endpoint", o.Endpoint, "node", o.NodeID, "pool", o.PoolDir, "version", o.Version)
+	err = serve(ctx, server, listener, stop)
+	stop()
+	d.creating.wait()
+	return err
+}
+
+func newDriver(work context.Context, o Options) *Driver {
+	return &Driver{
+		nodeID: o.NodeID, segment: topologySegment(o.NodeID), version: o.Version,
+		engine:   o.Engine,
+		images:   newImages(),
+		capacity: &capacity{reserve: o.Reserve, overcommit: o.Overcommit},
+		creating: newCreations(work),
+		busy:     newKeyedLock(),
+		poolDir:  o.PoolDir,
+		mounter:  mount.NewSafeFormatAndMount(mount.NewWithoutSystemd(""), utilexec.New()),
+	}
+}
+
+func (d *Driver) newServer() *grpc.Server {
+	server := grpc.NewServer(grpc.ChainUnaryInterceptor(logCalls, statusCodes, recoverPanics))
+	csi.RegisterIdentityServer(server, &identity{Driver: d})
+	csi.RegisterControllerServer(server, &controller{Driver: d})
+	csi.RegisterNodeServer(server, &node{Driver: d})
+	return server
+}
+
+// pool returns the pool if its directory is one now. pool.ErrNotReady if it is not, or holds another pool
+// than before.
+func (d *Driver) pool() (*pool.Pool, error) {
+	d.poolMu.Lock()
+	defer d.poolMu.Unlock()
+	if d.openPool != nil {
+		return d.openPool, d.openPool.Ready()
+	}
+	p, err := pool.Open(d.poolDir)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Clean(); err != nil {
+		return nil, fmt.Errorf("clean the pool: %w", err)
+	}
+	d.openPool = p
+	return p, nil
+}

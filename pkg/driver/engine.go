@@ -1,0 +1,51 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// Engine is what the plugin uses of an engine.Client, and where each method is described.
+type Engine interface {
+	Probe(ctx context.Context) (version string, err error)
+	Attach(ctx context.Context, volumeID string) (device string, err error)
+	Detach(ctx context.Context, volumeID string) error
+	List(ctx context.Context) ([]engine.Attachment, error)
+	Resize(ctx context.Context, volumeID string, size int64) (int64, error)
+	CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (qcow2.Snapshot, error)
+	DeleteSnapshot(ctx context.Context, volumeID, name string) error
+	ListSnapshots(ctx context.Context, volumeID string) ([]qcow2.Snapshot, error)
+	Clone(ctx context.Context, volumeID, snapshot, target string, size int64) error
+}
+
+var _ Engine = (*engine.Client)(nil)
+
+// attachments returns the engine's attachments by volume ID, the failed ones included.
+func (d *Driver) attachments(ctx context.Context) (map[string]engine.Attachment, error) {
+	list, err := d.engine.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]engine.Attachment, len(list))
+	for _, a := range list {
+		out[a.VolumeID] = a
+	}
+	return out, nil
+}
+
+// attachedSize returns the size of an attached volume in bytes. engine.ErrNotAttached.
+func (d *Driver) attachedSize(ctx context.Context, id string) (int64, error) {
+	attached, err := d.attachments(ctx)
+	if err != nil {
+		return 0, err
+	}
+	a, ok := attached[id]
+	if !ok {
+		return 0, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
+	}
+	return a.Size, nil
+}

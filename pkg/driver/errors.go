@@ -1,0 +1,93 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// What a handler may answer besides the errors of the packages below: one for each condition that the
+// CSI specification gives a code.
+var (
+	errInvalid      = errors.New("invalid argument")
+	errNotFound     = errors.New("not found")
+	errExists       = errors.New("already exists and is not compatible")
+	errExhausted    = errors.New("resource exhausted")
+	errOutOfRange   = errors.New("capacity range cannot be met")
+	errPrecondition = errors.New("failed precondition")
+	errBusy         = errors.New("another operation is in progress")
+	errOtherPool    = errors.New("belongs to the pool of another node")
+	errPanic        = errors.New("internal error")
+)
+
+// errorCode is one row of the only table from errors to gRPC codes.
+type errorCode struct {
+	code   codes.Code
+	errors []error
+}
+
+// errorCodes is in order of precedence: where an error wraps several, the first row that holds one of them
+// decides. What is in no row is INTERNAL.
+func errorCodes() []errorCode {
+	return []errorCode{
+		{codes.Internal, []error{errPanic}},
+		{codes.InvalidArgument, []error{errInvalid, engine.ErrInvalid}},
+		{codes.ResourceExhausted, []error{errExhausted, qcow2.ErrNoSpace, qcow2.ErrLimit, unix.ENOSPC, unix.EDQUOT}},
+		{codes.OutOfRange, []error{errOutOfRange}},
+		{codes.AlreadyExists, []error{errExists, qcow2.ErrExists}},
+		{codes.Unavailable, []error{pool.ErrNotReady, engine.ErrUnavailable, qcow2.ErrClosed}},
+		{codes.FailedPrecondition, []error{
+			errPrecondition, errOtherPool, engine.ErrInUse, engine.ErrNotAttached, qcow2.ErrUnsupported,
+		}},
+		{codes.NotFound, []error{errNotFound, engine.ErrTombstone, pool.ErrNotFound, pool.ErrBadID, qcow2.ErrNotFound}},
+		// The pool's own lock is taken for as long as an operation lasts; a foreign lock on the image is
+		// QEMU's and stays.
+		{codes.Aborted, []error{errBusy, pool.ErrInUse, engine.ErrFreeze}},
+		{codes.FailedPrecondition, []error{qcow2.ErrInUse}},
+		{codes.DataLoss, []error{qcow2.ErrCorrupt, qcow2.ErrFailed}},
+		{codes.DeadlineExceeded, []error{context.DeadlineExceeded}},
+		{codes.Canceled, []error{context.Canceled}},
+	}
+}
+
+// toStatus turns what a handler returns into what gRPC sends.
+func toStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok {
+		return err // made by gRPC: UNIMPLEMENTED
+	}
+	return status.Error(codeOf(err), err.Error())
+}
+
+func codeOf(err error) codes.Code {
+	for _, row := range errorCodes() {
+		if slices.ContainsFunc(row.errors, func(e error) bool { return errors.Is(err, e) }) {
+			return row.code
+		}
+	}
+	return codes.Internal
+}
+
+// invalid is an INVALID_ARGUMENT that says what is wrong.
+func invalid(format string, args ...any) error {
+	return fmt.Errorf("%w: %s", errInvalid, fmt.Sprintf(format, args...))
+}
+
+// required is an INVALID_ARGUMENT if a required field of a request is empty.
+func required(name, value string) error {
+	if value == "" {
+		return invalid("%s is missing", name)
+	}
+	return nil
+}

@@ -1,0 +1,55 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+)
+
+// mountedFileSystem opens a directory of the file system that is mounted here from an attached volume, for
+// the engine to freeze it by; nil if there is none that can be written. engine.ErrNotAttached.
+func (d *Driver) mountedFileSystem(ctx context.Context, id string) (*os.File, error) {
+	attached, err := d.attachments(ctx)
+	if err != nil {
+		return nil, err
+	}
+	a, ok := attached[id]
+	if !ok {
+		return nil, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
+	}
+	device, err := newBlockDevice(a.Device)
+	if err != nil {
+		return nil, err
+	}
+	at, err := device.fileSystemMounts()
+	if err != nil {
+		return nil, err
+	}
+	at = slices.DeleteFunc(at, func(m mountPoint) bool { return m.superRO })
+	for _, m := range at {
+		dir, err := openMount(m)
+		if err != nil || dir != nil {
+			return dir, err
+		}
+	}
+	return nil, nil //nolint:nilnil // nothing to freeze
+}
+
+// openMount opens a mount's directory; nil if something else is mounted over it.
+func openMount(m mountPoint) (*os.File, error) {
+	dir, err := os.OpenFile(m.path, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open a mounted volume to freeze it: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(dir.Fd()), &st); err != nil || st.Dev != m.dev {
+		_ = dir.Close()
+		return nil, err
+	}
+	return dir, nil
+}

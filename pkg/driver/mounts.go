@@ -1,0 +1,163 @@
+package driver
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// blockDevice is an attached volume's device.
+type blockDevice struct {
+	path string // /dev/loopN
+	rdev uint64
+}
+
+func newBlockDevice(path string) (blockDevice, error) {
+	rdev, err := deviceNumber(path)
+	if err == nil && rdev == 0 {
+		err = fmt.Errorf("%w: %s is no block device", errPrecondition, path)
+	}
+	return blockDevice{path, rdev}, err
+}
+
+// deviceNumber returns the device that a node stands for, 0 if path is not a block device node.
+func deviceNumber(path string) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return 0, nil
+	}
+	return st.Rdev, nil
+}
+
+// mountPoint is a line of mountinfo.
+type mountPoint struct {
+	path     string
+	fsType   string
+	dev      uint64 // of the file system
+	root     string // of the mount inside its file system
+	readOnly bool   // this mount
+	superRO  bool   // the whole file system
+}
+
+// mounts returns what is mounted, in mount order: of several at one path the last is seen.
+func mounts() ([]mountPoint, error) {
+	infos, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return nil, fmt.Errorf("read mountinfo: %w", err)
+	}
+	out := make([]mountPoint, 0, len(infos))
+	for _, m := range infos {
+		out = append(out, mountPoint{
+			path: m.Mountpoint, fsType: m.FSType, root: m.Root,
+			dev:      unix.Mkdev(uint32(m.Major), uint32(m.Minor)),
+			readOnly: hasOption(m.Options, "ro"),
+			superRO:  hasOption(m.VFSOptions, "ro"),
+		})
+	}
+	return out, nil
+}
+
+func hasOption(options, option string) bool {
+	return slices.Contains(strings.Split(options, ","), option)
+}
+
+// fileSystemMounts returns where the file system on a device is mounted.
+func (b blockDevice) fileSystemMounts() ([]mountPoint, error) {
+	all, err := mounts()
+	return slices.DeleteFunc(all, func(m mountPoint) bool { return m.dev != b.rdev }), err
+}
+
+// nodeMounts returns where the device's own node is bound.
+func (b blockDevice) nodeMounts() ([]mountPoint, error) {
+	all, err := mounts()
+	return slices.DeleteFunc(all, func(m mountPoint) bool { return !m.isNodeOf(b) }), err
+}
+
+// isNodeOf tells whether a mount is a bind of a device's node. The name alone is no proof: nodes can be
+// renamed, and numbers given away again.
+func (m mountPoint) isNodeOf(b blockDevice) bool {
+	if filepath.Base(m.root) != filepath.Base(b.path) {
+		return false
+	}
+	rdev, err := deviceNumber(m.path)
+	return err == nil && rdev == b.rdev
+}
+
+// mountAt returns the mount that is seen at a path, or nil.
+func mountAt(path string) (*mountPoint, error) {
+	path, err := resolve(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil //nolint:nilnil // nothing is mounted at a path that does not exist
+	} else if err != nil {
+		return nil, err
+	}
+	all, err := mounts()
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range slices.Backward(all) {
+		if m.path == path {
+			return &m, nil
+		}
+	}
+	return nil, nil //nolint:nilnil // nothing is mounted there
+}
+
+// resolve returns a path as mountinfo has it. What is mounted at the path itself may be dead: it is not touched.
+func resolve(path string) (string, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	return filepath.Join(dir, filepath.Base(path)), err
+}
+
+// checkPath refuses a path that is not absolute and clean.
+func checkPath(name, path string) error {
+	if err := required(name, path); err != nil {
+		return err
+	}
+	if !filepath.IsAbs(path) || path == "/" || slices.Contains(strings.Split(path, "/"), "..") {
+		return invalid("%s %q is not an absolute path without ..", name, path)
+	}
+	return nil
+}
+
+// unmountAll unmounts whatever is mounted at path.
+func (n *node) unmountAll(path string) error {
+	for {
+		m, err := mountAt(path)
+		if err != nil || m == nil {
+			return err
+		}
+		if err := n.mounter.Unmount(path); err != nil {
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
+	}
+}
+
+// unmountStale takes away a mount whose device is gone. There is nothing left to write to it, and processes
+// that still use it do not keep it in the way.
+func unmountStale(path string) error {
+	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+		return &os.PathError{Op: "unmount", Path: path, Err: err}
+	}
+	return nil
+}
+
+// isLoop tells whether a file system is on a loop device, as every one of ours is.
+func isLoop(dev uint64) bool {
+	const loopMajor = 7
+	return unix.Major(dev) == loopMajor
+}
+
+func withoutPath(in []mountPoint, path string) []mountPoint {
+	return slices.DeleteFunc(in, func(m mountPoint) bool { return m.path == path })
+}

@@ -1,0 +1,210 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"k8s.io/mount-utils"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+)
+
+// NodePublishVolume binds a staged volume to a path of a pod: the mounted directory, or for a block volume
+// the device's node.
+func (n *node) NodePublishVolume(
+	ctx context.Context, req *csi.NodePublishVolumeRequest,
+) (*csi.NodePublishVolumeResponse, error) {
+	id, capability := req.GetVolumeId(), req.GetVolumeCapability()
+	err := errors.Join(
+		required("volume_id", id), checkPath("target_path", req.GetTargetPath()), checkCapability(capability))
+	if err != nil {
+		return nil, err
+	}
+	if req.GetStagingTargetPath() == "" {
+		return nil, fmt.Errorf("%w: staging_target_path is missing", errPrecondition)
+	}
+	if err := checkPath("staging_target_path", req.GetStagingTargetPath()); err != nil {
+		return nil, err
+	}
+	_, release, err := n.hold(id)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	device, err := n.attachedDevice(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	pub := publication{device: device, target: req.GetTargetPath(), readOnly: req.GetReadonly()}
+	if _, ro := mountOptions(capability); ro {
+		pub.readOnly = true
+	}
+	if capability.GetBlock() != nil {
+		err = n.publishBlock(pub, oneTarget(capability))
+	} else {
+		err = n.publishFileSystem(pub, req.GetStagingTargetPath(), oneTarget(capability))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("publish volume %s: %w", id, err)
+	}
+	return &csi.NodePublishVolumeResponse{}, nil
+}
+
+// attachedDevice returns the device of a volume that was staged. errPrecondition if it is not attached.
+func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, error) {
+	attached, err := n.attachments(ctx)
+	if err != nil {
+		return blockDevice{}, err
+	}
+	a, ok := attached[id]
+	switch {
+	case !ok:
+		return blockDevice{}, fmt.Errorf("%w: volume %s is not staged: %w", errPrecondition, id, engine.ErrNotAttached)
+	case a.Failure != "":
+		return blockDevice{}, fmt.Errorf("%w: volume %s has failed, it must be staged again: %s", errPrecondition, id, a.Failure)
+	}
+	return newBlockDevice(a.Device)
+}
+
+// publication is a volume at a pod's path.
+type publication struct {
+	device   blockDevice
+	target   string
+	readOnly bool
+}
+
+func (n *node) publishFileSystem(pub publication, staging string, alone bool) error {
+	staged, err := mountAt(staging)
+	if err != nil {
+		return err
+	}
+	if staged == nil || staged.dev != pub.device.rdev {
+		return fmt.Errorf("%w: the volume is not staged at %s", errPrecondition, staging)
+	}
+	all, err := pub.device.fileSystemMounts()
+	if err != nil {
+		return err
+	}
+	others := withoutPath(all, staged.path)
+	done, err := pub.existing(others, alone, func(m mountPoint) bool { return m.dev == pub.device.rdev })
+	if err != nil || done {
+		return err
+	}
+	if err := os.MkdirAll(pub.target, 0o750); err != nil {
+		return err
+	}
+	return n.bind(staging, pub)
+}
+
+func (n *node) publishBlock(pub publication, alone bool) error {
+	all, err := pub.device.nodeMounts()
+	if err != nil {
+		return err
+	}
+	done, err := pub.existing(all, alone, func(m mountPoint) bool { return m.isNodeOf(pub.device) })
+	if err != nil || done {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(pub.target), 0o750); err != nil {
+		return err
+	}
+	file, err := os.OpenFile(pub.target, os.O_CREATE|os.O_RDONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(file.Close(), n.bind(pub.device.path, pub)); err != nil {
+		return err
+	}
+	return protect(pub.device)
+}
+
+// existing looks at what is published already: done if it is this. A mount at the target whose device died is
+// removed. alone is for access modes that allow one target.
+func (pub publication) existing(mounts []mountPoint, alone bool, isOurs func(mountPoint) bool) (done bool, err error) {
+	at, err := mountAt(pub.target)
+	if err != nil {
+		return false, err
+	}
+	switch {
+	case at != nil && isOurs(*at) && at.readOnly == pub.readOnly:
+		return true, nil
+	case at != nil && isOurs(*at):
+		return false, fmt.Errorf("a mount of the volume at %s %w: read-only is %v", pub.target, errExists, at.readOnly)
+	case alone && len(mounts) > 0:
+		return false, fmt.Errorf("%w: the volume is published at %s, and its access mode allows one target",
+			errPrecondition, mounts[0].path)
+	case at != nil:
+		return false, unmountStale(pub.target)
+	}
+	return false, nil
+}
+
+// bind mounts source at the target. What a failure leaves there is taken away.
+func (n *node) bind(source string, pub publication) error {
+	options := []string{"bind"}
+	if pub.readOnly {
+		options = append(options, "ro")
+	}
+	if err := n.mounter.Mount(source, pub.target, "", options); err != nil {
+		return errors.Join(err, n.unmountAll(pub.target), os.Remove(pub.target))
+	}
+	return nil
+}
+
+// protect makes a device read-only when everybody has it read-only: a read-only mount of a device node does not
+// keep anybody from writing to the device. Where one may write, the container's device rules keep
+// the others from it.
+func protect(device blockDevice) error {
+	all, err := device.nodeMounts()
+	if err != nil {
+		return err
+	}
+	readOnly := len(all) > 0
+	for _, m := range all {
+		readOnly = readOnly && m.readOnly
+	}
+	file, err := os.Open(device.path)
+	if err != nil {
+		return err
+	}
+	flag := 0
+	if readOnly {
+		flag = 1
+	}
+	err = unix.IoctlSetPointerInt(int(file.Fd()), unix.BLKROSET, flag)
+	if err != nil {
+		err = fmt.Errorf("make %s read-only %v: %w", device.path, readOnly, err)
+	}
+	return errors.Join(err, file.Close())
+}
+
+// NodeUnpublishVolume takes a volume away from a pod's path, which it removes. The volume need not exist
+// any more.
+func (n *node) NodeUnpublishVolume(
+	ctx context.Context, req *csi.NodeUnpublishVolumeRequest,
+) (*csi.NodeUnpublishVolumeResponse, error) {
+	id, target := req.GetVolumeId(), req.GetTargetPath()
+	if err := errors.Join(required("volume_id", id), checkPath("target_path", target)); err != nil {
+		return nil, err
+	}
+	release, err := n.busy.acquire("node volume " + id)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if err := n.unmountAll(target); err != nil {
+		return nil, err
+	}
+	if err := mount.CleanupMountPoint(target, n.mounter, true); err != nil {
+		return nil, fmt.Errorf("remove %s: %w", target, err)
+	}
+	if device, err := n.attachedDevice(ctx, id); err == nil {
+		return &csi.NodeUnpublishVolumeResponse{}, protect(device)
+	}
+	return &csi.NodeUnpublishVolumeResponse{}, nil
+}

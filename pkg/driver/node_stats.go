@@ -1,0 +1,101 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+)
+
+// NodeGetVolumeStats returns what a file system has of bytes and inodes, or the size of a block volume.
+func (n *node) NodeGetVolumeStats(
+	ctx context.Context, req *csi.NodeGetVolumeStatsRequest,
+) (*csi.NodeGetVolumeStatsResponse, error) {
+	id, path := req.GetVolumeId(), req.GetVolumePath()
+	if err := errors.Join(required("volume_id", id), required("volume_path", path)); err != nil {
+		return nil, err
+	}
+	at, err := n.volumeAt(ctx, id, path)
+	if err != nil {
+		return nil, err
+	}
+	if at.block {
+		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{
+			{Unit: csi.VolumeUsage_BYTES, Total: at.attachment.Size},
+		}}, nil
+	}
+	usage, err := fileSystemUsage(path)
+	return &csi.NodeGetVolumeStatsResponse{Usage: usage}, err
+}
+
+func fileSystemUsage(path string) ([]*csi.VolumeUsage, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return nil, &os.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	return []*csi.VolumeUsage{
+		{
+			Unit:      csi.VolumeUsage_BYTES,
+			Total:     int64(st.Blocks) * st.Bsize,
+			Available: int64(st.Bavail) * st.Bsize,
+			Used:      int64(st.Blocks-st.Bfree) * st.Bsize,
+		}, {
+			Unit:      csi.VolumeUsage_INODES,
+			Total:     int64(st.Files),
+			Available: int64(st.Ffree),
+			Used:      int64(st.Files - st.Ffree),
+		},
+	}, nil
+}
+
+// located is a volume that is staged or published at a path.
+type located struct {
+	attachment engine.Attachment
+	device     blockDevice
+	block      bool
+}
+
+// volumeAt finds a volume at a path. errNotFound if it is not there.
+func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
+	p, err := n.pool()
+	if err != nil {
+		return located{}, err
+	}
+	if _, err := liveVolume(p, id); err != nil {
+		return located{}, err
+	}
+	missing := fmt.Errorf("volume %s %w at %q", id, errNotFound, path)
+	if !filepath.IsAbs(path) {
+		return located{}, missing
+	}
+	attached, err := n.attachments(ctx)
+	if err != nil {
+		return located{}, err
+	}
+	a, ok := attached[id]
+	if !ok {
+		return located{}, missing
+	}
+	device, err := newBlockDevice(a.Device)
+	if err != nil {
+		return located{}, err
+	}
+	at, err := mountAt(path)
+	switch {
+	case err != nil:
+		return located{}, err
+	case at == nil:
+		return located{}, missing
+	case at.dev == device.rdev:
+		return located{attachment: a, device: device}, nil
+	case at.isNodeOf(device):
+		return located{attachment: a, device: device, block: true}, nil
+	}
+	return located{}, missing
+}

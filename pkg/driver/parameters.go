@@ -1,0 +1,118 @@
+package driver
+
+import (
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// Keys of a StorageClass's and a VolumeSnapshotClass's parameters, and of pool.Volume.Parameters.
+const (
+	paramClusterSize = "clusterSize"
+	paramFSType      = "fsType"
+	paramFSFreeze    = "fsFreeze"
+)
+
+const (
+	// minClusterSize is the direct-I/O alignment of today's disks: the engine refuses to attach what is less.
+	minClusterSize = 4 << 10
+	maxClusterSize = 2 << 20
+)
+
+// volumeParameters are those of a StorageClass.
+type volumeParameters struct {
+	clusterSize int64  // bytes; 0: not given
+	fsType      string // what a capability without a file system gets; "": not given
+}
+
+// parseVolumeParameters refuses keys that it does not know. Those that the sidecars add are ignored.
+func parseVolumeParameters(in map[string]string) (volumeParameters, error) {
+	var out volumeParameters
+	for _, key := range slices.Sorted(maps.Keys(in)) {
+		value := in[key]
+		var err error
+		switch {
+		case key == paramClusterSize:
+			out.clusterSize, err = parseClusterSize(value)
+		case strings.EqualFold(key, paramFSType), key == "csi.storage.k8s.io/fstype":
+			out.fsType, err = value, checkFSType(value)
+		case fromSidecar(key):
+		default:
+			err = invalid("unknown parameter %q", key)
+		}
+		if err != nil {
+			return volumeParameters{}, err
+		}
+	}
+	return out, nil
+}
+
+func (p volumeParameters) clusterSizeOrDefault() int64 {
+	if p.clusterSize == 0 {
+		return qcow2.DefaultClusterSize
+	}
+	return p.clusterSize
+}
+
+// record is how the parameters are kept in volume.json.
+func (p volumeParameters) record() map[string]string {
+	out := map[string]string{paramClusterSize: strconv.FormatInt(p.clusterSize, 10)}
+	if p.fsType != "" {
+		out[paramFSType] = p.fsType
+	}
+	return out
+}
+
+// recordedParameters is the reverse of record.
+func recordedParameters(in map[string]string) volumeParameters {
+	size, err := strconv.ParseInt(in[paramClusterSize], 10, 64)
+	if err != nil {
+		size = qcow2.DefaultClusterSize
+	}
+	return volumeParameters{clusterSize: size, fsType: in[paramFSType]}
+}
+
+// parseSnapshotParameters returns whether a mounted file system is to be frozen.
+func parseSnapshotParameters(in map[string]string) (freeze bool, err error) {
+	freeze = true
+	for _, key := range slices.Sorted(maps.Keys(in)) {
+		switch value := in[key]; {
+		case key == paramFSFreeze && (value == "true" || value == "false"):
+			freeze = value == "true"
+		case key == paramFSFreeze:
+			return false, invalid(`parameter %s is %q; it can be "true" or "false"`, paramFSFreeze, value)
+		case fromSidecar(key):
+		default:
+			return false, invalid("unknown parameter %q", key)
+		}
+	}
+	return freeze, nil
+}
+
+// fromSidecar tells whether a key is one that the sidecars use or add: names of the PVC, the PV, the
+// snapshot, of secrets.
+func fromSidecar(key string) bool { return strings.HasPrefix(key, "csi.storage.k8s.io/") }
+
+// parseClusterSize reads bytes, or a number with a suffix: 64K, 64Ki and 64KiB are the same.
+func parseClusterSize(s string) (int64, error) {
+	number, unit := s, int64(1)
+	upper := strings.TrimSuffix(strings.TrimSuffix(strings.ToUpper(s), "B"), "I")
+	switch {
+	case strings.HasSuffix(upper, "K"):
+		number, unit = strings.TrimSuffix(upper, "K"), 1<<10
+	case strings.HasSuffix(upper, "M"):
+		number, unit = strings.TrimSuffix(upper, "M"), 1<<20
+	}
+	n, err := strconv.ParseInt(number, 10, 32)
+	if err != nil {
+		return 0, invalid("parameter %s is %q; it takes bytes, or a number with K or M", paramClusterSize, s)
+	}
+	size := n * unit
+	if size < minClusterSize || size > maxClusterSize || size&(size-1) != 0 {
+		return 0, invalid("parameter %s is %q; it can be a power of two from 4K to 2M", paramClusterSize, s)
+	}
+	return size, nil
+}

@@ -1,0 +1,134 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/kubernetes-csi/csi-lib-utils/protosanitizer"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"k8s.io/klog/v2"
+)
+
+// shutdownTime is what calls under way get to finish. One that mounts cannot be interrupted; kubelet
+// repeats what was cut.
+const shutdownTime = 10 * time.Second
+
+// listen makes the socket of an endpoint, for root only. One that nobody listens on any more is replaced.
+func listen(endpoint string) (net.Listener, error) {
+	file, ok := strings.CutPrefix(endpoint, "unix://")
+	if !ok || !path.IsAbs(file) {
+		return nil, fmt.Errorf("%w: endpoint %q is not unix:///path", errInvalid, endpoint)
+	}
+	if err := checkStaleSocket(file); err != nil {
+		return nil, err
+	}
+	// The socket gets its name when its mode is right.
+	hidden := file + ".new"
+	if err := os.Remove(hidden); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: hidden, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	listener.SetUnlinkOnClose(false)
+	if err := errors.Join(os.Chmod(hidden, 0o600), os.Rename(hidden, file)); err != nil {
+		return nil, errors.Join(err, listener.Close(), os.Remove(hidden))
+	}
+	return &namedListener{UnixListener: listener, file: file}, nil
+}
+
+// namedListener removes its socket when it is closed: before, so that it cannot be its successor's.
+type namedListener struct {
+	*net.UnixListener
+	file string
+}
+
+func (l *namedListener) Close() error {
+	return errors.Join(os.Remove(l.file), l.UnixListener.Close())
+}
+
+// checkStaleSocket refuses to take a path from a file of another kind, or from another plugin that runs.
+func checkStaleSocket(file string) error {
+	info, err := os.Lstat(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("%w: %s exists and is no socket", errExists, file)
+	}
+	if conn, err := net.Dial("unix", file); err == nil {
+		return errors.Join(fmt.Errorf("%w: another plugin serves %s", errExists, file), conn.Close())
+	}
+	return nil
+}
+
+// serve runs the server until ctx ends. stop then ends what calls wait for.
+func serve(ctx context.Context, server *grpc.Server, listener net.Listener, stop func()) error {
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(listener) }()
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+	}
+	stop()
+	force := time.AfterFunc(shutdownTime, server.Stop)
+	defer force.Stop()
+	server.GracefulStop()
+	return <-ended
+}
+
+// logCalls logs each call when it has ended: what changes something always, the rest only when it fails or
+// with -v=4.
+func logCalls(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	method := path.Base(info.FullMethod)
+	logger := klog.FromContext(ctx).WithValues("method", method)
+	start := time.Now()
+	resp, err := handle(klog.NewContext(ctx, logger), req)
+	values := []any{"duration", time.Since(start).Round(time.Microsecond), "request", protosanitizer.StripSecrets(req)}
+	switch {
+	case status.Code(err) == codes.Unimplemented:
+		logger.V(4).Info("Call is not implemented", values...)
+	case err != nil:
+		logger.Error(err, "Call failed", values...)
+	case strings.Contains(method, "Get") || strings.HasPrefix(method, "List") || method == "Probe":
+		logger.V(4).Info("Call", append(values, "response", protosanitizer.StripSecrets(resp))...)
+	default:
+		logger.Info("Call", append(values, "response", protosanitizer.StripSecrets(resp))...)
+	}
+	return resp, err
+}
+
+// statusCodes turns the errors of handlers into gRPC's.
+func statusCodes(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	resp, err := handle(ctx, req)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return resp, nil
+}
+
+// recoverPanics keeps a fault in one call from ending the others.
+func recoverPanics(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			err = fmt.Errorf("%w: %v", errPanic, fault)
+			klog.FromContext(ctx).Error(err, "A call panicked", "stack", string(debug.Stack()))
+		}
+	}()
+	return handle(ctx, req)
+}

@@ -1,0 +1,132 @@
+package driver
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/protobuf/types/known/timestamppb"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// snapshot is one of a volume, or of a tombstone.
+type snapshot struct {
+	qcow2.Snapshot
+	volume pool.Volume
+}
+
+func (s snapshot) id() string { return snapshotID(s.volume.ID, s.Name) }
+
+// listed leaves out the snapshots that the engine makes for clones, and those that QEMU gave a name that another has:
+// a name means the first.
+func listed(rows []qcow2.Snapshot) []qcow2.Snapshot {
+	seen := map[string]bool{}
+	return slices.DeleteFunc(slices.Clone(rows), func(s qcow2.Snapshot) bool {
+		hidden := engine.IsReservedSnapshot(s.Name) || seen[s.Name]
+		seen[s.Name] = true
+		return hidden
+	})
+}
+
+// snapshotsOf returns the snapshots of one volume, sorted by ID.
+func (c *controller) snapshotsOf(ctx context.Context, p *pool.Pool, v pool.Volume) ([]snapshot, error) {
+	var rows []qcow2.Snapshot
+	err := wherever(func() (err error) {
+		rows, err = c.engine.ListSnapshots(ctx, v.ID)
+		return err
+	}, func() error {
+		return c.images.read(ctx, p, v.ID, func(image *qcow2.Image) error {
+			rows = image.Snapshots()
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("snapshots of volume %s: %w", v.ID, err)
+	}
+	var out []snapshot
+	for _, row := range listed(rows) {
+		out = append(out, snapshot{row, v})
+	}
+	slices.SortFunc(out, func(a, b snapshot) int { return cmp.Compare(a.id(), b.id()) })
+	return out, nil
+}
+
+// findSnapshot returns the snapshot of an ID that may have come from anywhere. errNotFound if the ID is
+// malformed or there is no such snapshot, pool.ErrNotFound if its volume is gone, errOtherPool.
+func (c *controller) findSnapshot(ctx context.Context, p *pool.Pool, id string) (snapshot, error) {
+	missing := fmt.Errorf("snapshot %q %w", id, errNotFound)
+	volumeID, ok := snapshotVolume(id)
+	if !ok {
+		return snapshot{}, missing
+	}
+	v, err := ownVolume(p, volumeID)
+	if err != nil {
+		return snapshot{}, fmt.Errorf("snapshot %q: %w", id, err)
+	}
+	all, err := c.snapshotsOf(ctx, p, v)
+	if err != nil {
+		return snapshot{}, err
+	}
+	for _, s := range all {
+		if s.id() == id {
+			return s, nil
+		}
+	}
+	return snapshot{}, missing
+}
+
+// eachVolumesSnapshots calls fn with the snapshots of each volume in the order of their IDs, tombstones
+// included, until it returns false. A volume that cannot be read for good hides no other.
+func (c *controller) eachVolumesSnapshots(ctx context.Context, p *pool.Pool, from string, fn func([]snapshot) bool) error {
+	volumes, err := c.volumes(ctx, p)
+	if err != nil {
+		return err
+	}
+	for _, v := range volumes {
+		if v.ID < from {
+			continue
+		}
+		snapshots, err := c.snapshotsOf(ctx, p, v)
+		switch {
+		case err == nil:
+		case unreadable(err):
+			klog.FromContext(ctx).Error(err, "A volume's snapshots are left out", "volume", v.ID)
+		default:
+			return err
+		}
+		if !fn(snapshots) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// unreadable tells whether an error is one that waiting does not help.
+func unreadable(err error) bool {
+	for _, e := range []error{
+		pool.ErrNotFound, qcow2.ErrInUse, qcow2.ErrCorrupt, qcow2.ErrUnsupported, qcow2.ErrFailed, qcow2.ErrLimit,
+	} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *controller) snapshotMessage(s snapshot) *csi.Snapshot {
+	return &csi.Snapshot{
+		SnapshotId:         s.id(),
+		SourceVolumeId:     s.volume.ID,
+		SizeBytes:          s.DiskSize,
+		CreationTime:       timestamppb.New(s.Date),
+		ReadyToUse:         true,
+		AccessibleTopology: []*csi.Topology{c.topology()},
+	}
+}
