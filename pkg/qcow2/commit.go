@@ -41,6 +41,17 @@ func (img *Image) commit() error {
 	return nil
 }
 
+// commitMapping makes the mapping durable, and with it all data if there is anything in it to commit.
+func (img *Image) commitMapping() error {
+	img.mu.Lock()
+	clean := img.dirty == 0 && img.l1Dirty.empty() && len(img.freed) == 0
+	img.mu.Unlock()
+	if clean {
+		return nil
+	}
+	return img.commit()
+}
+
 // relieve commits when half of the L2 cache is dirty: dirty tables cannot be dropped from it.
 func (img *Image) relieve() error {
 	img.mu.Lock()

@@ -97,7 +97,7 @@ func (c *copier) shareClusters(e Extent, to int64) error {
 	if length, err := c.v.img.f.Size(); err != nil || e.Host+n > length {
 		return errors.Join(err, errors.ErrUnsupported) // the last cluster of the file may be cut
 	}
-	if err := c.share.CloneRange(c.v.img.f, e.Host, to, n); err != nil {
+	if err := c.share.CloneRange(c.v.img.f.File, e.Host, to, n); err != nil {
 		return err
 	}
 	c.done.Add(e.Length)

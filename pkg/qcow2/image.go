@@ -26,7 +26,7 @@ const defaultL2CacheSize = 32 << 20
 // Image is an open image. Its methods are safe for concurrent use; requests that overlap are ordered
 // somehow, and each takes effect whole.
 type Image struct {
-	f        File
+	f        *syncer
 	g        geometry
 	readOnly bool
 	version  int
@@ -70,7 +70,8 @@ func Open(f File, o OpenOptions) (*Image, error) {
 	return img, nil
 }
 
-func open(f File, o OpenOptions) (*Image, error) {
+func open(file File, o OpenOptions) (*Image, error) {
+	f := newSyncer(file)
 	h, err := readHeader(f)
 	if err != nil {
 		return nil, err

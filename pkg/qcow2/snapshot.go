@@ -186,8 +186,8 @@ func (img *Image) switchGeneration(change func(*generation) error) error {
 	if err := img.usable(true); err != nil {
 		return err
 	}
-	if err := img.commit(); err != nil {
-		return err
+	if err := img.commitMapping(); err != nil {
+		return err // data may wait for the sync before the switch
 	}
 	n := img.newGeneration()
 	if err := change(n); err != nil {
