@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
@@ -41,6 +43,11 @@ func NewClient(endpoint string) (*Client, error) {
 	conn, err := grpc.NewClient("unix://"+path,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithUnaryInterceptor(decodeErrors),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		// The default waits up to two minutes before it tries a restarted engine again.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{
+			BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second,
+		}}),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("client of %s: %w", endpoint, err)

@@ -72,8 +72,10 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 		return "", nil
 	}
 	status, err := a.worker.status(ctx)
+	err = a.worker.explain(err)
 	switch {
 	case a.worker.death() != nil:
+		klog.ErrorS(err, "Replacing a dead worker", "volume", id)
 	case err != nil:
 		return "", err
 	case status.GetFailure() == "":
@@ -88,6 +90,9 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 
 func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.DetachResponse, error) {
 	id := r.GetVolumeId()
+	if _, err := s.ready(ctx); err != nil {
+		return nil, err
+	}
 	if !pool.ValidID(id) {
 		return nil, fmt.Errorf("%q: %w", id, pool.ErrBadID)
 	}
@@ -96,9 +101,6 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 		return nil, err
 	}
 	defer unlock()
-	if _, err := s.ready(ctx); err != nil {
-		return nil, err
-	}
 	a := s.find(id)
 	if a != nil && a.worker != nil {
 		_, err := a.worker.api.Detach(s.life, &api.DetachRequest{VolumeId: id})

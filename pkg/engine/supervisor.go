@@ -232,11 +232,17 @@ func (s *supervisor) shutDownVolume(id string) {
 	}
 	defer unlock()
 	a := s.find(id)
-	if a == nil || a.worker == nil {
+	if a == nil {
 		return
 	}
 	start := time.Now()
 	s.set(id, nil)
+	if a.worker == nil {
+		if err := clearDevices(id); err != nil {
+			klog.ErrorS(err, "Device of a failed volume stays", "volume", id)
+		}
+		return
+	}
 	_, err = a.worker.api.Detach(s.life, &api.DetachRequest{VolumeId: id})
 	a.worker.stop()
 	if err != nil {

@@ -1,0 +1,195 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+func TestCloneOfAttachedVolume(t *testing.T) {
+	r := newRig(t)
+	ctx := testContext(t)
+	const size = 256 * mib
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	fillDevice(t, device, 200*mib, mib, 1)
+	_, err := r.client.CreateSnapshot(ctx, id, "s1", nil)
+	must(t, err)
+	fillDevice(t, device, 200*mib, mib, 2)
+	w := startWriter(t, device, 100*mib)
+	w.awaitProgress(t)
+
+	old, present, larger := filepath.Join(r.dir, "old"), filepath.Join(r.dir, "present"), filepath.Join(r.dir, "larger")
+	must(t, r.client.Clone(ctx, id, "s1", old, 0))
+	flushed := w.flushed.Load()
+	must(t, r.client.Clone(ctx, id, "", present, 0))
+	must(t, r.client.Clone(ctx, id, "s1", larger, 2*size))
+
+	wantImage(t, old, 200*mib, mib, 1)
+	wantImage(t, old, 0, mib, 0)
+	wantImage(t, present, 200*mib, mib, 2)
+	for block := range flushed {
+		wantImage(t, present, block*writerBlock, writerBlock, byte(block+1))
+	}
+	wantImage(t, larger, 200*mib, mib, 1)
+	wantImage(t, larger, size+mib, mib, 0)
+	for _, path := range []string{old, present, larger} {
+		checkImage(t, path)
+	}
+	list, err := r.client.ListSnapshots(ctx, id)
+	must(t, err)
+	if len(list) != 1 {
+		t.Errorf("snapshots after the clones: %+v", list)
+	}
+	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL)) // ends the writer
+	w.done.Wait()
+	w.check(t, r.attach(id))
+	r.detach(id)
+	if out := run(t, "qemu-img", "snapshot", "-l", r.pool.ImagePath(id)); strings.Contains(out, reservedPrefix) {
+		t.Errorf("a clone's snapshot is left:\n%s", out)
+	}
+	wantNoParts(t, r)
+}
+
+func wantNoParts(t *testing.T, r *rig) {
+	t.Helper()
+	parts, err := filepath.Glob(filepath.Join(r.dir, "*"+partSuffix))
+	must(t, err)
+	if len(parts) > 0 {
+		t.Errorf("left: %v", parts)
+	}
+}
+
+func TestCloneRefusals(t *testing.T) {
+	r := newRig(t)
+	ctx := testContext(t)
+	id := r.newVolume("a", 8*mib)
+	r.attach(id)
+	target := filepath.Join(r.dir, "target")
+	outside := t.TempDir()
+	must(t, os.Symlink(outside, filepath.Join(r.dir, "link")))
+	for _, bad := range []string{
+		"", "target", outside + "/x", r.dir + "/../x", r.dir + "/link/x", r.dir + "/nowhere/x", r.dir + "x",
+	} {
+		wantErr(t, r.client.Clone(ctx, id, "", bad, 0), ErrInvalid)
+	}
+	wantErr(t, r.client.Clone(ctx, id, "nothing", target, 0), qcow2.ErrNotFound)
+	if err := r.client.Clone(ctx, id, "", target, mib); err == nil {
+		t.Error("cloned to a smaller size")
+	}
+	must(t, os.WriteFile(target, []byte("mine"), 0o600))
+	wantErr(t, r.client.Clone(ctx, id, "", target, 0), qcow2.ErrExists)
+	got, err := os.ReadFile(target)
+	must(t, err)
+	if string(got) != "mine" {
+		t.Errorf("the existing target is now %q", got)
+	}
+	if entries, _ := os.ReadDir(outside); len(entries) > 0 {
+		t.Errorf("written outside the pool: %v", entries)
+	}
+	wantNoParts(t, r)
+}
+
+// A repeated call joins the clone that runs, also after its first caller has left.
+func TestCloneJoins(t *testing.T) {
+	r := newRig(t)
+	id := r.newVolume("a", 256*mib)
+	device := r.attach(id)
+	for off := int64(0); off < 128*mib; off += 8 * mib {
+		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
+	}
+	target := filepath.Join(r.dir, "target")
+	ctx, cancel := context.WithCancel(t.Context())
+	var callers sync.WaitGroup
+	left := make(chan error, 1)
+	callers.Go(func() { left <- r.client.Clone(ctx, id, "", target, 0) })
+	r.eventually("the clone runs", func() bool {
+		_, err := os.Stat(target + partSuffix)
+		_, whole := os.Stat(target)
+		return err == nil || whole == nil
+	})
+	cancel()
+	callers.Wait()
+	if err := <-left; err != nil {
+		wantErr(t, err, context.Canceled)
+	}
+	for range 3 {
+		callers.Go(func() {
+			// Who comes after the result was collected finds the target.
+			if err := r.client.Clone(t.Context(), id, "", target, 0); err != nil && !errors.Is(err, qcow2.ErrExists) {
+				t.Error(err)
+			}
+		})
+	}
+	callers.Wait()
+	wantImage(t, target, 0, mib, 1)
+	wantImage(t, target, 120*mib, mib, 121)
+	checkImage(t, target)
+}
+
+// Detach does not wait for a clone, it ends it, and nothing of it stays.
+func TestDetachDuringClone(t *testing.T) {
+	r := newRig(t)
+	id := r.newVolume("a", 256*mib)
+	device := r.attach(id)
+	for off := int64(0); off < 128*mib; off += 8 * mib {
+		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
+	}
+	target := filepath.Join(r.dir, "target")
+	done := make(chan error)
+	go func() { done <- r.client.Clone(t.Context(), id, "", target, 0) }()
+	r.eventually("the clone runs", func() bool {
+		_, err := os.Stat(target + partSuffix)
+		_, whole := os.Stat(target)
+		return err == nil || whole == nil
+	})
+	r.detach(id)
+	if err := <-done; err != nil {
+		t.Logf("the clone ended with: %v", err)
+		wantErr(t, err, ErrUnavailable)
+		if _, err := os.Stat(target); err == nil {
+			t.Error("a half file is left")
+		}
+	}
+	wantNoParts(t, r)
+	if out := run(t, "qemu-img", "snapshot", "-l", r.pool.ImagePath(id)); strings.Contains(out, reservedPrefix) {
+		t.Errorf("a clone's snapshot is left:\n%s", out)
+	}
+}
+
+// The worker dies during a clone.
+func TestKillWorkerDuringClone(t *testing.T) {
+	r := newRig(t)
+	id := r.newVolume("a", 256*mib)
+	device := r.attach(id)
+	for off := int64(0); off < 128*mib; off += 8 * mib {
+		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
+	}
+	target := filepath.Join(r.dir, "target")
+	pid := r.find(id).WorkerPID
+	done := make(chan error)
+	go func() { done <- r.client.Clone(t.Context(), id, "", target, 0) }()
+	r.eventually("the clone runs", func() bool {
+		_, err := os.Stat(target + partSuffix)
+		_, whole := os.Stat(target)
+		return err == nil || whole == nil
+	})
+	must(t, unix.Kill(pid, unix.SIGKILL))
+	if err := <-done; err != nil {
+		wantErr(t, err, ErrUnavailable)
+		wantNoParts(t, r)
+	}
+	wantDevice(t, r.attach(id), 0, mib, 1)
+	if err := r.client.Clone(t.Context(), id, "", target, 0); err != nil {
+		wantErr(t, err, qcow2.ErrExists)
+	}
+	wantImage(t, target, 0, mib, 1)
+}

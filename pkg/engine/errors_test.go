@@ -1,0 +1,69 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// Every sentinel survives two hops, worker to supervisor to client, and brings no other with it.
+func TestErrorsRoundTrip(t *testing.T) {
+	for _, k := range kinds() {
+		err := fmt.Errorf("image /x at 0x10: %w", k.sentinel)
+		for range 2 {
+			sent := toStatus(err)
+			if got := status.Code(sent); got != k.code {
+				t.Errorf("%s: code %v, want %v", k.reason, got, k.code)
+			}
+			err = fmt.Errorf("hop: %w", fromStatus(sent))
+		}
+		for _, other := range kinds() {
+			if got, want := errors.Is(err, other.sentinel), other.sentinel == k.sentinel; got != want {
+				t.Errorf("%s arrived: is it %s? %v, want %v", k.reason, other.reason, got, want)
+			}
+		}
+	}
+}
+
+func TestErrorsRoundTripSeveral(t *testing.T) {
+	err := fromStatus(toStatus(errors.Join(ErrFreeze, qcow2.ErrNoSpace)))
+	wantErr(t, err, ErrFreeze)
+	wantErr(t, err, qcow2.ErrNoSpace)
+	if got := fromStatus(toStatus(errors.New("odd"))); got == nil || got.Error() != "odd" {
+		t.Errorf("arrived as %v", got)
+	}
+	if toStatus(nil) != nil || fromStatus(nil) != nil {
+		t.Error("nil became an error")
+	}
+}
+
+// Errors of gRPC itself, which carry no details.
+func TestErrorsOfTransport(t *testing.T) {
+	for code, want := range map[codes.Code]error{
+		codes.Unavailable:      ErrUnavailable,
+		codes.Canceled:         context.Canceled,
+		codes.DeadlineExceeded: context.DeadlineExceeded,
+	} {
+		err := fromStatus(status.Error(code, "x"))
+		wantErr(t, err, want)
+		if n := len(err.(*remoteError).sentinels); n != 1 {
+			t.Errorf("%v matches %d sentinels", code, n)
+		}
+	}
+}
+
+func TestErrorReasonsAreUnique(t *testing.T) {
+	reasons := map[string]bool{}
+	for _, k := range kinds() {
+		if reasons[k.reason] {
+			t.Errorf("%s is there twice", k.reason)
+		}
+		reasons[k.reason] = true
+	}
+}

@@ -1,0 +1,307 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// mountedFS is an attached volume with a mounted file system.
+type mountedFS struct {
+	volume, device, dir string
+	handle              *os.File // of dir
+}
+
+const fsSize = 512 * mib
+
+func (r *rig) mountedFS(fsType string) *mountedFS {
+	r.t.Helper()
+	m := &mountedFS{volume: r.newVolume(fsType, fsSize)}
+	m.device = r.attach(m.volume)
+	run(r.t, "mkfs."+fsType, "-q", m.device)
+	m.dir = mount(r.t, m.device, fsType, "")
+	var err error
+	m.handle, err = os.Open(m.dir)
+	must(r.t, err)
+	r.t.Cleanup(func() {
+		_ = unix.IoctlSetInt(int(m.handle.Fd()), fiThaw, 0)
+		m.handle.Close()
+	})
+	return m
+}
+
+// unmount ends what mountedFS began.
+func (m *mountedFS) unmount(t *testing.T) {
+	t.Helper()
+	m.handle.Close()
+	must(t, unix.Unmount(m.dir, 0))
+}
+
+// isFrozen tells whether the file system is frozen, by freezing it.
+func (m *mountedFS) isFrozen(t *testing.T) bool {
+	t.Helper()
+	err := unix.IoctlSetInt(int(m.handle.Fd()), fiFreeze, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return true
+	}
+	must(t, err)
+	must(t, unix.IoctlSetInt(int(m.handle.Fd()), fiThaw, 0))
+	return false
+}
+
+// fileWriter makes files, none of them synced, until it is stopped.
+type fileWriter struct {
+	closed atomic.Int64 // files from 0 on that are whole
+	quit   atomic.Bool
+	done   sync.WaitGroup
+	err    error // read after done
+}
+
+func fileContent(n int64) string { return strings.Repeat(fmt.Sprintf("file %d\n", n), 1000) }
+
+func writeFiles(dir string) *fileWriter {
+	w := &fileWriter{}
+	w.done.Go(func() {
+		for n := int64(0); w.err == nil && !w.quit.Load(); n++ {
+			w.err = os.WriteFile(filepath.Join(dir, fmt.Sprint(n)), []byte(fileContent(n)), 0o600)
+			w.closed.Store(n + 1)
+		}
+	})
+	return w
+}
+
+func (w *fileWriter) stop(t *testing.T) {
+	t.Helper()
+	w.quit.Store(true)
+	w.done.Wait()
+	must(t, w.err)
+}
+
+// restore makes a volume of a snapshot of a detached one.
+func (r *rig) restore(id, snapshot string) string {
+	r.t.Helper()
+	lease, err := r.pool.Lock(id)
+	must(r.t, err)
+	defer lease.Unlock()
+	img, err := lease.Open(true)
+	must(r.t, err)
+	defer img.Close()
+	view, err := img.OpenSnapshot(qcow2.ByName(snapshot))
+	must(r.t, err)
+	defer view.Close()
+	name := fmt.Sprintf("%s%d-restored-%s", testVolumePrefix, os.Getpid(), snapshot)
+	restored := r.pool.NewID(name)
+	must(r.t, r.pool.Create(r.t.Context(), pool.Volume{ID: restored, Name: name, Size: view.Size()},
+		func(ctx context.Context, path string) error { return writeClone(ctx, view, path, 0) }))
+	return restored
+}
+
+// The snapshot of a frozen file system holds every file that was written before the call, synced or not,
+// and needs no journal to be replayed.
+func TestFreeze(t *testing.T) {
+	for fsType, options := range map[string]string{"ext4": "noload", "xfs": "norecovery,nouuid"} {
+		t.Run(fsType, func(t *testing.T) {
+			r := newRig(t)
+			m := r.mountedFS(fsType)
+			w := writeFiles(m.dir)
+			eventually(t, "the writer is at work", func() bool { return w.closed.Load() > 20 })
+			_, err := r.client.CreateSnapshot(testContext(t), m.volume, "unfrozen", nil)
+			must(t, err)
+			before := w.closed.Load()
+			_, err = r.client.CreateSnapshot(testContext(t), m.volume, "frozen", m.handle)
+			must(t, err)
+			after := w.closed.Load()
+			eventually(t, "the writer goes on", func() bool { return w.closed.Load() > after+20 })
+			w.stop(t)
+			if _, err := os.Stat(markerPath(r.pool, m.volume)); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the marker is left: %v", err)
+			}
+			m.unmount(t)
+			r.detach(m.volume)
+
+			device := r.attach(r.restore(m.volume, "frozen"))
+			if fsType == "ext4" {
+				if out := run(t, "dumpe2fs", "-h", device); strings.Contains(out, "needs_recovery") {
+					t.Error("the journal needs to be replayed")
+				}
+				run(t, "e2fsck", "-fn", device)
+				// The same question about a snapshot without a freeze, to see that it can be answered otherwise.
+				other := r.attach(r.restore(m.volume, "unfrozen"))
+				if out := run(t, "dumpe2fs", "-h", other); !strings.Contains(out, "needs_recovery") {
+					t.Error("a snapshot without a freeze needs no replay: this test proves nothing")
+				}
+			}
+			dir := t.TempDir()
+			must(t, unix.Mount(device, dir, fsType, unix.MS_RDONLY, options))
+			defer func() { must(t, unix.Unmount(dir, 0)) }()
+			for n := range before {
+				got, err := os.ReadFile(filepath.Join(dir, fmt.Sprint(n)))
+				if err != nil || string(got) != fileContent(n) {
+					t.Fatalf("file %d of %d: %v, %d bytes", n, before, err, len(got))
+				}
+			}
+			t.Logf("%d files", before)
+		})
+	}
+}
+
+func TestFreezeForeign(t *testing.T) {
+	r := newRig(t)
+	m := r.mountedFS("ext4")
+	run(t, "fsfreeze", "-f", m.dir)
+	first, err := r.client.CreateSnapshot(testContext(t), m.volume, "s", m.handle)
+	must(t, err)
+	again, err := r.client.CreateSnapshot(testContext(t), m.volume, "s", m.handle)
+	must(t, err)
+	if first != again {
+		t.Errorf("created again as %+v, first as %+v", again, first)
+	}
+	if !m.isFrozen(t) {
+		t.Error("somebody else's freeze was ended")
+	}
+	run(t, "fsfreeze", "-u", m.dir)
+	m.unmount(t)
+}
+
+func TestFreezeRefusals(t *testing.T) {
+	r := newRig(t)
+	ctx := testContext(t)
+	m := r.mountedFS("ext4")
+	elsewhere, err := os.Open(t.TempDir())
+	must(t, err)
+	defer elsewhere.Close()
+	_, err = r.client.CreateSnapshot(ctx, m.volume, "s", elsewhere)
+	wantErr(t, err, ErrFreeze)
+	file, err := os.Create(filepath.Join(m.dir, "file"))
+	must(t, err)
+	_, err = r.client.CreateSnapshot(ctx, m.volume, "s", file)
+	wantErr(t, err, ErrFreeze)
+	file.Close()
+	list, err := r.client.ListSnapshots(ctx, m.volume)
+	must(t, err)
+	if len(list) > 0 {
+		t.Errorf("snapshots were made: %+v", list)
+	}
+	m.unmount(t)
+}
+
+// A supervisor that dies while a file system is frozen: the next one thaws it.
+func TestKillSupervisorWhileFrozen(t *testing.T) {
+	for _, fsType := range []string{"ext4", "xfs"} {
+		t.Run(fsType, func(t *testing.T) {
+			r := newRig(t)
+			r.stop()
+			frozen := filepath.Join(t.TempDir(), "frozen")
+			r.start("--hang-frozen", frozen)
+			m := r.mountedFS(fsType)
+			var calls sync.WaitGroup
+			calls.Go(func() {
+				if _, err := r.client.CreateSnapshot(t.Context(), m.volume, "s", m.handle); !errors.Is(err, ErrUnavailable) {
+					t.Errorf("the snapshot answered %v", err)
+				}
+			})
+			eventually(t, "frozen", func() bool { _, err := os.Stat(frozen); return err == nil })
+			r.kill()
+			calls.Wait()
+			if !m.isFrozen(t) {
+				t.Fatal("the file system is not frozen: this test proves nothing")
+			}
+			written := make(chan error, 1)
+			go func() { written <- os.WriteFile(filepath.Join(m.dir, "blocked"), []byte("x"), 0o600) }()
+
+			r.start()
+			select {
+			case err := <-written:
+				t.Logf("the blocked writer got: %v", err)
+			case <-time.After(patience):
+				t.Fatal("the writer is blocked for ever")
+			}
+			if a := r.find(m.volume); a == nil || a.Failure == "" {
+				t.Errorf("listed as %+v", a)
+			}
+			if _, err := os.Stat(markerPath(r.pool, m.volume)); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the marker is left: %v", err)
+			}
+			m.handle.Close()
+			must(t, unix.Unmount(m.dir, unix.MNT_DETACH))
+			eventually(t, "the dead device is gone", func() bool { return r.client.Detach(t.Context(), m.volume) == nil })
+			dir := mount(t, r.attach(m.volume), fsType, "")
+			must(t, unix.Unmount(dir, 0))
+		})
+	}
+}
+
+// inProcess replaces the rig's engine by one in this process, whose hook the test sets.
+func (r *rig) inProcess(frozen func()) {
+	r.t.Helper()
+	r.stop()
+	self, err := os.Executable()
+	must(r.t, err)
+	ctx, cancel := context.WithCancel(r.t.Context())
+	var engine sync.WaitGroup
+	engine.Go(func() {
+		err := Run(ctx, Options{
+			Listen: "unix://" + r.socket, PoolDir: r.dir, WorkerCommand: []string{self, "worker"}, hooks: hooks{frozen: frozen},
+		})
+		if err != nil {
+			r.t.Errorf("engine: %v", err)
+		}
+	})
+	r.t.Cleanup(func() {
+		cancel()
+		engine.Wait()
+	})
+	r.awaitProbe(nil)
+}
+
+// A worker that dies while its file system is frozen: the supervisor thaws it.
+func TestKillWorkerWhileFrozen(t *testing.T) {
+	r := newRig(t)
+	var m *mountedFS
+	r.inProcess(func() {
+		if err := unix.Kill(r.find(m.volume).WorkerPID, unix.SIGKILL); err != nil {
+			t.Error(err)
+		}
+	})
+	m = r.mountedFS("ext4")
+	_, err := r.client.CreateSnapshot(testContext(t), m.volume, "s", m.handle)
+	wantErr(t, err, ErrUnavailable)
+	if err := unix.IoctlSetInt(int(m.handle.Fd()), fiThaw, 0); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("the file system is still frozen: FITHAW answered %v", err)
+	}
+	m.handle.Close()
+	must(t, unix.Unmount(m.dir, unix.MNT_DETACH))
+}
+
+// Somebody thaws the file system before the snapshot: there is none then.
+func TestFreezeLost(t *testing.T) {
+	r := newRig(t)
+	ctx := testContext(t)
+	var m *mountedFS
+	r.inProcess(func() {
+		if err := unix.IoctlSetInt(int(m.handle.Fd()), fiThaw, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	m = r.mountedFS("ext4")
+	_, err := r.client.CreateSnapshot(ctx, m.volume, "s", m.handle)
+	wantErr(t, err, ErrFreeze)
+	list, err := r.client.ListSnapshots(ctx, m.volume)
+	must(t, err)
+	if len(list) > 0 {
+		t.Errorf("a snapshot is left: %+v", list)
+	}
+	m.unmount(t)
+}

@@ -1,0 +1,219 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// flushingWriter writes blocks to a device, one after the other with a flush behind each, until an error.
+type flushingWriter struct {
+	flushed atomic.Int64 // blocks from 0 on that are surely there
+	done    sync.WaitGroup
+	err     error // why it ended; read after done
+}
+
+const writerBlock = 4096
+
+// startWriter writes block i full of byte(i+1).
+func startWriter(t *testing.T, device string, size int64) *flushingWriter {
+	t.Helper()
+	w := &flushingWriter{}
+	f := openDirect(t, device)
+	buf := aligned(t, writerBlock)
+	w.done.Go(func() {
+		defer f.Close()
+		for block := int64(0); w.err == nil; block++ {
+			if (block+1)*writerBlock > size {
+				w.err = errors.New("the device is full")
+				return
+			}
+			for i := range buf {
+				buf[i] = byte(block + 1)
+			}
+			if _, w.err = f.WriteAt(buf, block*writerBlock); w.err == nil {
+				if w.err = f.Sync(); w.err == nil {
+					w.flushed.Store(block + 1)
+				}
+			}
+		}
+	})
+	return w
+}
+
+// check fails unless everything that was flushed is on the device.
+func (w *flushingWriter) check(t *testing.T, device string) {
+	t.Helper()
+	for block := range w.flushed.Load() {
+		wantDevice(t, device, block*writerBlock, writerBlock, byte(block+1))
+	}
+}
+
+func (w *flushingWriter) awaitProgress(t *testing.T) {
+	t.Helper()
+	from := w.flushed.Load()
+	eventually(t, "writer flushes 50 more blocks", func() bool { return w.flushed.Load() >= from+50 })
+}
+
+func TestKillWorker(t *testing.T) {
+	r := newRig(t)
+	const size = 256 * mib
+	id, neighbour := r.newVolume("a", size), r.newVolume("neighbour", mib)
+	device, other := r.attach(id), r.attach(neighbour)
+	w := startWriter(t, device, size)
+	w.awaitProgress(t)
+	pid := r.find(id).WorkerPID
+	must(t, unix.Kill(pid, unix.SIGKILL))
+	w.done.Wait() // users get an error, they do not hang
+	if !errors.Is(w.err, unix.EIO) {
+		t.Errorf("the writer ended with %v", w.err)
+	}
+	r.eventually("the failure is listed", func() bool {
+		a := r.find(id)
+		return a != nil && a.Failure != "" && a.Device == device && a.WorkerPID == 0
+	})
+	t.Logf("failure: %s", r.find(id).Failure)
+	_, err := r.client.CreateSnapshot(testContext(t), id, "s", nil)
+	wantErr(t, err, ErrNotAttached)
+	fillDevice(t, other, 0, 4096, 9)
+
+	device = r.attach(id)
+	if a := r.find(id); a.Failure != "" || a.WorkerPID == pid {
+		t.Fatalf("listed as %+v", a)
+	}
+	w.check(t, device)
+	t.Logf("%d flushed blocks are there", w.flushed.Load())
+}
+
+// The dead device is mounted while the volume is attached anew, and detached.
+func TestKillWorkerOfMountedVolume(t *testing.T) {
+	r := newRig(t)
+	id := r.newVolume("a", 64*mib)
+	device := r.attach(id)
+	run(t, "mkfs.ext4", "-q", device)
+	dir := mount(t, device, "ext4", "")
+	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("synced"), 0o600))
+	unix.Sync()
+	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
+	r.eventually("the failure is listed", func() bool { a := r.find(id); return a != nil && a.Failure != "" })
+	wantErr(t, r.client.Detach(testContext(t), id), ErrInUse)
+
+	second := r.attach(id)
+	if second == device {
+		t.Fatalf("%s again, which is still mounted", device)
+	}
+	other := mount(t, second, "ext4", "")
+	got, err := os.ReadFile(filepath.Join(other, "file"))
+	must(t, err)
+	if string(got) != "synced" {
+		t.Errorf("read %q", got)
+	}
+	must(t, unix.Unmount(other, 0))
+	must(t, unix.Unmount(dir, unix.MNT_DETACH))
+	r.detach(id)
+}
+
+// A failed volume that nobody attaches again is detached.
+func TestDetachOfFailedVolume(t *testing.T) {
+	r := newRig(t)
+	id := r.newVolume("a", mib)
+	r.attach(id)
+	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
+	r.eventually("the failure is listed", func() bool { a := r.find(id); return a != nil && a.Failure != "" })
+	r.detach(id)
+	if a := r.find(id); a != nil {
+		t.Errorf("still listed: %+v", a)
+	}
+}
+
+func TestKillSupervisor(t *testing.T) {
+	r := newRig(t)
+	const size = 256 * mib
+	busy, idle := r.newVolume("busy", size), r.newVolume("idle", size)
+	device := r.attach(busy)
+	fillDevice(t, r.attach(idle), 0, mib, 3)
+	workers := []int{r.find(busy).WorkerPID, r.find(idle).WorkerPID}
+	w := startWriter(t, device, size)
+	w.awaitProgress(t)
+	r.kill()
+	w.done.Wait()
+	if !errors.Is(w.err, unix.EIO) {
+		t.Errorf("the writer ended with %v", w.err)
+	}
+	for _, pid := range workers {
+		r.eventually("the worker ends", func() bool { return unix.Kill(pid, 0) != nil })
+	}
+	r.start()
+	if a := r.find(busy); a != nil {
+		t.Errorf("listed: %+v", a)
+	}
+	w.check(t, r.attach(busy))
+	wantDevice(t, r.attach(idle), 0, mib, 3)
+}
+
+// Engines are started at once after the death of another, whose workers may still be ending.
+func TestKillSupervisorRepeatedly(t *testing.T) {
+	r := newRig(t)
+	const volumes = 3
+	var ids []string
+	for i := range volumes {
+		ids = append(ids, r.newVolume(fmt.Sprint(i), 64*mib))
+	}
+	for round := range 4 {
+		for _, id := range ids {
+			device := r.attach(id)
+			if round > 0 {
+				wantDevice(t, device, 0, mib, byte(round))
+			}
+			fillDevice(t, device, 0, mib, byte(round+1))
+		}
+		r.kill()
+		r.start()
+	}
+}
+
+// A dead device that is still mounted is listed by the next engine.
+func TestKillSupervisorOfMountedVolume(t *testing.T) {
+	r := newRig(t)
+	id := r.newVolume("a", 64*mib)
+	device := r.attach(id)
+	run(t, "mkfs.ext4", "-q", device)
+	dir := mount(t, device, "ext4", "")
+	r.kill()
+	r.start()
+	if a := r.find(id); a == nil || a.Failure == "" || a.Device != device {
+		t.Fatalf("listed as %+v", a)
+	}
+	wantErr(t, r.client.Detach(testContext(t), id), ErrInUse)
+	must(t, unix.Unmount(dir, unix.MNT_DETACH))
+	r.eventually("detached", func() bool { return r.client.Detach(testContext(t), id) == nil })
+	if a := r.find(id); a != nil {
+		t.Fatalf("listed as %+v", a)
+	}
+	r.attach(id)
+}
+
+// SIGTERM detaches what is free, and aborts what is in use.
+func TestStop(t *testing.T) {
+	r := newRig(t)
+	const size = 256 * mib
+	busy, free := r.newVolume("busy", size), r.newVolume("free", size)
+	device := r.attach(busy)
+	fillDevice(t, r.attach(free), 0, mib, 3)
+	w := startWriter(t, device, size)
+	w.awaitProgress(t)
+	r.stop()
+	w.done.Wait()
+	if !errors.Is(w.err, unix.EIO) {
+		t.Errorf("the writer ended with %v", w.err)
+	}
+	wantImage(t, r.pool.ImagePath(free), 0, mib, 3)
+	r.start()
+	w.check(t, r.attach(busy))
+}

@@ -1,0 +1,98 @@
+package engine
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+)
+
+// The test binary is also the worker, and the supervisor of the tests that kill one.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "worker":
+			os.Exit(exitCode(runTestWorker(os.Args[2:])))
+		case "supervisor":
+			os.Exit(exitCode(runTestSupervisor(os.Args[2:])))
+		}
+	}
+	removeLeftovers()
+	os.Exit(m.Run())
+}
+
+func exitCode(err error) int {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, os.Args[1]+":", err)
+		return 1
+	}
+	return 0
+}
+
+func runTestWorker(args []string) error {
+	flags := flag.NewFlagSet("worker", flag.ExitOnError)
+	poolDir := flags.String("pool", "", "")
+	volume := flags.String("volume", "", "")
+	_ = flags.Parse(args)
+	return RunWorker(context.Background(), *poolDir, *volume)
+}
+
+func runTestSupervisor(args []string) error {
+	flags := flag.NewFlagSet("supervisor", flag.ExitOnError)
+	o := Options{}
+	flags.StringVar(&o.Listen, "listen", "", "")
+	flags.StringVar(&o.PoolDir, "pool", "", "")
+	hang := flags.String("hang-frozen", "", "a file to create when a file system is frozen; it stays so")
+	_ = flags.Parse(args)
+	if *hang != "" {
+		o.hooks.frozen = func() {
+			_ = os.WriteFile(*hang, nil, 0o600)
+			select {}
+		}
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	return Run(ctx, o)
+}
+
+// testVolumePrefix begins the names of the tests' volumes; the process ID of the test follows.
+const testVolumePrefix = "engtest-"
+
+// removeLeftovers removes the mounts and devices that a killed run of these tests left.
+func removeLeftovers() {
+	devices, err := blockdev.Find(devicePrefix + testVolumePrefix)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "look for leftovers:", err)
+	}
+	for _, d := range devices {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(d.Name, devicePrefix+testVolumePrefix), "-")
+		if n, err := strconv.Atoi(pid); err != nil || unix.Kill(n, 0) == nil {
+			continue // its test is running
+		}
+		for _, fsType := range []string{"ext4", "xfs"} {
+			_ = thawDevice(d.Path, fsType)
+		}
+		unmountAll(d.Path)
+		_ = blockdev.Clear(d.Path)
+	}
+}
+
+// unmountAll unmounts whatever is mounted from a device.
+func unmountAll(device string) {
+	mounts, _ := os.ReadFile("/proc/self/mounts")
+	for line := range strings.Lines(string(mounts)) {
+		fields := strings.Fields(line)
+		if len(fields) > 1 && fields[0] == device {
+			_ = unix.Unmount(fields[1], unix.MNT_DETACH)
+		}
+	}
+}
