@@ -91,7 +91,7 @@ func (s *sparse) zero(off, n int64) {
 
 func (s *sparse) truncate(size int64) {
 	if size < s.size {
-		s.zero(size, s.size-size)
+		s.zero(size, (s.size-size+memPageSize-1)&^(memPageSize-1)) // nothing lies behind the end
 	}
 	s.size = size
 }
@@ -165,6 +165,9 @@ func (f *memFile) save(t testing.TB, path string) {
 	defer out.Close()
 	for _, page := range slices.Sorted(maps.Keys(f.content.pages)) {
 		off := page * memPageSize
+		if off >= f.content.size {
+			break
+		}
 		b := f.content.pages[page][:min(memPageSize, f.content.size-off)]
 		if _, err := out.WriteAt(b, off); err != nil {
 			t.Fatal(err)
