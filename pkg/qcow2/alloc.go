@@ -165,7 +165,7 @@ func (a *allocator) newBlock(k int64) error {
 	if err := a.check(r); err != nil {
 		return err
 	}
-	b := &refBlock{counts: make(counts, a.g.clusterSize)}
+	b := &refBlock{counts: a.g.newCounts(1)}
 	b.counts.set(0, 1)
 	for s := range a.g.clusterSize / sectorSize {
 		b.dirty.add(s)

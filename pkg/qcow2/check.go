@@ -82,7 +82,7 @@ func checkImage(ctx context.Context, f File, h header, progress func(done, total
 		progress = func(_, _ int64) {}
 	}
 	c := &checker{
-		ctx: ctx, file: f, h: &h, g: newGeometry(h.clusterBits), progress: progress, groups: map[int64]*clusterGroup{},
+		ctx: ctx, file: f, h: &h, g: h.geometry(), progress: progress, groups: map[int64]*clusterGroup{},
 		length: (size + sectorSize - 1) &^ (sectorSize - 1),
 	}
 	c.clusters = c.g.clusters(c.length)

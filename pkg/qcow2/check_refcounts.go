@@ -159,22 +159,25 @@ func (c *checker) loadRefcountBlock(index int64, entry uint64) error {
 	}
 	first := index << c.g.blockBits
 	return c.scan(off, c.g.clusterSize, func(b []byte, at int64) error {
-		c.storeCounts(first+at/2, b)
+		part := counts{b, c.g.refcountOrder}
+		c.storeCounts(first+at<<3>>c.g.refcountOrder, part)
 		return nil
 	})
 }
 
-// storeCounts notes the counts in b for the clusters from first on, as far as they can be in use.
-func (c *checker) storeCounts(first int64, b []byte) {
-	n := min(int64(len(b)/2), c.clusters+1-first)
+// storeCounts notes the counts in b for the clusters from first on, as far as they can be in use. More than 16 bits
+// are cut to the largest number of 16: no image can have so many references.
+func (c *checker) storeCounts(first int64, b counts) {
+	perWord := int64(64) >> c.g.refcountOrder
+	n := min(b.len(), c.clusters+1-first)
 	for i := int64(0); i < n; i++ {
-		if i%4 == 0 && i+4 <= n && binary.NativeEndian.Uint64(b[2*i:]) == 0 {
-			i += 3
+		if i%perWord == 0 && i+perWord <= n && binary.NativeEndian.Uint64(b.b[b.at(i):]) == 0 {
+			i += perWord - 1
 			continue
 		}
-		if count := binary.BigEndian.Uint16(b[2*i:]); count != 0 {
+		if count := b.get(i); count != 0 {
 			k, at := c.group(first + i)
-			k.stored[at] = count
+			k.stored[at] = uint16(min(count, math.MaxUint16))
 		}
 	}
 }

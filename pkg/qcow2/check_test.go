@@ -42,14 +42,17 @@ func qemuImages(t testing.TB) map[string]func(path string) {
 		qemuImg(t, "create", "-q", "-f", "qcow2", "-o", options, path, size)
 	}
 	return map[string]func(path string){
-		"empty":    func(path string) { create(path, "compat=1.1", "0") },
-		"fresh":    func(path string) { create(path, "compat=1.1", "1M") },
-		"v2":       func(path string) { create(path, "compat=0.10", "1M"); snapshots(path, 1<<20) },
-		"512":      func(path string) { create(path, "cluster_size=512", "1M"); snapshots(path, 1<<20) },
-		"4K":       func(path string) { create(path, "cluster_size=4K", "4M"); snapshots(path, 4<<20) },
-		"64K":      func(path string) { create(path, "cluster_size=64K", "4M"); snapshots(path, 4<<20) },
-		"2M":       func(path string) { create(path, "cluster_size=2M", "16M"); snapshots(path, 16<<20) },
-		"metadata": func(path string) { create(path, "preallocation=metadata,cluster_size=4K", "1M"); snapshots(path, 1<<20) },
+		"empty": func(path string) { create(path, "compat=1.1", "0") },
+		"fresh": func(path string) { create(path, "compat=1.1", "1M") },
+		"v2":    func(path string) { create(path, "compat=0.10", "1M"); snapshots(path, 1<<20) },
+		"512":   func(path string) { create(path, "cluster_size=512", "1M"); snapshots(path, 1<<20) },
+		"4K":    func(path string) { create(path, "cluster_size=4K", "4M"); snapshots(path, 4<<20) },
+		"64K":   func(path string) { create(path, "cluster_size=64K", "4M"); snapshots(path, 4<<20) },
+		"2M":    func(path string) { create(path, "cluster_size=2M", "16M"); snapshots(path, 16<<20) },
+		"metadata": func(path string) {
+			create(path, "preallocation=metadata,cluster_size=4K", "1M")
+			snapshots(path, 1<<20)
+		},
 		"odd size": func(path string) { create(path, "cluster_size=64K", "1000000"); snapshots(path, 1000000/2048*2048) },
 		"compressed": func(path string) {
 			raw := filepath.Join(filepath.Dir(path), "raw")
@@ -133,7 +136,7 @@ func damage(t testing.TB, f *memFile, rng *rand.Rand) string {
 	must(t, err)
 	h, err := decodeHeader(first)
 	must(t, err)
-	g := newGeometry(h.clusterBits)
+	g := h.geometry()
 
 	// Choose a table.
 	table, entries, kind := h.l1Offset, h.l1Size, "L1"

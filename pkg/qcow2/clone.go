@@ -16,6 +16,7 @@ func Clone(ctx context.Context, dst File, v *View, size int64, progress func(don
 	if size == 0 {
 		size = v.Size()
 	}
+	size = roundToSectors(size)
 	if size < v.Size() {
 		return fmt.Errorf("%w: clone a disk of %d bytes into one of %d", ErrOutOfRange, v.Size(), size)
 	}

@@ -102,7 +102,7 @@ func TestInflateQEMU(t *testing.T) {
 
 			h, err := decodeHeader(f)
 			must(t, err)
-			g := newGeometry(h.clusterBits)
+			g := h.geometry()
 			var z inflater
 			dst := make([]byte, clusterSize)
 			compressed := 0

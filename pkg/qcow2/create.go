@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"fmt"
+	"math"
 	"math/bits"
 )
 
@@ -9,9 +10,12 @@ import (
 type CreateOptions struct {
 	ClusterSize int64 // bytes, a power of two from 512 to 2 MiB; 0 = DefaultClusterSize
 	Version     int   // 2 or 3; 0 = 3
+	// RefcountBits is the width of a reference count: a power of two from 1 to 64, 16 in version 2; 0 = 16. A
+	// narrow one limits how many snapshots can share a cluster.
+	RefcountBits int
 }
 
-// Create writes an image of size virtual bytes that reads as zeros into f, which must be empty, and syncs
+// Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
 // it. It does not close f.
 func Create(f File, size int64, o CreateOptions) error {
 	if o.ClusterSize == 0 {
@@ -20,19 +24,25 @@ func Create(f File, size int64, o CreateOptions) error {
 	if o.Version == 0 {
 		o.Version = 3
 	}
+	if o.RefcountBits == 0 {
+		o.RefcountBits = 16
+	}
 	clusterBits := uint(bits.TrailingZeros64(uint64(o.ClusterSize)))
 	switch {
 	case o.ClusterSize != 1<<clusterBits || clusterBits < minClusterBits || clusterBits > maxClusterBits:
 		return fmt.Errorf("%w: cluster size %d; a power of two from %d to %d", ErrUnsupported, o.ClusterSize, 1<<minClusterBits, 1<<maxClusterBits)
 	case o.Version != 2 && o.Version != 3:
 		return fmt.Errorf("%w: version %d; 2 or 3", ErrUnsupported, o.Version)
+	case bits.OnesCount(uint(o.RefcountBits)) != 1 || o.RefcountBits > 64 || o.Version < 3 && o.RefcountBits != 16:
+		return fmt.Errorf("%w: refcounts of %d bits in version %d; a power of two from 1 to 64, 16 in version 2", ErrUnsupported, o.RefcountBits, o.Version)
 	case size < 0:
 		return fmt.Errorf("%w: size %d", ErrOutOfRange, size)
 	}
 	if err := requireEmpty(f); err != nil {
 		return err
 	}
-	l, err := newLayout(newGeometry(clusterBits), o.Version, size, 0, 0)
+	size = roundToSectors(size)
+	l, err := newLayout(newGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits)))), o.Version, size, 0, 0)
 	if err == nil {
 		err = l.writeRefcounts(f)
 	}
@@ -43,6 +53,14 @@ func Create(f File, size int64, o CreateOptions) error {
 		return fmt.Errorf("create %s: %w", f.Name(), err)
 	}
 	return nil
+}
+
+// roundToSectors rounds a disk's size up, as QEMU does: it cannot serve a part of a sector.
+func roundToSectors(size int64) int64 {
+	if size > math.MaxInt64-sectorSize {
+		return size // too large in any case
+	}
+	return (size + sectorSize - 1) &^ (sectorSize - 1)
 }
 
 // requireEmpty refuses to write over anything.

@@ -40,25 +40,27 @@ const (
 
 // geometry is what follows from an image's cluster size.
 type geometry struct {
-	clusterBits uint
-	clusterSize int64
-	l2Bits      uint  // log2 of the entries in an L2 table
-	l2Entries   int64 // entries in an L2 table, which fills one cluster
-	l2Coverage  int64 // guest bytes under one L2 table
-	blockBits   uint  // log2 of the counts in a refcount block
-	blockCounts int64 // counts in a refcount block, which fills one cluster
+	clusterBits   uint
+	clusterSize   int64
+	l2Bits        uint  // log2 of the entries in an L2 table
+	l2Entries     int64 // entries in an L2 table, which fills one cluster
+	l2Coverage    int64 // guest bytes under one L2 table
+	refcountOrder uint  // log2 of the bits of a refcount
+	blockBits     uint  // log2 of the counts in a refcount block
+	blockCounts   int64 // counts in a refcount block, which fills one cluster
 }
 
-// newGeometry takes checked cluster bits (9..21); refcounts are 16 bits wide.
-func newGeometry(clusterBits uint) geometry {
+// newGeometry takes checked cluster bits (9..21) and refcount order (0..6).
+func newGeometry(clusterBits, refcountOrder uint) geometry {
 	return geometry{
-		clusterBits: clusterBits,
-		clusterSize: 1 << clusterBits,
-		l2Bits:      clusterBits - 3,
-		l2Entries:   1 << (clusterBits - 3),
-		l2Coverage:  1 << (2*clusterBits - 3),
-		blockBits:   clusterBits - 1,
-		blockCounts: 1 << (clusterBits - 1),
+		clusterBits:   clusterBits,
+		clusterSize:   1 << clusterBits,
+		l2Bits:        clusterBits - 3,
+		l2Entries:     1 << (clusterBits - 3),
+		l2Coverage:    1 << (2*clusterBits - 3),
+		refcountOrder: refcountOrder,
+		blockBits:     clusterBits + 3 - refcountOrder,
+		blockCounts:   1 << (clusterBits + 3 - refcountOrder),
 	}
 }
 

@@ -24,7 +24,7 @@ type generation struct {
 	blocks map[int64]counts // refcount blocks that differ from the live ones
 	next   int64            // search for free clusters from here
 	wrote  runs             // for abort
-	freed  runs             // clusters whose count fell to 0
+	freed  runs             // clusters whose count fell to 0, and perhaps rose again
 }
 
 // newGeneration starts with a copy of the live one.
@@ -44,29 +44,29 @@ func (img *Image) newGeneration() *generation {
 	}
 }
 
-// block returns the next counts of refcount block i, to read; nil if all are 0.
+// block returns the next counts of refcount block i, to read; none if all are 0.
 func (n *generation) block(i int64) (counts, error) {
-	if b := n.blocks[i]; b != nil {
+	if b, ok := n.blocks[i]; ok {
 		return b, nil
 	}
 	b, err := n.img.alloc.rc.block(i)
 	if b == nil {
-		return nil, err
+		return counts{}, err
 	}
 	return b.counts, nil
 }
 
 // ownBlock returns block i to change.
 func (n *generation) ownBlock(i int64) (counts, error) {
-	if b := n.blocks[i]; b != nil {
+	if b, ok := n.blocks[i]; ok {
 		return b, nil
 	}
 	live, err := n.block(i)
 	if err != nil {
-		return nil, err
+		return counts{}, err
 	}
-	b := make(counts, n.g.clusterSize)
-	copy(b, live)
+	b := n.g.newCounts(1)
+	copy(b.b, live.b)
 	n.blocks[i] = b
 	for i >= int64(len(n.table)) {
 		n.table = append(n.table, 0)
@@ -75,15 +75,15 @@ func (n *generation) ownBlock(i int64) (counts, error) {
 }
 
 // count returns a cluster's next count.
-func (n *generation) count(c int64) (uint16, error) {
+func (n *generation) count(c int64) (uint64, error) {
 	b, err := n.block(c >> n.g.blockBits)
-	if b == nil {
+	if b.none() {
 		return 0, err
 	}
 	return b.get(c & (n.g.blockCounts - 1)), nil
 }
 
-// add changes the counts of a run. Additions commute, but a count must not fall to 0 and rise again.
+// add changes the counts of a run.
 func (n *generation) add(r run, delta int) error {
 	return n.g.eachBlock(r, func(k, i, m int64) error {
 		b, err := n.ownBlock(k)
@@ -317,7 +317,7 @@ func (n *generation) buildRefcounts() error {
 		}
 	}
 	for i, b := range n.blocks {
-		if err := n.write(run{n.table[i] >> n.g.clusterBits, 1}, b); err != nil {
+		if err := n.write(run{n.table[i] >> n.g.clusterBits, 1}, b.b); err != nil {
 			return err
 		}
 	}
@@ -365,7 +365,20 @@ func (n *generation) adopt() {
 		a.length.Store(max(length, a.length.Load()))
 	}
 	// An error here costs host blocks only: a free cluster is punched again before it is handed out.
-	_ = a.punch(n.freed)
+	_ = a.punch(n.unused())
+}
+
+// unused returns the clusters that no longer have a count.
+func (n *generation) unused() runs {
+	var rs runs
+	for _, r := range n.freed {
+		for c := r.first; c < r.end(); c++ {
+			if b := n.blocks[c>>n.g.blockBits]; b.get(c&(n.g.blockCounts-1)) == 0 {
+				rs.add(run{c, 1})
+			}
+		}
+	}
+	return rs
 }
 
 // rowBytes returns the length of the snapshot table.

@@ -29,7 +29,7 @@ func (a *allocator) growTable(k int64) error {
 
 	table := make([]int64, entries)
 	copy(table, a.rc.table)
-	all := make(counts, newBlocks<<a.g.clusterBits)
+	all := a.g.newCounts(newBlocks)
 	for i := range used.n {
 		all.set(i, 1)
 	}
@@ -40,7 +40,7 @@ func (a *allocator) growTable(k int64) error {
 	for i, off := range table {
 		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
 	}
-	if _, err := a.f.WriteAt(append(all, raw...), first<<a.g.clusterBits); err != nil {
+	if _, err := a.f.WriteAt(append(all.b, raw...), first<<a.g.clusterBits); err != nil {
 		return err
 	}
 	// Blocks that claim has made and not yet linked must not appear in a durable table before their content.

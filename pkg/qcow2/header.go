@@ -110,8 +110,6 @@ func (h *header) refuse(b []byte) error {
 		return unsupported("extended L2 entries (subclusters)")
 	case h.incompatible&incompatCompression != 0 || h.compressionType != 0:
 		return unsupported("compression type %d", h.compressionType)
-	case h.refcountOrder != 4:
-		return unsupported("refcounts of %d bits; only 16", 1<<h.refcountOrder)
 	}
 	unknown := h.incompatible &^ (incompatDirty | incompatCorrupt)
 	names, err := h.readExtensions(b, unknown)
@@ -155,9 +153,12 @@ func (h *header) readExtensions(b []byte, unknown uint64) (string, error) {
 	return strings.Join(names, ", "), nil
 }
 
+// geometry of the image.
+func (h *header) geometry() geometry { return newGeometry(h.clusterBits, h.refcountOrder) }
+
 // decodeGeneration reads bytes 24-71.
 func (h *header) decodeGeneration() error {
-	g := newGeometry(h.clusterBits)
+	g := h.geometry()
 	be32 := func(at int) int64 { return int64(binary.BigEndian.Uint32(h.sector[at:])) }
 	be64 := func(at int) uint64 { return binary.BigEndian.Uint64(h.sector[at:]) }
 	h.l1Size, h.refTableClusters, h.snapshots = be32(36), be32(56), be32(60)

@@ -83,7 +83,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 	case h.incompatible&incompatDirty != 0:
 		return nil, fmt.Errorf("%w: the image is marked dirty (lazy refcounts); `qemu-img check -r all` rebuilds its reference counts", ErrUnsupported)
 	}
-	g := newGeometry(h.clusterBits)
+	g := h.geometry()
 	img := &Image{f: f, g: g, readOnly: o.ReadOnly, version: h.version, guests: newRangeLock(), views: make(map[string]int)}
 	img.hdr.Store(&h)
 	if img.l1, err = readL1(f, g, h.l1Offset, h.l1Size); err != nil {

@@ -59,11 +59,11 @@ func (l layout) writeRefcounts(f File) error {
 	w := newMetadataWriter(f, l.g.clusterSize)
 	_, _ = w.Write(table) // Flush tells
 	for left := l.clusters(); left > 0; left -= l.g.blockCounts {
-		block := make(counts, l.g.clusterSize)
+		block := l.g.newCounts(1)
 		for i := range min(left, l.g.blockCounts) {
 			block.set(i, 1)
 		}
-		_, _ = w.Write(block)
+		_, _ = w.Write(block.b)
 	}
 	return w.Flush()
 }
@@ -82,7 +82,7 @@ func (l layout) writeHeader(f File) error {
 	be.PutUint32(h.sector[4:], uint32(h.version))
 	be.PutUint32(h.sector[20:], uint32(h.clusterBits))
 	if h.version >= 3 {
-		be.PutUint32(h.sector[96:], 4) // refcount_order: 16 bits
+		be.PutUint32(h.sector[96:], uint32(l.g.refcountOrder))
 		be.PutUint32(h.sector[100:], headerLengthV3)
 	}
 	if _, err := f.WriteAt(h.encode(), 0); err != nil {

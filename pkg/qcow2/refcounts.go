@@ -52,8 +52,8 @@ func (rc *refcounts) block(i int64) (*refBlock, error) {
 	if b := rc.blocks[i]; b != nil {
 		return b, nil
 	}
-	b := &refBlock{counts: make(counts, rc.g.clusterSize)}
-	if err := readPadded(rc.f, b.counts, rc.table[i]); err != nil {
+	b := &refBlock{counts: rc.g.newCounts(1)}
+	if err := readPadded(rc.f, b.counts.b, rc.table[i]); err != nil {
 		return nil, fmt.Errorf("read refcount block %d: %w", i, err)
 	}
 	rc.keep(i, b)
@@ -101,7 +101,7 @@ func (rc *refcounts) add(r run, delta int) (zero runs, err error) {
 		if err := b.counts.add(i, n, delta); err != nil {
 			return fmt.Errorf("%s: refcount block %d: %w", rc.f.Name(), k, err)
 		}
-		for s := i * 2 / sectorSize; s <= (i+n-1)*2/sectorSize; s++ {
+		for s := b.counts.at(i) / sectorSize; s <= b.counts.at(i+n-1)/sectorSize; s++ {
 			b.dirty.add(s)
 		}
 		for j := i; delta < 0 && j < i+n; j++ {
@@ -123,7 +123,7 @@ func (rc *refcounts) writeBack() error {
 				return
 			}
 			at, end := first*sectorSize, (first+n)*sectorSize
-			_, err = rc.f.WriteAt(b.counts[at:end], rc.table[i]+at)
+			_, err = rc.f.WriteAt(b.counts.b[at:end], rc.table[i]+at)
 		})
 		if err != nil {
 			return fmt.Errorf("write refcount block %d: %w", i, err)

@@ -102,10 +102,11 @@ func (img *Image) GotoSnapshot(s Selector) error {
 		if err != nil {
 			return err
 		}
-		if err := n.reference(l1, 1); err != nil {
+		// The old state goes first: narrow refcounts may have no room for both.
+		if err := n.reference(n.l1, -1); err != nil {
 			return err
 		}
-		if err := n.reference(n.l1, -1); err != nil {
+		if err := n.reference(l1, 1); err != nil {
 			return err
 		}
 		entries := max(n.g.l1Entries(row.diskSize), int64(len(l1)), 1)
@@ -153,10 +154,11 @@ func (img *Image) DropActive() error {
 	})
 }
 
-// Resize makes the active disk size bytes large; what is added reads as zeros. It does not shrink: ErrUnsupported.
+// Resize makes the active disk size bytes large, rounded up to sectors; what is added reads as zeros. It does not shrink: ErrUnsupported.
 func (img *Image) Resize(size int64) error {
 	return img.switchGeneration(func(n *generation) error {
 		have := n.g.l1Entries(n.h.size)
+		size = roundToSectors(size)
 		need := n.g.l1Entries(size)
 		switch {
 		case size < n.h.size:

@@ -72,7 +72,7 @@ func readSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	g := newGeometry(h.clusterBits)
+	g := h.geometry()
 	for i := range rows {
 		if err := rows[i].check(g); err != nil {
 			return nil, 0, fmt.Errorf("snapshot table at offset %#x, row %d (id %q, name %q): %w",
