@@ -6,38 +6,68 @@ import (
 	"fmt"
 	"io"
 	"sync"
+
+	"github.com/klauspost/compress/zstd"
 )
 
-// inflater decompresses clusters. The zero value is ready; it is safe for concurrent use and keeps
-// idle decompressors, each with its 32 KiB window, for the next cluster.
-type inflater struct {
-	idle sync.Pool // of *inflateStream
+// Compression types (specification: "Header", byte 104).
+const (
+	compressionDeflate = 0
+	compressionZstd    = 1
+)
+
+// decompressor decompresses an image's clusters. It is safe for concurrent use and keeps idle streams, each with its
+// window, for the next cluster.
+type decompressor struct {
+	kind uint8     // compression type
+	idle sync.Pool // of *decompressStream
 }
 
-// inflateStream is a decompressor and the reader that it is bound to.
-type inflateStream struct {
+// decompressStream is a decoder and the reader that it is bound to.
+type decompressStream struct {
 	src     bytes.Reader
-	decoder io.ReadCloser // a flate decoder, which is a flate.Resetter too
+	decoder io.Reader
+	reset   func(*bytes.Reader) error
 }
 
-// inflate fills dst, exactly one cluster, from src, the bytes that a compressed L2 entry names: raw
-// deflate, padded to whole sectors and possibly cut at the end of the file. It never produces more
-// than len(dst) bytes, whatever the stream holds; a stream that is broken or yields less is ErrCorrupt,
-// and dst is then undefined.
-func (z *inflater) inflate(dst, src []byte) error {
-	s, ok := z.idle.Get().(*inflateStream)
+// newDecompressStream makes a decoder for clusters of size bytes; it needs no larger window.
+func newDecompressStream(kind uint8, size int) (*decompressStream, error) {
+	s := new(decompressStream)
+	if kind == compressionZstd {
+		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(uint64(max(size, zstd.MinWindowSize))))
+		if err != nil {
+			return nil, fmt.Errorf("make a zstd decompressor: %w", err)
+		}
+		s.decoder, s.reset = d, func(r *bytes.Reader) error { return d.Reset(r) }
+		return s, nil
+	}
+	d := flate.NewReader(&s.src)
+	s.decoder, s.reset = d, func(r *bytes.Reader) error { return d.(flate.Resetter).Reset(r, nil) }
+	return s, nil
+}
+
+// decompress fills dst, exactly one cluster, from src, the bytes that a compressed L2 entry names: raw deflate or
+// zstd, padded to whole sectors and possibly cut at the end of the file. It never produces more than len(dst)
+// bytes, whatever the stream holds; a stream that is broken or yields less is ErrCorrupt, and dst is then undefined.
+func (z *decompressor) decompress(dst, src []byte) error {
+	s, ok := z.idle.Get().(*decompressStream)
 	if !ok {
-		s = new(inflateStream)
-		s.decoder = flate.NewReader(&s.src)
+		var err error
+		if s, err = newDecompressStream(z.kind, len(dst)); err != nil {
+			return err
+		}
 	}
 	defer z.idle.Put(s)
 	defer s.src.Reset(nil) // the caller owns src
 
 	s.src.Reset(src)
-	if err := s.decoder.(flate.Resetter).Reset(&s.src, nil); err != nil {
-		return fmt.Errorf("reset the decompressor: %w", err)
+	err := s.reset(&s.src)
+	n := 0
+	if err == nil {
+		n, err = io.ReadFull(s.decoder, dst)
 	}
-	if n, err := io.ReadFull(s.decoder, dst); err != nil {
+	if err != nil {
 		return fmt.Errorf("%w: compressed cluster of %d bytes yields %d of %d: %w", ErrCorrupt, len(src), n, len(dst), err)
 	}
 	return nil

@@ -24,7 +24,7 @@ func deflate(t testing.TB, b []byte) []byte {
 	return out.Bytes()
 }
 
-func TestInflate(t *testing.T) {
+func TestDecompressDeflate(t *testing.T) {
 	const cluster = 4096
 	content := bytes.Repeat([]byte("0123456789abcdef"), cluster/16)
 	stream := deflate(t, content)
@@ -46,10 +46,10 @@ func TestInflate(t *testing.T) {
 		{"zeros", make([]byte, 512), nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			var z inflater
+			var z decompressor
 			for range 2 { // the second with a used decompressor
 				dst := make([]byte, cluster)
-				err := z.inflate(dst, test.src)
+				err := z.decompress(dst, test.src)
 				switch {
 				case test.want == nil && !errors.Is(err, ErrCorrupt):
 					t.Fatalf("got %v, want ErrCorrupt", err)
@@ -63,8 +63,8 @@ func TestInflate(t *testing.T) {
 	}
 }
 
-func TestInflateConcurrently(t *testing.T) {
-	var z inflater
+func TestDecompressConcurrently(t *testing.T) {
+	var z decompressor
 	var wg sync.WaitGroup
 	for i := range 8 {
 		want := pattern(byte(i), 4096)
@@ -72,7 +72,7 @@ func TestInflateConcurrently(t *testing.T) {
 		wg.Go(func() {
 			dst := make([]byte, len(want))
 			for range 50 {
-				if err := z.inflate(dst, src); err != nil || !bytes.Equal(dst, want) {
+				if err := z.decompress(dst, src); err != nil || !bytes.Equal(dst, want) {
 					t.Errorf("stream %d: %v", i, err)
 					return
 				}
@@ -82,10 +82,14 @@ func TestInflateConcurrently(t *testing.T) {
 	wg.Wait()
 }
 
-// TestInflateQEMU reads every compressed cluster of images that qemu-img compressed, by the entries alone.
-func TestInflateQEMU(t *testing.T) {
-	for _, clusterSize := range []int{512, 4096, 65536, 2 << 20} {
-		t.Run(fmt.Sprint(clusterSize), func(t *testing.T) {
+// TestDecompressQEMU reads every compressed cluster of images that qemu-img compressed, by the entries alone.
+func TestDecompressQEMU(t *testing.T) {
+	for _, c := range []struct {
+		clusterSize int
+		kind        string
+	}{{512, "zlib"}, {4096, "zlib"}, {65536, "zlib"}, {2 << 20, "zlib"}, {512, "zstd"}, {4096, "zstd"}, {65536, "zstd"}, {2 << 20, "zstd"}} {
+		clusterSize := c.clusterSize
+		t.Run(fmt.Sprint(clusterSize, c.kind), func(t *testing.T) {
 			t.Parallel()
 			size := max(2*clusterSize, 128<<10)
 			content := make([]byte, size)
@@ -96,14 +100,14 @@ func TestInflateQEMU(t *testing.T) {
 			raw := filepath.Join(t.TempDir(), "raw")
 			must(t, os.WriteFile(raw, content, 0o600))
 			path := tempImage(t)
-			qemuImg(t, "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", fmt.Sprintf("cluster_size=%d", clusterSize), raw, path)
+			qemuImg(t, "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", fmt.Sprintf("cluster_size=%d,compression_type=%s", clusterSize, c.kind), raw, path)
 			f, err := os.ReadFile(path)
 			must(t, err)
 
 			h, err := decodeHeader(f)
 			must(t, err)
 			g := h.geometry()
-			var z inflater
+			z := decompressor{kind: h.compressionType}
 			dst := make([]byte, clusterSize)
 			compressed := 0
 			for guest := int64(0); guest < int64(size); guest += int64(clusterSize) {
@@ -114,7 +118,7 @@ func TestInflateQEMU(t *testing.T) {
 				}
 				compressed++
 				off, n := e.compressed(g)
-				must(t, z.inflate(dst, f[off:min(int64(len(f)), off+n)]))
+				must(t, z.decompress(dst, f[off:min(int64(len(f)), off+n)]))
 				if !bytes.Equal(dst, content[guest:guest+int64(clusterSize)]) {
 					t.Fatalf("guest offset %#x: wrong content", guest)
 				}

@@ -108,10 +108,12 @@ func (h *header) refuse(b []byte) error {
 		return unsupported("the image keeps its data in an external file")
 	case h.incompatible&incompatExtendedL2 != 0:
 		return unsupported("extended L2 entries (subclusters)")
-	case h.incompatible&incompatCompression != 0 || h.compressionType != 0:
+	case h.compressionType > compressionZstd:
 		return unsupported("compression type %d", h.compressionType)
+	case (h.incompatible&incompatCompression != 0) != (h.compressionType != compressionDeflate):
+		return fmt.Errorf("%w: compression type %d contradicts incompatible feature bit 3", ErrCorrupt, h.compressionType)
 	}
-	unknown := h.incompatible &^ (incompatDirty | incompatCorrupt)
+	unknown := h.incompatible &^ (incompatDirty | incompatCorrupt | incompatCompression)
 	names, err := h.readExtensions(b, unknown)
 	if err != nil {
 		return err

@@ -30,7 +30,7 @@ type Image struct {
 	g        geometry
 	readOnly bool
 	version  int
-	inflate  inflater
+	packed   decompressor
 	alloc    *allocator // nil if read-only
 	failure  atomic.Pointer[error]
 
@@ -85,6 +85,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 	}
 	g := h.geometry()
 	img := &Image{f: f, g: g, readOnly: o.ReadOnly, version: h.version, guests: newRangeLock(), views: make(map[string]int)}
+	img.packed.kind = h.compressionType
 	img.hdr.Store(&h)
 	if img.l1, err = readL1(f, g, h.l1Offset, h.l1Size); err != nil {
 		return nil, fmt.Errorf("active L1 table: %w", err)
@@ -173,13 +174,21 @@ type Info struct {
 	Snapshots       []Snapshot // in table order
 }
 
+// compressionName is QEMU's name of a compression type.
+func compressionName(kind uint8) string {
+	if kind == compressionZstd {
+		return "zstd"
+	}
+	return "zlib"
+}
+
 // Info describes the image as it is now.
 func (img *Image) Info() Info {
 	h := img.hdr.Load()
 	length, _ := img.f.Size() // 0 if it cannot be had: this is for people
 	return Info{
 		Version: h.version, ClusterSize: img.g.clusterSize, Size: h.size, FileSize: length,
-		RefcountBits: 1 << h.refcountOrder, CompressionType: "zlib", Snapshots: img.Snapshots(),
+		RefcountBits: 1 << h.refcountOrder, CompressionType: compressionName(h.compressionType), Snapshots: img.Snapshots(),
 		CorruptBit: h.incompatible&incompatCorrupt != 0, DirtyBit: h.incompatible&incompatDirty != 0,
 		LazyRefcounts: h.compatible&compatLazyRefcounts != 0, ExtendedL2: h.incompatible&incompatExtendedL2 != 0,
 	}

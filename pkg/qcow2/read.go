@@ -76,7 +76,7 @@ func (img *Image) readCompressed(cluster []byte, e l2Entry) error {
 	if err := readPadded(img.f, src, off); err != nil {
 		return err
 	}
-	if err := img.inflate.inflate(cluster, src); err != nil {
+	if err := img.packed.decompress(cluster, src); err != nil {
 		return fmt.Errorf("compressed cluster at file offset %#x: %w", off, err)
 	}
 	return nil
