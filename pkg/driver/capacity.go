@@ -83,7 +83,7 @@ type capacity struct {
 	overcommit float64
 
 	mu      sync.Mutex
-	pending int64 // bytes promised to volumes that are being made, guarded by mu
+	pending int64 // bytes promised to volumes that the pool does not count yet, guarded by mu
 }
 
 // available returns how many bytes can be promised to new volumes.
@@ -104,9 +104,9 @@ func (c *capacity) availableLocked(p *pool.Pool) (int64, error) {
 	return max(left, 0) &^ (sizeUnit - 1), nil
 }
 
-// promise takes n bytes out of what is available until done is called, when the volume that they are for
-// counts itself. errExhausted if they do not fit.
-func (c *capacity) promise(p *pool.Pool, n int64) (done func(), err error) {
+// promise takes n bytes out of what is available until the pool counts them itself, which counted says. It may
+// be called twice. errExhausted if they do not fit.
+func (c *capacity) promise(p *pool.Pool, n int64) (counted func(), err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	left, err := c.availableLocked(p)
@@ -117,11 +117,11 @@ func (c *capacity) promise(p *pool.Pool, n int64) (done func(), err error) {
 		return nil, fmt.Errorf("%w: %d bytes do not fit in the pool, which can promise %d more", errExhausted, n, left)
 	}
 	c.pending += n
-	return func() {
+	return sync.OnceFunc(func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.pending -= n
-	}, nil
+	}), nil
 }
 
 // GetCapacity says what a CreateVolume now would be granted.

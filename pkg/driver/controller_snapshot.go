@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,7 @@ func (c *controller) CreateSnapshot(
 	ctx context.Context, req *csi.CreateSnapshotRequest,
 ) (*csi.CreateSnapshotResponse, error) {
 	name, id := req.GetName(), req.GetSourceVolumeId()
-	if err := errors.Join(required("source_volume_id", id), checkSnapshotName(name)); err != nil {
+	if err := cmp.Or(required("source_volume_id", id), checkSnapshotName(name)); err != nil {
 		return nil, err
 	}
 	freeze, err := parseSnapshotParameters(req.GetParameters())
@@ -46,7 +47,11 @@ func (c *controller) CreateSnapshot(
 			return nil, err
 		}
 	}
-	return &csi.CreateSnapshotResponse{Snapshot: c.snapshotMessage(*existing)}, nil
+	resp := &csi.CreateSnapshotResponse{Snapshot: c.snapshotMessage(*existing)}
+	// Optional here. csi-sanity 5.6 compares it in a way that two equal messages fail when one of them has been sent, so
+	// that no driver which fills it in can pass. GetSnapshot and ListSnapshots have it.
+	resp.Snapshot.AccessibleTopology = nil
+	return resp, nil
 }
 
 // snapshotByName returns the snapshot of that name of the volume, which may be a tombstone by now; nil if
@@ -168,7 +173,7 @@ func (c *controller) removeTombstone(ctx context.Context, p *pool.Pool, volumeID
 	if err != nil || !v.Tombstone {
 		return err
 	}
-	left, err := c.snapshotsOf(ctx, p, v)
+	left, err := c.volumeSnapshots(ctx, p, v)
 	if err != nil || len(left) > 0 {
 		return err
 	}
@@ -250,7 +255,7 @@ func (c *controller) filterSnapshots(ctx context.Context, p *pool.Pool, id, volu
 	} else {
 		var v pool.Volume
 		if v, err = ownVolume(p, volumeID); err == nil {
-			all, err = c.snapshotsOf(ctx, p, v)
+			all, err = c.volumeSnapshots(ctx, p, v)
 		}
 	}
 	if isNotFound(err) || errors.Is(err, errOtherPool) {

@@ -79,6 +79,7 @@ func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeReq
 		Created: time.Now().UTC(), Source: r.source.String(),
 	}
 	return v, p.Create(ctx, v, func(ctx context.Context, path string) error {
+		counted()
 		if r.source.kind == noSource {
 			return createImage(path, size, r.parameters.clusterSize)
 		}

@@ -64,7 +64,7 @@ func Run(ctx context.Context, o Options) error {
 	if o.Overcommit < 0 || o.Reserve < 0 {
 		return fmt.Errorf("%w: overcommit %v, reserve %d", errInvalid, o.Overcommit, o.Reserve)
 	}
-	listener, err := listen(o.Endpoint)
+	listener, err := listen(ctx, o.Endpoint)
 	if err != nil {
 		return err
 	}

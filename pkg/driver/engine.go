@@ -44,7 +44,7 @@ func (d *Driver) attachedSize(ctx context.Context, id string) (int64, error) {
 		return 0, err
 	}
 	a, ok := attached[id]
-	if !ok {
+	if !ok || a.Failure != "" {
 		return 0, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
 	}
 	return a.Size, nil

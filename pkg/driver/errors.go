@@ -49,9 +49,8 @@ func errorCodes() []errorCode {
 			errPrecondition, errOtherPool, engine.ErrInUse, engine.ErrNotAttached, qcow2.ErrUnsupported,
 		}},
 		{codes.NotFound, []error{errNotFound, engine.ErrTombstone, pool.ErrNotFound, pool.ErrBadID, qcow2.ErrNotFound}},
-		// The pool's own lock is taken for as long as an operation lasts; a foreign lock on the image is
-		// QEMU's and stays.
-		{codes.Aborted, []error{errBusy, pool.ErrInUse, engine.ErrFreeze}},
+		// pool.ErrExists: another plugin made the volume meanwhile; the repeated call finds it.
+		{codes.Aborted, []error{errBusy, pool.ErrInUse, pool.ErrExists, engine.ErrFreeze}},
 		{codes.FailedPrecondition, []error{qcow2.ErrInUse}},
 		{codes.DataLoss, []error{qcow2.ErrCorrupt, qcow2.ErrFailed}},
 		{codes.DeadlineExceeded, []error{context.DeadlineExceeded}},

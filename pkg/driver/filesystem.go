@@ -24,13 +24,22 @@ func formatOptions(fsType string) []string {
 
 // formatAndMount mounts a device. One that is blank is formatted first, and only such a one; any other is checked,
 // and repaired if that is safe.
-func (n *node) formatAndMount(device, path, fsType string, options []string, readOnly bool) error {
-	format, err := n.mounter.GetDiskFormat(device)
+func (n *node) formatAndMount(device blockDevice, path, fsType string, options []string, readOnly bool) error {
+	format, err := n.mounter.GetDiskFormat(device.path)
 	if err != nil {
-		return fmt.Errorf("look for a file system on %s: %w", device, err)
+		return fmt.Errorf("look for a file system on %s: %w", device.path, err)
 	}
 	if format != "" && format != fsType {
 		return fmt.Errorf("%w: the volume holds %s, not %s", errPrecondition, format, fsType)
+	}
+	if isExt(format) && !readOnly {
+		grow, err := extMustGrowUnmounted(device)
+		if err == nil && grow {
+			err = n.growUnmountedExt(device)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	options = slices.Clone(options)
 	if readOnly {
@@ -39,21 +48,23 @@ func (n *node) formatAndMount(device, path, fsType string, options []string, rea
 	if fsType == fsXFS {
 		options = append(options, "nouuid") // a restored volume has its source's UUID
 	}
-	return n.mounter.FormatAndMountSensitiveWithFormatOptions(device, path, fsType, options, nil, formatOptions(fsType))
+	return n.mounter.FormatAndMountSensitiveWithFormatOptions(device.path, path, fsType, options, nil, formatOptions(fsType))
 }
 
 // growFileSystem makes a mounted file system as large as its device. It does nothing to one that is.
-func (n *node) growFileSystem(device, path string) error {
-	resizer := mount.NewResizeFs(n.mounter.Exec)
-	needed, err := resizer.NeedResize(device, path)
-	if err != nil {
-		return fmt.Errorf("compare the file system at %s with %s: %w", path, device, err)
+func (n *node) growFileSystem(device blockDevice, m mountPoint) error {
+	if isExt(m.fsType) {
+		cannot, err := extMustGrowUnmounted(device)
+		if err != nil {
+			return err
+		}
+		if cannot {
+			return fmt.Errorf("%w: without CAP_SYS_RESOURCE the plugin can grow %s only when it is staged the next time",
+				errPrecondition, m.fsType)
+		}
 	}
-	if !needed {
-		return nil
-	}
-	if _, err := resizer.Resize(device, path); err != nil {
-		return fmt.Errorf("grow the file system at %s: %w", path, err)
+	if _, err := mount.NewResizeFs(n.mounter.Exec).Resize(device.path, m.path); err != nil {
+		return fmt.Errorf("grow the file system at %s: %w", m.path, err)
 	}
 	return nil
 }

@@ -19,7 +19,7 @@ func (d *Driver) mountedFileSystem(ctx context.Context, id string) (*os.File, er
 		return nil, err
 	}
 	a, ok := attached[id]
-	if !ok {
+	if !ok || a.Failure != "" {
 		return nil, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
 	}
 	device, err := newBlockDevice(a.Device)

@@ -3,6 +3,7 @@ package driver
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -25,6 +26,16 @@ func newBlockDevice(path string) (blockDevice, error) {
 		err = fmt.Errorf("%w: %s is no block device", errPrecondition, path)
 	}
 	return blockDevice{path, rdev}, err
+}
+
+// size returns the device's length in bytes.
+func (b blockDevice) size() (int64, error) {
+	file, err := os.Open(b.path)
+	if err != nil {
+		return 0, err
+	}
+	size, err := file.Seek(0, io.SeekEnd)
+	return size, errors.Join(err, file.Close())
 }
 
 // deviceNumber returns the device that a node stands for, 0 if path is not a block device node.

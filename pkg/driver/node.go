@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -55,7 +56,7 @@ func (n *node) hold(id string) (v pool.Volume, release func(), err error) {
 // formatted, a file system smaller than its volume grown.
 func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
 	id, capability := req.GetVolumeId(), req.GetVolumeCapability()
-	err := errors.Join(
+	err := cmp.Or(
 		required("volume_id", id), checkPath("staging_target_path", req.GetStagingTargetPath()), checkCapability(capability))
 	if err != nil {
 		return nil, err
@@ -113,16 +114,17 @@ func (n *node) stageFileSystem(device blockDevice, path string, v pool.Volume, c
 		if err := os.MkdirAll(path, 0o750); err != nil {
 			return err
 		}
-		if err := n.formatAndMount(device.path, path, fsType, options, readOnly); err != nil {
+		if err := n.formatAndMount(device, path, fsType, options, readOnly); err != nil {
 			return err
 		}
+		staged = &mountPoint{path: path, fsType: fsType}
 	case staged.fsType != fsType || staged.readOnly != readOnly:
 		return fmt.Errorf("a mount of the volume at %s %w: %s, read-only %v", path, errExists, staged.fsType, staged.readOnly)
 	}
 	if readOnly {
 		return nil
 	}
-	return n.growFileSystem(device.path, path) // also when a call before came only as far as the mount
+	return n.growFileSystem(device, *staged) // also when a call before came only as far as the mount
 }
 
 // stagedMount returns the mount of a device at a staging path, or nil. Mounts whose device died, with the
@@ -147,7 +149,7 @@ func (n *node) NodeUnstageVolume(
 	ctx context.Context, req *csi.NodeUnstageVolumeRequest,
 ) (*csi.NodeUnstageVolumeResponse, error) {
 	id, path := req.GetVolumeId(), req.GetStagingTargetPath()
-	if err := errors.Join(required("volume_id", id), checkPath("staging_target_path", path)); err != nil {
+	if err := cmp.Or(required("volume_id", id), checkPath("staging_target_path", path)); err != nil {
 		return nil, err
 	}
 	release, err := n.busy.acquire("node volume " + id)

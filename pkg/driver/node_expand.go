@@ -1,8 +1,8 @@
 package driver
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -16,7 +16,7 @@ func (n *node) NodeExpandVolume(
 	ctx context.Context, req *csi.NodeExpandVolumeRequest,
 ) (*csi.NodeExpandVolumeResponse, error) {
 	id, path := req.GetVolumeId(), req.GetVolumePath()
-	if err := errors.Join(required("volume_id", id), required("volume_path", path)); err != nil {
+	if err := cmp.Or(required("volume_id", id), required("volume_path", path)); err != nil {
 		return nil, err
 	}
 	if req.GetVolumeCapability() != nil {
@@ -37,7 +37,7 @@ func (n *node) NodeExpandVolume(
 	if err != nil {
 		return nil, err
 	}
-	size, err := n.expandDevice(ctx, v, at.attachment.Size, want)
+	size, err := n.expandDevice(ctx, v, at.device, want)
 	if err != nil {
 		return nil, fmt.Errorf("expand volume %s: %w", id, err)
 	}
@@ -50,7 +50,11 @@ func (n *node) NodeExpandVolume(
 }
 
 // expandDevice returns the size that the volume has then, in bytes. One that is large enough stays.
-func (n *node) expandDevice(ctx context.Context, v pool.Volume, size int64, want sizeRange) (int64, error) {
+func (n *node) expandDevice(ctx context.Context, v pool.Volume, device blockDevice, want sizeRange) (int64, error) {
+	size, err := device.size()
+	if err != nil {
+		return 0, err
+	}
 	if want.required <= size && (want.limit == 0 || want.limit >= size) {
 		return size, nil
 	}
@@ -62,11 +66,11 @@ func (n *node) expandDevice(ctx context.Context, v pool.Volume, size int64, want
 	if err != nil {
 		return 0, err
 	}
-	done, err := n.capacity.promise(p, target-size)
+	counted, err := n.capacity.promise(p, target-size)
 	if err != nil {
 		return 0, err
 	}
-	defer done()
+	defer counted()
 	return n.engine.Resize(ctx, v.ID, target)
 }
 
@@ -81,5 +85,5 @@ func (n *node) expandFileSystem(device blockDevice) error {
 	if len(at) == 0 {
 		return nil
 	}
-	return n.growFileSystem(device.path, at[0].path)
+	return n.growFileSystem(device, at[0])
 }

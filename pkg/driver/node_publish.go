@@ -1,15 +1,16 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
-	"k8s.io/mount-utils"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 )
@@ -20,7 +21,7 @@ func (n *node) NodePublishVolume(
 	ctx context.Context, req *csi.NodePublishVolumeRequest,
 ) (*csi.NodePublishVolumeResponse, error) {
 	id, capability := req.GetVolumeId(), req.GetVolumeCapability()
-	err := errors.Join(
+	err := cmp.Or(
 		required("volume_id", id), checkPath("target_path", req.GetTargetPath()), checkCapability(capability))
 	if err != nil {
 		return nil, err
@@ -189,7 +190,7 @@ func (n *node) NodeUnpublishVolume(
 	ctx context.Context, req *csi.NodeUnpublishVolumeRequest,
 ) (*csi.NodeUnpublishVolumeResponse, error) {
 	id, target := req.GetVolumeId(), req.GetTargetPath()
-	if err := errors.Join(required("volume_id", id), checkPath("target_path", target)); err != nil {
+	if err := cmp.Or(required("volume_id", id), checkPath("target_path", target)); err != nil {
 		return nil, err
 	}
 	release, err := n.busy.acquire("node volume " + id)
@@ -200,8 +201,9 @@ func (n *node) NodeUnpublishVolume(
 	if err := n.unmountAll(target); err != nil {
 		return nil, err
 	}
-	if err := mount.CleanupMountPoint(target, n.mounter, true); err != nil {
-		return nil, fmt.Errorf("remove %s: %w", target, err)
+	// Never what is in it: after the unmount that is not the volume's.
+	if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
 	}
 	if device, err := n.attachedDevice(ctx, id); err == nil {
 		return &csi.NodeUnpublishVolumeResponse{}, protect(device)

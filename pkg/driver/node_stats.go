@@ -1,16 +1,14 @@
 package driver
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 )
 
 // NodeGetVolumeStats returns what a file system has of bytes and inodes, or the size of a block volume.
@@ -18,7 +16,7 @@ func (n *node) NodeGetVolumeStats(
 	ctx context.Context, req *csi.NodeGetVolumeStatsRequest,
 ) (*csi.NodeGetVolumeStatsResponse, error) {
 	id, path := req.GetVolumeId(), req.GetVolumePath()
-	if err := errors.Join(required("volume_id", id), required("volume_path", path)); err != nil {
+	if err := cmp.Or(required("volume_id", id), required("volume_path", path)); err != nil {
 		return nil, err
 	}
 	at, err := n.volumeAt(ctx, id, path)
@@ -26,9 +24,8 @@ func (n *node) NodeGetVolumeStats(
 		return nil, err
 	}
 	if at.block {
-		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{
-			{Unit: csi.VolumeUsage_BYTES, Total: at.attachment.Size},
-		}}, nil
+		size, err := at.device.size()
+		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: size}}}, err
 	}
 	usage, err := fileSystemUsage(path)
 	return &csi.NodeGetVolumeStatsResponse{Usage: usage}, err
@@ -56,9 +53,8 @@ func fileSystemUsage(path string) ([]*csi.VolumeUsage, error) {
 
 // located is a volume that is staged or published at a path.
 type located struct {
-	attachment engine.Attachment
-	device     blockDevice
-	block      bool
+	device blockDevice
+	block  bool
 }
 
 // volumeAt finds a volume at a path. errNotFound if it is not there.
@@ -93,9 +89,9 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 	case at == nil:
 		return located{}, missing
 	case at.dev == device.rdev:
-		return located{attachment: a, device: device}, nil
+		return located{device: device}, nil
 	case at.isNodeOf(device):
-		return located{attachment: a, device: device, block: true}, nil
+		return located{device: device, block: true}, nil
 	}
 	return located{}, missing
 }

@@ -10,9 +10,11 @@ import (
 	"path"
 	"runtime/debug"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/kubernetes-csi/csi-lib-utils/protosanitizer"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -24,28 +26,27 @@ import (
 const shutdownTime = 10 * time.Second
 
 // listen makes the socket of an endpoint, for root only. One that nobody listens on any more is replaced.
-func listen(endpoint string) (net.Listener, error) {
+func listen(ctx context.Context, endpoint string) (net.Listener, error) {
 	file, ok := strings.CutPrefix(endpoint, "unix://")
 	if !ok || !path.IsAbs(file) {
 		return nil, fmt.Errorf("%w: endpoint %q is not unix:///path", errInvalid, endpoint)
 	}
-	if err := checkStaleSocket(file); err != nil {
+	if err := removeStaleSocket(ctx, file); err != nil {
 		return nil, err
 	}
-	// The socket gets its name when its mode is right.
-	hidden := file + ".new"
-	if err := os.Remove(hidden); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: hidden, Net: "unix"})
+	// The mode that the socket has before bind is the mode of its file: it is never open to others.
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var chmodErr error
+		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmodErr)
+	}}
+	listener, err := config.Listen(ctx, "unix", file)
 	if err != nil {
 		return nil, err
 	}
-	listener.SetUnlinkOnClose(false)
-	if err := errors.Join(os.Chmod(hidden, 0o600), os.Rename(hidden, file)); err != nil {
-		return nil, errors.Join(err, listener.Close(), os.Remove(hidden))
-	}
-	return &namedListener{UnixListener: listener, file: file}, nil
+	unixListener := listener.(*net.UnixListener)
+	unixListener.SetUnlinkOnClose(false)
+	return &namedListener{UnixListener: unixListener, file: file}, nil
 }
 
 // namedListener removes its socket when it is closed: before, so that it cannot be its successor's.
@@ -58,8 +59,9 @@ func (l *namedListener) Close() error {
 	return errors.Join(os.Remove(l.file), l.UnixListener.Close())
 }
 
-// checkStaleSocket refuses to take a path from a file of another kind, or from another plugin that runs.
-func checkStaleSocket(file string) error {
+// removeStaleSocket removes what a dead plugin left. It takes the path neither from a file of another kind nor
+// from another plugin that runs.
+func removeStaleSocket(ctx context.Context, file string) error {
 	info, err := os.Lstat(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -70,10 +72,10 @@ func checkStaleSocket(file string) error {
 	if info.Mode().Type() != fs.ModeSocket {
 		return fmt.Errorf("%w: %s exists and is no socket", errExists, file)
 	}
-	if conn, err := net.Dial("unix", file); err == nil {
+	if conn, err := new(net.Dialer).DialContext(ctx, "unix", file); err == nil {
 		return errors.Join(fmt.Errorf("%w: another plugin serves %s", errExists, file), conn.Close())
 	}
-	return nil
+	return os.Remove(file)
 }
 
 // serve runs the server until ctx ends. stop then ends what calls wait for.

@@ -35,10 +35,17 @@ func listed(rows []qcow2.Snapshot) []qcow2.Snapshot {
 	})
 }
 
-// snapshotsOf returns the snapshots of one volume, sorted by ID.
-func (c *controller) snapshotsOf(ctx context.Context, p *pool.Pool, v pool.Volume) ([]snapshot, error) {
+// snapshotsOf returns the snapshots of one volume, sorted by ID. attached is what the engine serves.
+func (c *controller) snapshotsOf(
+	ctx context.Context, p *pool.Pool, v pool.Volume, attached map[string]engine.Attachment,
+) ([]snapshot, error) {
 	var rows []qcow2.Snapshot
+	first := true
 	err := wherever(func() (err error) {
+		if _, ok := attached[v.ID]; !ok && first {
+			first = false
+			return engine.ErrNotAttached // most are not: that is not worth a question each
+		}
 		rows, err = c.engine.ListSnapshots(ctx, v.ID)
 		return err
 	}, func() error {
@@ -58,6 +65,15 @@ func (c *controller) snapshotsOf(ctx context.Context, p *pool.Pool, v pool.Volum
 	return out, nil
 }
 
+// volumeSnapshots is snapshotsOf for a single volume.
+func (c *controller) volumeSnapshots(ctx context.Context, p *pool.Pool, v pool.Volume) ([]snapshot, error) {
+	attached, err := c.attachments(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return c.snapshotsOf(ctx, p, v, attached)
+}
+
 // findSnapshot returns the snapshot of an ID that may have come from anywhere. errNotFound if the ID is
 // malformed or there is no such snapshot, pool.ErrNotFound if its volume is gone, errOtherPool.
 func (c *controller) findSnapshot(ctx context.Context, p *pool.Pool, id string) (snapshot, error) {
@@ -70,7 +86,7 @@ func (c *controller) findSnapshot(ctx context.Context, p *pool.Pool, id string) 
 	if err != nil {
 		return snapshot{}, fmt.Errorf("snapshot %q: %w", id, err)
 	}
-	all, err := c.snapshotsOf(ctx, p, v)
+	all, err := c.volumeSnapshots(ctx, p, v)
 	if err != nil {
 		return snapshot{}, err
 	}
@@ -89,11 +105,15 @@ func (c *controller) eachVolumesSnapshots(ctx context.Context, p *pool.Pool, fro
 	if err != nil {
 		return err
 	}
+	attached, err := c.attachments(ctx)
+	if err != nil {
+		return err
+	}
 	for _, v := range volumes {
 		if v.ID < from {
 			continue
 		}
-		snapshots, err := c.snapshotsOf(ctx, p, v)
+		snapshots, err := c.snapshotsOf(ctx, p, v, attached)
 		switch {
 		case err == nil:
 		case unreadable(err):

@@ -1,0 +1,114 @@
+package driver
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+)
+
+// The test binary is also the engine, its workers, and the plugin of the tests that kill one.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		run := map[string]func(context.Context, []string) error{
+			"worker": runTestWorker, "engine": runTestEngine, "plugin": runTestPlugin,
+		}[os.Args[1]]
+		if run != nil {
+			os.Exit(exitCode(run))
+		}
+	}
+	removeLeftovers()
+	os.Exit(m.Run())
+}
+
+func exitCode(run func(context.Context, []string) error) int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[2:]); err != nil {
+		fmt.Fprintln(os.Stderr, os.Args[1]+":", err)
+		return 1
+	}
+	return 0
+}
+
+func runTestWorker(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("worker", flag.ExitOnError)
+	dir, volume := flags.String("pool", "", ""), flags.String("volume", "", "")
+	_ = flags.Parse(args)
+	return engine.RunWorker(ctx, *dir, *volume)
+}
+
+func runTestEngine(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("engine", flag.ExitOnError)
+	o := engine.Options{Version: "test"}
+	flags.StringVar(&o.Listen, "listen", "", "")
+	flags.StringVar(&o.PoolDir, "pool", "", "")
+	_ = flags.Parse(args)
+	return engine.Run(ctx, o)
+}
+
+func runTestPlugin(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("plugin", flag.ExitOnError)
+	o := Options{NodeID: testNode, Version: "test"}
+	flags.StringVar(&o.Endpoint, "endpoint", "", "")
+	flags.StringVar(&o.PoolDir, "pool", "", "")
+	engineEndpoint := flags.String("engine", "", "")
+	_ = flags.Parse(args)
+	client, err := engine.NewClient(*engineEndpoint)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	o.Engine = client
+	return Run(ctx, o)
+}
+
+// basePrefix begins the names of the tests' directories; the process ID of the test follows.
+const basePrefix = "csiq-drv-"
+
+// removeLeftovers removes the mounts and devices that a killed run of these tests left, and its directories.
+func removeLeftovers() {
+	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), basePrefix+"*"))
+	for _, dir := range dirs {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(dir), basePrefix), "-")
+		if n, err := strconv.Atoi(pid); err != nil || unix.Kill(n, 0) == nil {
+			continue // its test is running
+		}
+		cleanUnder(dir)
+		_ = os.RemoveAll(dir)
+	}
+}
+
+// cleanUnder unmounts what is mounted under a test's directory, and clears the devices of its pool.
+func cleanUnder(dir string) {
+	p, poolErr := pool.Open(filepath.Join(dir, "pool"))
+	devices, _ := blockdev.Find("csiq:")
+	for {
+		infos, _ := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+		if len(infos) == 0 {
+			break
+		}
+		last := infos[len(infos)-1].Mountpoint
+		if unix.Unmount(last, unix.MNT_DETACH) != nil {
+			break
+		}
+	}
+	for _, d := range devices {
+		if poolErr == nil && p.Owns(strings.TrimPrefix(d.Name, "csiq:")) {
+			_ = blockdev.Clear(d.Path)
+		}
+	}
+}
