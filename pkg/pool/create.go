@@ -14,6 +14,7 @@ import (
 //
 // v.ID is one that NewID made for v.Name. Of several Creates of one name, in this process or others, at
 // most one succeeds: the others get ErrExists, some of them after their fill. Tombstones do not count.
+// qcow2.ErrNoSpace when the file system is full.
 func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Context, path string) error) error {
 	if name, _, ok := splitID(v.ID); !ok || v.Name == "" || name != safeName(v.Name) || !p.Owns(v.ID) {
 		return fmt.Errorf("%w: %.80q is not this pool's for the name %.128q", ErrBadID, v.ID, v.Name)
@@ -28,7 +29,7 @@ func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Conte
 	defer root.Close()
 	c := creation{pool: p, root: root, volume: v}
 	if err := c.begin(); err != nil {
-		return fmt.Errorf("create volume %s: %w", v.ID, err)
+		return fmt.Errorf("create volume %s: %w", v.ID, noSpace(err))
 	}
 	defer c.end()
 	err = c.write(ctx, fill)
@@ -36,7 +37,7 @@ func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Conte
 		err = c.publish()
 	}
 	if err != nil {
-		return fmt.Errorf("create volume %s: %w", v.ID, errors.Join(err, c.undo()))
+		return fmt.Errorf("create volume %s: %w", v.ID, errors.Join(noSpace(err), c.undo()))
 	}
 	return nil
 }

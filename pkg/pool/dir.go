@@ -8,6 +8,13 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+const (
+	reservedBytes = 4096
+	fsNoCOW       = 0x00800000 // FS_NOCOW_FL of linux/fs.h
 )
 
 // dir is an open directory of the pool. All that is read and written goes through one, so an
@@ -93,7 +100,7 @@ func (d dir) readOnce(name string, limit int64) (data []byte, current bool, err 
 // replaceFile gives a file its content, durably: after a crash it has the old or the new one.
 //
 // The old file stays as a spare, and the next replacement writes into its blocks: once a file has been
-// replaced, replacing it takes no space. A volume must become a tombstone on a full file system too.
+// replaced, replacing it by up to 4 KiB takes no space. A volume must become a tombstone on a full file system too.
 func (d dir) replaceFile(name string, data []byte) error {
 	spare := name + ".spare"
 	if err := d.overwrite(spare, data); err != nil {
@@ -109,7 +116,7 @@ func (d dir) overwrite(name string, data []byte) error {
 	if err := d.expect(name, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	f, err := d.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o600)
+	f, err := d.openReserved(name)
 	if err != nil {
 		return err
 	}
@@ -123,6 +130,26 @@ func (d dir) overwrite(name string, data []byte) error {
 	return errors.Join(err, f.Close())
 }
 
+// openReserved opens a file that, when it is new, gets reservedBytes of blocks to be overwritten in place.
+func (d dir) openReserved(name string) (*os.File, error) {
+	f, err := d.OpenFile(name, os.O_WRONLY, 0)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return f, err
+	}
+	f, err = d.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	// The flag makes btrfs overwrite in place, and exists there alone. Nor can every file system
+	// reserve: then, replacing takes space like any writing.
+	_ = control(f, func(fd int) error { return unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, fsNoCOW) })
+	err = control(f, func(fd int) error { return unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, 0, reservedBytes) })
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return nil, errors.Join(&fs.PathError{Op: "fallocate", Path: f.Name(), Err: err}, f.Close())
+	}
+	return f, nil
+}
+
 // exchange swaps two names; where b does not exist, or the file system cannot swap, a becomes b.
 func (d dir) exchange(a, b string) error {
 	err := d.control(func(fd int) error { return unix.Renameat2(fd, a, fd, b, unix.RENAME_EXCHANGE) })
@@ -133,6 +160,15 @@ func (d dir) exchange(a, b string) error {
 		return &os.LinkError{Op: "exchange", Old: d.Name() + "/" + a, New: b, Err: err}
 	}
 	return nil
+}
+
+// noSpace makes an error of a full file system match qcow2.ErrNoSpace.
+func noSpace(err error) error {
+	full := errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
+	if !full || errors.Is(err, qcow2.ErrNoSpace) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", qcow2.ErrNoSpace, err)
 }
 
 // sync makes the names in the directory durable.

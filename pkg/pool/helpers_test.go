@@ -1,11 +1,17 @@
 package pool
 
 import (
+	"bufio"
 	"context"
+	"errors"
+	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -20,18 +26,9 @@ func newPool(t *testing.T) *Pool {
 
 func poolIn(t *testing.T, path string) *Pool {
 	t.Helper()
-	if err := Init(path); err != nil {
-		t.Fatal(err)
-	}
-	return reopen(t, path)
-}
-
-func reopen(t *testing.T, path string) *Pool {
-	t.Helper()
+	must(t, Init(path))
 	p, err := Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	return p
 }
 
@@ -41,33 +38,56 @@ func fillQCOW2(_ context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	if err := qcow2.Create(f, testSize, qcow2.CreateOptions{}); err != nil {
-		_ = f.Close()
-		return err
-	}
-	return f.Close()
+	return errors.Join(qcow2.Create(f, testSize, qcow2.CreateOptions{}), f.Close())
+}
+
+func newVolume(p *Pool, name string) Volume {
+	return Volume{ID: p.NewID(name), Name: name, Size: testSize, Parameters: map[string]string{"clusterSize": "65536"}}
 }
 
 // create makes a volume and returns its ID.
 func create(t *testing.T, p *Pool, name string) string {
 	t.Helper()
-	v := Volume{ID: p.NewID(name), Name: name, Size: testSize, Parameters: map[string]string{"clusterSize": "65536"}}
-	if err := p.Create(t.Context(), v, fillQCOW2); err != nil {
-		t.Fatal(err)
-	}
+	v := newVolume(p, name)
+	must(t, p.Create(t.Context(), v, fillQCOW2))
 	return v.ID
 }
 
 func lock(t *testing.T, p *Pool, id string) *Lease {
 	t.Helper()
 	l, err := p.Lock(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	t.Cleanup(func() { _ = l.Unlock() }) // usually done before
 	return l
 }
 
-// must fails the test if an operation that is only in its way does not succeed.
+// volumeIDs lists a pool that must be free of faults.
+func volumeIDs(t *testing.T, p *Pool) []string {
+	t.Helper()
+	volumes, err := p.Volumes()
+	must(t, err)
+	ids := make([]string, 0, len(volumes))
+	for _, v := range volumes {
+		ids = append(ids, v.ID)
+	}
+	return ids
+}
+
+// checkImage lets our checker and QEMU's look at a volume's image.
+func checkImage(t *testing.T, p *Pool, id string) {
+	t.Helper()
+	l := lock(t, p, id)
+	img, err := l.Open(true)
+	must(t, err)
+	result, err := img.Check(t.Context(), nil)
+	must(t, err, img.Close(), l.Unlock())
+	if result.ExitStatus() != 0 {
+		t.Errorf("check of %s: %+v", id, result)
+	}
+	runTool(t, "qemu-img", "check", "-q", p.ImagePath(id))
+}
+
+// must fails the test if something that is only on its way goes wrong.
 func must(t *testing.T, errs ...error) {
 	t.Helper()
 	for _, err := range errs {
@@ -77,6 +97,16 @@ func must(t *testing.T, errs ...error) {
 	}
 }
 
+// want compares an error with a sentinel, or nil.
+func want(t *testing.T, what string, err, sentinel error) {
+	t.Helper()
+	if !errors.Is(err, sentinel) {
+		t.Errorf("%s: %v, want %v", what, err, sentinel)
+	}
+}
+
+func errOf[T any](_ T, err error) error { return err }
+
 func runTool(t *testing.T, command ...string) {
 	t.Helper()
 	if out, err := exec.CommandContext(t.Context(), command[0], command[1:]...).CombinedOutput(); err != nil {
@@ -84,16 +114,95 @@ func runTool(t *testing.T, command ...string) {
 	}
 }
 
-// tree lists all that is below a directory.
+// tree lists all that is below a directory, sorted.
 func tree(t *testing.T, path string) []string {
 	t.Helper()
-	var found []string
-	err := filepath.WalkDir(path, func(p string, _ os.DirEntry, err error) error {
+	found := []string{}
+	must(t, filepath.WalkDir(path, func(p string, _ fs.DirEntry, err error) error {
 		if p != path && err == nil {
 			found = append(found, p[len(path)+1:])
 		}
 		return err
-	})
-	must(t, err)
+	}))
 	return found
+}
+
+// mountTmpfs mounts an empty tmpfs; unmount takes it away before the test ends.
+func mountTmpfs(t *testing.T, dir, options string) (unmount func()) {
+	t.Helper()
+	must(t, unix.Mount("pool-test", dir, "tmpfs", 0, options))
+	mounted := true
+	unmount = func() {
+		if mounted {
+			mounted = false
+			must(t, unix.Unmount(dir, 0))
+		}
+	}
+	t.Cleanup(unmount)
+	return unmount
+}
+
+// mountImage mounts a new file system on a loop device, which goes with the mount.
+func mountImage(t *testing.T, size int64, mkfs ...string) (dir string) {
+	t.Helper()
+	image := filepath.Join(t.TempDir(), "fs")
+	must(t, os.WriteFile(image, nil, 0o600), os.Truncate(image, size))
+	runTool(t, append(mkfs, image)...)
+	dir = t.TempDir()
+	runTool(t, "mount", "-o", "loop", image, dir)
+	t.Cleanup(func() { must(t, unix.Unmount(dir, 0)) })
+	return dir
+}
+
+// Environment of a process that plays a part in a test: this program again, running TestChild.
+const (
+	childRole = "POOL_TEST_CHILD"
+	childPool = "POOL_TEST_POOL"
+	childArg  = "POOL_TEST_ARG"
+)
+
+// child is another process. It has said a line on its standard output when it is where the test wants it, and goes on,
+// or ends, when its standard input ends.
+type child struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+	lines *bufio.Scanner
+}
+
+func startChild(t *testing.T, role string, p *Pool, arg string) *child {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestChild$", "-test.v=false")
+	cmd.Env = append(os.Environ(), childRole+"="+role, childPool+"="+p.Dir(), childArg+"="+arg)
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	must(t, err)
+	stdout, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	c := &child{cmd, stdin, bufio.NewScanner(stdout)}
+	t.Cleanup(func() { c.kill() })
+	return c
+}
+
+// says waits for the child's next line.
+func (c *child) says(t *testing.T, want string) {
+	t.Helper()
+	if !c.lines.Scan() || c.lines.Text() != want {
+		t.Fatalf("the child said %q, want %q; %v", c.lines.Text(), want, c.lines.Err())
+	}
+}
+
+// kill ends it with SIGKILL. Its end is awaited; ended already is fine.
+func (c *child) kill() {
+	_ = c.cmd.Process.Kill()
+	_ = c.cmd.Wait()
+}
+
+// finish lets the child go on, and wants it to succeed.
+func (c *child) finish(t *testing.T) {
+	t.Helper()
+	must(t, c.stdin.Close())
+	for c.lines.Scan() { //nolint:revive // drains the pipe
+	}
+	must(t, c.cmd.Wait())
 }

@@ -113,8 +113,8 @@ func (l *Lease) openFile(readOnly bool) (qcow2.File, error) {
 	return f, err
 }
 
-// Update rewrites volume.json durably, with what change has made of it. ID and name stay. It takes no
-// space on the file system unless the volume's data becomes much longer.
+// Update rewrites volume.json durably, with what change has made of it. ID and name stay. Up to 4 KiB, it
+// needs no space on the file system; beyond, qcow2.ErrNoSpace when that is full.
 func (l *Lease) Update(change func(*Volume)) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -122,7 +122,7 @@ func (l *Lease) Update(change func(*Volume)) error {
 	change(&v)
 	v.ID, v.Name = l.volume.ID, l.volume.Name
 	if err := writeVolume(l.dir, v); err != nil {
-		return fmt.Errorf("update volume %s: %w", v.ID, err)
+		return fmt.Errorf("update volume %s: %w", v.ID, noSpace(err))
 	}
 	l.volume = clone(v)
 	return nil

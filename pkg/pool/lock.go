@@ -52,7 +52,7 @@ func lockDir(d dir, mode lockMode) (dirLock, error) {
 // outwaitReaders takes the lock exclusively: ErrInUse at once if somebody else has it so, and after
 // readersPatience if there are readers all the time.
 func (l dirLock) outwaitReaders() error {
-	for deadline := time.Now().Add(readersPatience); ; time.Sleep(readersPoll) {
+	for deadline := time.Now().Add(readersPatience); ; <-time.After(readersPoll) {
 		err := l.flock(unix.LOCK_EX | unix.LOCK_NB)
 		if !errors.Is(err, ErrInUse) || time.Now().After(deadline) {
 			return err

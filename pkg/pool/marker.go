@@ -10,24 +10,24 @@ import (
 type Marker string
 
 const (
-	// Clean: the image was closed properly when it was last detached. This, not its opposite, is
+	// Clean says that the image was closed properly when it was last detached. This, not its opposite, is
 	// marked, so that what goes wrong, a full file system too, errs to the safe side: leaks are looked for in vain.
 	Clean Marker = "clean"
-	// Frozen: the file system on the volume may be frozen.
+	// Frozen says that the file system on the volume may be frozen.
 	Frozen Marker = "frozen"
 )
 
 const noteLimit = 4 << 10 // bytes
 
 // Mark sets a marker, with a note of at most 4 KiB for whoever finds it. Durable when it returns. The caller
-// needs no Lease, but nobody else may set or remove the same marker of the volume meanwhile.
+// needs no Lease, but nobody else may set or remove the same marker of the volume meanwhile. qcow2.ErrNoSpace.
 func (p *Pool) Mark(id string, m Marker, note []byte) error {
 	d, err := p.openVolume(id)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return d.replaceFile(string(m), note)
+	return noSpace(d.replaceFile(string(m), note))
 }
 
 // Unmark removes a marker, durably. One that is not there is fine.
@@ -54,7 +54,7 @@ func (p *Pool) Marked(id string, m Marker) (note []byte, set bool, err error) {
 func (l *Lease) MarkAttached() error { return unmark(l.dir, Clean) }
 
 // ClearAttached says that the image was closed properly. Call it after that.
-func (l *Lease) ClearAttached() error { return l.dir.replaceFile(string(Clean), nil) }
+func (l *Lease) ClearAttached() error { return noSpace(l.dir.replaceFile(string(Clean), nil)) }
 
 // WasUnclean tells whether the volume was attached and not properly detached: its image may have leaks.
 func (l *Lease) WasUnclean() (bool, error) {

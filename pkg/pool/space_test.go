@@ -1,0 +1,150 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+func space(t *testing.T, p *Pool) Space {
+	t.Helper()
+	s, err := p.Space()
+	must(t, err)
+	return s
+}
+
+func TestSpace(t *testing.T) {
+	path := t.TempDir()
+	mountTmpfs(t, path, "size=256m")
+	p := poolIn(t, path)
+	empty := space(t, p)
+	if empty.Total != 256<<20 || empty.Used != 0 || empty.Promised != 0 || empty.Free > empty.Total || empty.Free < 250<<20 {
+		t.Errorf("an empty pool: %+v", empty)
+	}
+
+	id := create(t, p, "v")
+	created := space(t, p)
+	if created.Used == 0 || created.Used > 1<<20 || created.Promised != testSize-created.Used {
+		t.Errorf("a new volume: %+v", created)
+	}
+
+	const written = 16 << 20
+	l := lock(t, p, id)
+	img, err := l.Open(false)
+	must(t, err)
+	data := make([]byte, written)
+	for i := range data {
+		data[i] = byte(i) | 1
+	}
+	must(t, errOf(img.WriteAt(data, 0)), img.Flush())
+	grown := space(t, p) // also while the image is open
+	if grown.Used < created.Used+written || grown.Promised != testSize-grown.Used || grown.Free > created.Free-written {
+		t.Errorf("after %d written bytes: %+v, before %+v", written, grown, created)
+	}
+	must(t, img.Resize(2*testSize))
+	if got := space(t, p); got.Promised != 2*testSize-got.Used {
+		t.Errorf("the image's own size is not what counts: %+v", got)
+	}
+	must(t, img.Close())
+
+	must(t, l.Update(func(v *Volume) { v.Tombstone = true }))
+	if got := space(t, p); got.Promised != 0 || got.Used < written {
+		t.Errorf("a tombstone: %+v", got)
+	}
+	must(t, l.Remove(), l.Unlock())
+	if got := space(t, p); got.Used != 0 || got.Promised != 0 || got.Free < empty.Free-1<<20 {
+		t.Errorf("everything removed: %+v, at first %+v", got, empty)
+	}
+}
+
+// What is being created is promised from the start: two volumes at once must not be given the same space.
+func TestSpaceOfAVolumeInTheMaking(t *testing.T) {
+	p := newPool(t)
+	err := p.Create(t.Context(), newVolume(p, "v"), func(context.Context, string) error {
+		if got := space(t, p); got.Promised != testSize {
+			t.Errorf("promised: %d", got.Promised)
+		}
+		return errFill
+	})
+	want(t, "Create", err, errFill)
+	if got := space(t, p); got.Promised != 0 {
+		t.Errorf("promised after it has failed: %d", got.Promised)
+	}
+}
+
+func TestSpaceOfHostileImages(t *testing.T) {
+	p := newPool(t)
+	for i, image := range []string{"", "QFI\xfb", "QFI\xfb" + string(make([]byte, 20)) + "\xff\xff\xff\xff\xff\xff\xff\xff", "not an image, but long enough for a head"} {
+		v := newVolume(p, string(rune('a'+i)))
+		must(t, p.Create(t.Context(), v, func(_ context.Context, path string) error {
+			return os.WriteFile(path, []byte(image), 0o600)
+		}))
+	}
+	v := newVolume(p, "directory")
+	must(t, p.Create(t.Context(), v, fillQCOW2))
+	must(t, os.Remove(p.ImagePath(v.ID)), os.Mkdir(p.ImagePath(v.ID), 0o700))
+	if got := space(t, p); got.Promised < 4*testSize || got.Promised > 5*testSize {
+		t.Errorf("promised: %d, want what volume.json says", got.Promised)
+	}
+}
+
+// Whoever deletes is the one who helps a full file system. It must not need space itself.
+func TestDeletingOnAFullFileSystem(t *testing.T) {
+	for name, fs := range map[string]struct {
+		size int64
+		mkfs []string
+	}{
+		"ext4":  {32 << 20, []string{"mkfs.ext4", "-q", "-F", "-m", "0"}},
+		"xfs":   {320 << 20, []string{"mkfs.xfs", "-q"}},
+		"btrfs": {128 << 20, []string{"mkfs.btrfs", "-q"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := poolIn(t, filepath.Join(mountImage(t, fs.size, fs.mkfs...), "pool"))
+			tombstone, gone := create(t, p, "tombstone"), create(t, p, "gone")
+			fillUp(t, filepath.Join(p.Dir(), "ballast"))
+
+			failed := p.Create(t.Context(), newVolume(p, "new"), fillQCOW2)
+			if !errors.Is(failed, qcow2.ErrNoSpace) {
+				t.Errorf("Create on a full file system: %v, want qcow2.ErrNoSpace", failed)
+			}
+			wantEmpty(t, p, creatingDir)
+
+			l := lock(t, p, tombstone)
+			must(t, l.MarkAttached())
+			for range 3 {
+				must(t, l.Update(func(v *Volume) { v.Tombstone = !v.Tombstone }))
+			}
+			must(t, l.Unlock())
+			if v, err := p.Volume(tombstone); err != nil || !v.Tombstone {
+				t.Errorf("no tombstone: %+v, %v", v, err)
+			}
+			l = lock(t, p, gone)
+			must(t, l.Remove(), l.Unlock())
+
+			must(t, os.Remove(filepath.Join(p.Dir(), "ballast")))
+			checkImage(t, p, create(t, p, "new"))
+			checkImage(t, p, tombstone)
+		})
+	}
+}
+
+// fillUp makes a file that takes all there is, to the last block.
+func fillUp(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Create(path)
+	must(t, err)
+	defer f.Close()
+	end := int64(0)
+	for size := int64(64 << 20); size >= 512; size /= 2 {
+		for unix.Fallocate(int(f.Fd()), 0, end, size) == nil {
+			end += size
+		}
+	}
+	must(t, f.Sync())
+}
