@@ -363,40 +363,47 @@ type crashLog struct {
 	calls []fileCall
 }
 
-// prefixes yields, for each number n of calls from 0 to all, the file after exactly the first n: a crash of
-// the process, or of a machine that writes in order. The file must not be used after the next step unless
-// it is cloned.
-func (l *crashLog) prefixes() iter.Seq2[int, *memFile] {
-	return func(yield func(int, *memFile) bool) {
-		state := l.base.clone()
+// crash is what a file may hold after a crash.
+type crash struct {
+	calls int  // how many calls had been made
+	torn  bool // the machine lost what was not synced; else only the process died
+	file  *memFile
+}
+
+// crashes yields what the file may hold after the first n calls, for each n from 0 to all: exactly these calls (the
+// process died, or the disk writes in order), and, if some of them are not synced, torn versions: what was synced and a
+// random part, in sectors, of what came after it. at says how many torn versions there shall be for an n, and less
+// than 0 to leave the n out.
+func (l *crashLog) crashes(rng *rand.Rand, at func(n int, synced bool) int) iter.Seq[crash] {
+	return func(yield func(crash) bool) {
+		all, durable := l.base.clone(), l.base.clone() // after all calls; after those up to the last sync
+		synced := 0
 		for n := 0; ; n++ {
-			if !yield(n, &memFile{name: l.name, content: state.clone()}) || n == len(l.calls) {
+			if synced == n && n > 0 {
+				durable = all.clone()
+			}
+			versions := at(n, synced == n)
+			if versions >= 0 && !yield(crash{n, false, &memFile{name: l.name, content: all.clone()}}) {
 				return
 			}
-			l.calls[n].apply(state)
+			for i := 0; i < versions && synced < n; i++ {
+				state := durable.clone()
+				for _, c := range l.calls[synced:n] {
+					c.applyTorn(state, rng)
+				}
+				if !yield(crash{n, true, &memFile{name: l.name, content: state}}) {
+					return
+				}
+			}
+			if n == len(l.calls) {
+				return
+			}
+			l.calls[n].apply(all)
+			if l.calls[n].kind == callSync {
+				synced = n + 1
+			}
 		}
 	}
-}
-
-// torn returns the file as a power failure after the first n calls may leave it: everything before the last
-// sync among them, and of what came after it a random part in units of sectors.
-func (l *crashLog) torn(n int, rng *rand.Rand) *memFile {
-	state := l.base.clone()
-	synced := l.lastSync(n)
-	for _, c := range l.calls[:synced] {
-		c.apply(state)
-	}
-	for _, c := range l.calls[synced:n] {
-		c.applyTorn(state, rng)
-	}
-	return &memFile{name: l.name, content: state}
-}
-
-// lastSync returns how many of the first n calls are durable: all up to the last sync.
-func (l *crashLog) lastSync(n int) int {
-	for ; n > 0 && l.calls[n-1].kind != callSync; n-- {
-	}
-	return n
 }
 
 func TestMemFile(t *testing.T) {
@@ -420,24 +427,23 @@ func TestMemFile(t *testing.T) {
 			t.Errorf("read of a punched range: %q, %v", p, err)
 		}
 	})
-	t.Run("prefixes", func(t *testing.T) {
+	t.Run("crashes", func(t *testing.T) {
 		var sizes []int64
-		for _, state := range log.prefixes() {
-			sizes = append(sizes, state.content.size)
-		}
-		if want := []int64{0, 105, 105, 5005, 5005, 9000}; !slices.Equal(sizes, want) {
-			t.Errorf("sizes of the prefixes %v, want %v", sizes, want)
-		}
-	})
-	t.Run("torn", func(t *testing.T) {
 		seen := map[int64]bool{}
 		rng := rand.New(rand.NewPCG(1, 1))
-		for range 100 {
-			state := log.torn(len(log.calls), rng)
-			if state.content.size < 105 {
+		for c := range log.crashes(rng, func(int, bool) int { return 100 }) {
+			size := c.file.content.size
+			switch {
+			case !c.torn:
+				sizes = append(sizes, size)
+			case c.calls >= 2 && size < 105:
 				t.Fatal("a synced write is lost")
+			case c.calls == 5:
+				seen[size] = true
 			}
-			seen[state.content.size] = true
+		}
+		if want := []int64{0, 105, 105, 5005, 5005, 9000}; !slices.Equal(sizes, want) {
+			t.Errorf("sizes after each call %v, want %v", sizes, want)
 		}
 		if !seen[105] || !seen[5005] || !seen[9000] {
 			t.Errorf("unsynced changes were not tried both ways: %v", seen)
