@@ -29,7 +29,7 @@ type Backend interface {
 
 // Options of a device.
 type Options struct {
-	// Name is what LOOP_GET_STATUS64 reports as the device's file name, 1 to 63 bytes: it marks
+	// Name is what LOOP_GET_STATUS64 reports as the device's file name, 1 to 63 bytes without "/": it marks
 	// the device as ours and says which volume it is, also after its server has died.
 	Name string
 	// LogicalBlockSize in bytes, a power of two from 512 to the page size; 0 = 512.

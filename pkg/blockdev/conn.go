@@ -101,10 +101,10 @@ func (c *connection) open(name string) error {
 func (c *connection) receive(m message) (request, error) {
 	for {
 		n, err := unix.Read(c.dev, m.request())
-		switch {
-		case err == nil:
+		switch err {
+		case nil:
 			return request(m.request()[:n]), nil
-		case err == unix.EINTR, err == unix.EAGAIN, err == unix.ENOENT: // ENOENT: the request was withdrawn
+		case unix.EINTR, unix.EAGAIN, unix.ENOENT: // ENOENT: the request was withdrawn
 		default:
 			return nil, err
 		}
@@ -115,10 +115,10 @@ func (c *connection) receive(m message) (request, error) {
 func (c *connection) send(reply []byte) error {
 	for {
 		_, err := unix.Write(c.dev, reply)
-		switch {
-		case err == unix.EINTR, err == unix.EAGAIN:
-		case err == unix.ENOENT, err == unix.ENODEV, err == unix.ENOTCONN: // nobody waits for it any more
+		switch err {
+		case nil, unix.ENOENT, unix.ENODEV, unix.ENOTCONN: // an error: nobody waits for it any more
 			return nil
+		case unix.EINTR, unix.EAGAIN:
 		default:
 			return err
 		}

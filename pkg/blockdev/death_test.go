@@ -27,7 +27,7 @@ func helper(path string) int {
 	}
 	b := &testBackend{file: f}
 	b.size.Store(4 << 20)
-	d, err := Attach(b, Options{Name: fmt.Sprintf("%s%d/helper", testPrefix, os.Getpid())})
+	d, err := Attach(b, Options{Name: fmt.Sprintf("%s%d:helper", testPrefix, os.Getpid())})
 	if err != nil {
 		fmt.Println("error", err)
 		return 1
@@ -90,7 +90,7 @@ func TestServerKilled(t *testing.T) {
 	_ = cmd.Wait()
 	wg.Wait() // each with an error, none hangs
 
-	prefix := testPrefix + strconv.Itoa(cmd.Process.Pid) + "/"
+	prefix := testPrefix + strconv.Itoa(cmd.Process.Pid) + ":"
 	found, err := Find(prefix)
 	must(t, err)
 	if len(found) != 1 || found[0] != (Info{path, prefix + "helper", 4 << 20}) {
@@ -174,7 +174,7 @@ func TestAbortOfUnused(t *testing.T) {
 	d := attach(t, newBackend(t, 1<<20), Options{})
 	must(t, d.Abort())
 	<-d.Done()
-	if found, err := Find(deviceName(t, os.Getpid())); len(found) != 0 || err != nil {
+	if found, err := Find(deviceName(t.Name())); len(found) != 0 || err != nil {
 		t.Error(found, err)
 	}
 	must(t, d.Detach())
@@ -207,7 +207,9 @@ func TestAbortUnblocksDetach(t *testing.T) {
 	must(t, d.Abort())
 	<-closed
 	close(release)
-	for err = <-detached; errors.Is(err, ErrBusy); err = d.Detach() {
+	err = <-detached
+	for errors.Is(err, ErrBusy) {
+		err = d.Detach()
 	}
 	must(t, err)
 }

@@ -31,7 +31,7 @@ func Attach(b Backend, o Options) (*Device, error) {
 	if size := b.Size(); size < 0 || size%int64(o.LogicalBlockSize) != 0 {
 		return nil, fmt.Errorf("attach %s: size %d is not a multiple of the logical block size %d", o.Name, size, o.LogicalBlockSize)
 	}
-	s, err := newServer(b, o, fileName(o.Name))
+	s, err := newServer(b, o)
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
 	}
@@ -50,7 +50,7 @@ func Attach(b Backend, o Options) (*Device, error) {
 
 // bind puts the loop device on the served file.
 func (d *Device) bind(o Options) error {
-	if err := d.conn.open(fileName(o.Name)); err != nil {
+	if err := d.conn.open(o.Name); err != nil {
 		return err
 	}
 	l, err := bindLoop(d.conn.file, o)
@@ -154,8 +154,8 @@ func (o Options) withDefaults() (Options, error) {
 		o.DiscardGranularity = 4096
 	}
 	switch {
-	case len(o.Name) == 0, len(o.Name) > 63, strings.ContainsRune(o.Name, 0):
-		return o, fmt.Errorf("device name %q is not 1 to 63 bytes", o.Name)
+	case o.Name == "", len(o.Name) > 63, o.Name == ".", o.Name == "..", strings.ContainsAny(o.Name, "/\x00"):
+		return o, fmt.Errorf("device name %q is not a file name of 1 to 63 bytes", o.Name)
 	case !powerOfTwo(o.LogicalBlockSize) || o.LogicalBlockSize < 512 || o.LogicalBlockSize > unix.Getpagesize():
 		return o, fmt.Errorf("logical block size %d is not a power of two from 512 to the page size", o.LogicalBlockSize)
 	case !powerOfTwo(o.DiscardGranularity) || o.DiscardGranularity > 1<<30:
@@ -166,6 +166,3 @@ func (o Options) withDefaults() (Options, error) {
 }
 
 func powerOfTwo(n int) bool { return n > 0 && n&(n-1) == 0 }
-
-// fileName is the served file's name. `losetup` shows it.
-func fileName(name string) string { return strings.ReplaceAll(name, "/", "!") }

@@ -20,7 +20,7 @@ func TestWholeDevice(t *testing.T) {
 		t.Run(fmt.Sprint(blockSize), func(t *testing.T) {
 			const size, granularity = 48<<20 + 4096, 1 << 16
 			b := newBackend(t, size)
-			o := Options{Name: deviceName(t, os.Getpid()), LogicalBlockSize: blockSize, DiscardGranularity: granularity}
+			o := Options{Name: deviceName(t.Name()), LogicalBlockSize: blockSize, DiscardGranularity: granularity}
 			d := attach(t, b, o)
 
 			for attribute, want := range map[string]string{
@@ -64,6 +64,7 @@ func TestWholeDevice(t *testing.T) {
 
 // writeInPieces writes the pattern of seed 1 from several writers, in pieces of random size and order.
 func writeInPieces(t *testing.T, path string, size int64, blockSize int) {
+	t.Helper()
 	rng := rand.New(rand.NewPCG(1, 2))
 	var pieces []span
 	for off := int64(0); off < size; {
@@ -127,6 +128,8 @@ func TestAttachRefuses(t *testing.T) {
 	long := strings.Repeat("x", 64)
 	for what, o := range map[string]Options{
 		"no name":          {Name: ""},
+		"a path":           {Name: "a/b"},
+		"a folder":         {Name: ".."},
 		"long name":        {Name: long},
 		"zero in name":     {Name: "a\x00b"},
 		"odd block":        {Name: "x", LogicalBlockSize: 513},
@@ -195,7 +198,7 @@ func TestManyAtOnce(t *testing.T) {
 	for i, b := range backends {
 		wg.Go(func() {
 			for round := range rounds {
-				name := fmt.Sprintf("%s%d/many-%d", testPrefix, os.Getpid(), i)
+				name := fmt.Sprintf("%s%d:many-%d", testPrefix, os.Getpid(), i)
 				if err := useOnce(b, name, byte(round)); err != nil {
 					t.Errorf("device %d: %v", i, err)
 				}
@@ -204,7 +207,7 @@ func TestManyAtOnce(t *testing.T) {
 	}
 	wg.Wait()
 	before.compare(t)
-	if out := run(t, "losetup", "-a"); strings.Contains(out, fmt.Sprintf("%s%d", fileName(testPrefix), os.Getpid())) {
+	if out := run(t, "losetup", "-a"); strings.Contains(out, fmt.Sprintf("%s%d", testPrefix, os.Getpid())) {
 		t.Errorf("devices left:\n%s", out)
 	}
 }
@@ -240,6 +243,7 @@ func useOnce(b *testBackend, name string, seed byte) error {
 type inventory struct{ fds, threads, goroutines, maps int }
 
 func takeInventory(t *testing.T) inventory {
+	t.Helper()
 	fds, err := os.ReadDir("/proc/self/fd")
 	must(t, err)
 	threads, err := os.ReadDir("/proc/self/task")

@@ -19,7 +19,7 @@ type Info struct {
 }
 
 // Find returns the loop devices whose Name begins with prefix, their servers alive or not. It changes
-// nothing, and opens only devices whose file in /sys bears such a name.
+// nothing, and does not even open anybody else's device.
 func Find(prefix string) ([]Info, error) {
 	entries, err := os.ReadDir("/sys/block")
 	if err != nil {
@@ -31,39 +31,43 @@ func Find(prefix string) ([]Info, error) {
 		if !isLoop {
 			continue
 		}
-		file := backingFile(number)
-		if file == "" || !strings.HasPrefix(filepath.Base(file), fileName(prefix)) {
+		// The served file has the device's name and is in the root of its file system.
+		name, ours := strings.CutPrefix(backingFile(number), "/")
+		if !ours || !strings.HasPrefix(name, prefix) {
 			continue
 		}
-		info, err := describe(number)
-		if errors.Is(err, unix.ENXIO) { // gone meanwhile
+		info, err := describe(number, name)
+		if errors.Is(err, errUnbound) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("find %q: %w", prefix, err)
 		}
-		if strings.HasPrefix(info.Name, prefix) {
-			found = append(found, info)
-		}
+		found = append(found, info)
 	}
 	return found, nil
 }
 
-func describe(number int) (Info, error) {
+// describe returns a device of ours. It is errUnbound if it has another name, or is gone.
+func describe(number int, name string) (Info, error) {
 	fd, err := openLoop(number, unix.O_RDONLY)
+	if errors.Is(err, unix.ENXIO) {
+		return Info{}, errUnbound
+	}
 	if err != nil {
 		return Info{}, err
 	}
 	defer unix.Close(fd)
+	// A dead server's file may have lost its attributes; then the name in /sys must do.
 	status, err := unix.IoctlLoopGetStatus64(fd)
-	if err != nil {
-		return Info{}, fmt.Errorf("status of %s: %w", loopPath(number), err)
+	if errors.Is(err, unix.ENXIO) || err == nil && unix.ByteSliceToString(status.File_name[:]) != name {
+		return Info{}, errUnbound
 	}
 	size, err := unix.Seek(fd, 0, unix.SEEK_END)
 	if err != nil {
 		return Info{}, fmt.Errorf("size of %s: %w", loopPath(number), err)
 	}
-	return Info{Path: loopPath(number), Name: unix.ByteSliceToString(status.File_name[:]), Size: size}, nil
+	return Info{Path: loopPath(number), Name: name, Size: size}, nil
 }
 
 // Clear removes a loop device whose server is dead; finished when it returns nil, also if the device

@@ -18,7 +18,7 @@ import (
 )
 
 // testPrefix begins the name of every device of these tests; the process and the test follow.
-const testPrefix = "blockdev-test/"
+const testPrefix = "blockdev-test:"
 
 func TestMain(m *testing.M) {
 	if file := os.Getenv(helperEnv); file != "" {
@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	code := m.Run()
-	left, err := Find(testPrefix + strconv.Itoa(os.Getpid()) + "/")
+	left, err := Find(testPrefix + strconv.Itoa(os.Getpid()) + ":")
 	if len(left) != 0 || err != nil {
 		fmt.Fprintln(os.Stderr, "devices left:", left, err)
 		code = 1
@@ -44,7 +44,7 @@ func clearLeftovers(match func(pid int) bool) error {
 		return err
 	}
 	for _, d := range devices {
-		pid, err := strconv.Atoi(strings.Split(d.Name, "/")[1])
+		pid, err := strconv.Atoi(strings.Split(d.Name, ":")[1])
 		if err != nil || !match(pid) {
 			continue
 		}
@@ -70,9 +70,9 @@ func mountsOf(device string) []string {
 	return dirs
 }
 
-func deviceName(t testing.TB, pid int) string {
-	name := t.Name()
-	return fmt.Sprintf("%s%d/%s", testPrefix, pid, name[max(0, len(name)-32):])
+// deviceName returns the name of a device of a test in this process.
+func deviceName(test string) string {
+	return fmt.Sprintf("%s%d:%s", testPrefix, os.Getpid(), strings.ReplaceAll(test[max(0, len(test)-32):], "/", "."))
 }
 
 type span struct{ off, n int64 }
@@ -93,12 +93,12 @@ type testBackend struct {
 	zeroed    []span
 }
 
-func newBackend(t testing.TB, size int64) *testBackend {
+func newBackend(t *testing.T, size int64) *testBackend {
 	t.Helper()
 	return openBackend(t, filepath.Join(t.TempDir(), "volume"), size)
 }
 
-func openBackend(t testing.TB, path string, size int64) *testBackend {
+func openBackend(t *testing.T, path string, size int64) *testBackend {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	must(t, err)
@@ -108,7 +108,7 @@ func openBackend(t testing.TB, path string, size int64) *testBackend {
 	return b
 }
 
-func (b *testBackend) grow(t testing.TB, size int64) {
+func (b *testBackend) grow(t *testing.T, size int64) {
 	t.Helper()
 	must(t, b.file.Truncate(size))
 	b.size.Store(size)
@@ -177,10 +177,10 @@ func (b *testBackend) spans() (discarded, zeroed []span) {
 }
 
 // attach attaches b for the time of the test.
-func attach(t testing.TB, b Backend, o Options) *Device {
+func attach(t *testing.T, b Backend, o Options) *Device {
 	t.Helper()
 	if o.Name == "" {
-		o.Name = deviceName(t, os.Getpid())
+		o.Name = deviceName(t.Name())
 	}
 	d, err := Attach(b, o)
 	must(t, err)
@@ -198,12 +198,12 @@ func attach(t testing.TB, b Backend, o Options) *Device {
 }
 
 // directIO opens a device with O_DIRECT.
-func directIO(t testing.TB, path string) *os.File {
+func directIO(t *testing.T, path string) *os.File {
 	t.Helper()
 	return openDevice(t, path, os.O_RDWR|unix.O_DIRECT)
 }
 
-func openDevice(t testing.TB, path string, flags int) *os.File {
+func openDevice(t *testing.T, path string, flags int) *os.File {
 	t.Helper()
 	f, err := os.OpenFile(path, flags, 0)
 	must(t, err)
@@ -227,15 +227,16 @@ func stamp(p []byte, off int64, seed byte) {
 }
 
 // sysfs reads an attribute of a device.
-func sysfs(t testing.TB, device, attribute string) string {
+func sysfs(t *testing.T, device, attribute string) string {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), attribute))
+	number, _ := loopNumber(filepath.Base(device))
+	b, err := os.ReadFile(loopSysfs(number, attribute))
 	must(t, err)
 	return strings.TrimSpace(string(b))
 }
 
 // run runs a command that must succeed.
-func run(t testing.TB, name string, args ...string) string {
+func run(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
 	if err != nil {
@@ -245,24 +246,24 @@ func run(t testing.TB, name string, args ...string) string {
 }
 
 // waitFor waits for a condition; the bound is only there to end a broken test.
-func waitFor(t testing.TB, what string, ok func() bool) {
+func waitFor(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(30 * time.Second); !ok(); {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain for: %s", what)
 		}
-		time.Sleep(time.Millisecond)
+		<-time.After(time.Millisecond)
 	}
 }
 
-func must(t testing.TB, err error) {
+func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-func wantErr(t testing.TB, what string, err, want error) {
+func wantErr(t *testing.T, what string, err, want error) {
 	t.Helper()
 	if !errors.Is(err, want) {
 		t.Errorf("%s: got %v, want %v", what, err, want)

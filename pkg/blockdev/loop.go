@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
@@ -34,10 +32,10 @@ type loopDevice struct {
 	filePath           string // in its own file system
 }
 
-func loopPath(number int) string { return "/dev/loop" + strconv.Itoa(number) }
+func loopPath(number int) string { return fmt.Sprintf("/dev/loop%d", number) }
 
 func loopSysfs(number int, name string) string {
-	return filepath.Join("/sys/block", "loop"+strconv.Itoa(number), name)
+	return fmt.Sprintf("/sys/block/loop%d/%s", number, name)
 }
 
 // bindLoop binds a free loop device to file. It is not left to the kernel to unbind it when the last
@@ -71,7 +69,7 @@ func bindLoop(file int, o Options) (loopDevice, error) {
 		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) {
 			return loopDevice{}, err
 		}
-		time.Sleep(time.Duration(attempt) * 100 * time.Microsecond)
+		<-time.After(time.Duration(attempt) * 100 * time.Microsecond)
 	}
 	return loopDevice{}, fmt.Errorf("no free loop device after %d attempts: %w", attachAttempts, err)
 }
@@ -272,7 +270,7 @@ func waitUntil(free func() bool) bool {
 		if free() {
 			return true
 		}
-		time.Sleep(pause)
+		<-time.After(pause)
 		pause *= 2
 	}
 	return free()

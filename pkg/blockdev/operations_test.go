@@ -101,8 +101,8 @@ func TestErrors(t *testing.T) {
 		{"read", "read", func() error { _, err := f.ReadAt(buf, 4096); return err }},
 		{"write", "write", func() error { _, err := f.WriteAt(buf, 4096); return err }},
 		{"fsync", "flush", f.Sync},
-		{"discard", "discard", func() error { return blockRange(f, unix.BLKDISCARD, 1<<20, 1<<20) }},
-		{"zero", "zero", func() error { return blockRange(f, unix.BLKZEROOUT, 1<<20, 1<<20) }},
+		{"discard", "discard", func() error { return blockRange(f, unix.BLKDISCARD, 1<<20) }},
+		{"zero", "zero", func() error { return blockRange(f, unix.BLKZEROOUT, 1<<20) }},
 	}
 	for _, o := range operations {
 		for _, c := range []struct{ fail, want error }{{errBroken, unix.EIO}, {errFull, unix.ENOSPC}} {
@@ -142,14 +142,14 @@ func TestTreacherousErrors(t *testing.T) {
 			t.Errorf("%d: write succeeded", errno)
 		}
 		wantErr(t, fmt.Sprintf("%d: fsync", errno), f.Sync(), unix.EIO)
-		if err := blockRange(f, unix.BLKDISCARD, 0, 1<<20); err == nil {
+		if err := blockRange(f, unix.BLKDISCARD, 0); err == nil {
 			t.Errorf("%d: discard succeeded", errno)
 		}
 		b.heal()
 		before := b.flushes.Load()
 		must(t, f.Sync())
-		must(t, blockRange(f, unix.BLKDISCARD, 0, 1<<20))
-		must(t, blockRange(f, unix.BLKZEROOUT, 0, 1<<20))
+		must(t, blockRange(f, unix.BLKDISCARD, 0))
+		must(t, blockRange(f, unix.BLKZEROOUT, 0))
 		discarded, zeroed := b.spans()
 		if b.flushes.Load() == before || len(discarded) == 0 || len(zeroed) == 0 {
 			t.Fatalf("%d has switched a feature off", errno)
@@ -177,8 +177,8 @@ func TestShort(t *testing.T) {
 	must(t, f.Close())
 }
 
-// blockRange carries out BLKDISCARD or BLKZEROOUT.
-func blockRange(f *os.File, request uint, off, n uint64) error {
-	r := [2]uint64{off, n}
+// blockRange carries out BLKDISCARD or BLKZEROOUT on 1 MiB.
+func blockRange(f *os.File, request uint, off uint64) error {
+	r := [2]uint64{off, 1 << 20}
 	return ioctlPointer(f, request, &r)
 }

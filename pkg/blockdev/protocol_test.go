@@ -123,7 +123,7 @@ func TestMalformedRequests(t *testing.T) {
 // TestUnknownOperations: answered, and the ones that want no answer not.
 func TestUnknownOperations(t *testing.T) {
 	conn, kernel := kernelSide(t)
-	s := &server{conn: conn, backend: newBackend(t, 1<<20), fileName: "f"}
+	s := &server{conn: conn, backend: newBackend(t, 1<<20)}
 	m := make(message, messageSize())
 	for _, c := range []struct {
 		op    uint32

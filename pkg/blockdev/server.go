@@ -17,10 +17,9 @@ const serverThreads = 16
 // own: each waits for a request in read(2), works on it, answers. Between them there is no hand-over,
 // no queue, no allocation.
 type server struct {
-	conn     *connection
-	backend  Backend
-	options  Options // with defaults filled in
-	fileName string
+	conn    *connection
+	backend Backend
+	options Options // with defaults filled in
 
 	memory  []byte        // the threads' messages; unmapped by close
 	running atomic.Int32  // threads
@@ -45,13 +44,13 @@ func (m message) reply(n int, errno unix.Errno, unique uint64) []byte {
 
 // newServer allocates a server. Its memory is outside the heap and populated: serving a block device
 // must not wait for memory that only the device's own writeback could free.
-func newServer(b Backend, o Options, fileName string) (*server, error) {
+func newServer(b Backend, o Options) (*server, error) {
 	mem, err := unix.Mmap(-1, 0, serverThreads*messageSize(), unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
 	if err != nil {
 		return nil, fmt.Errorf("map request buffers: %w", err)
 	}
-	return &server{backend: b, options: o, fileName: fileName, memory: mem, done: make(chan struct{})}, nil
+	return &server{backend: b, options: o, memory: mem, done: make(chan struct{})}, nil
 }
 
 func (s *server) message(thread int) message {
@@ -132,7 +131,7 @@ func (s *server) handle(r request, m message) (int, unix.Errno) {
 	case opFallocate: // never ENOSYS nor EOPNOTSUPP: discard would be off from then on
 		return 0, s.fallocate(r)
 	case opLookup:
-		if r.nodeID() != rootID || r.name() != s.fileName {
+		if r.nodeID() != rootID || r.name() != s.options.Name {
 			return 0, unix.ENOENT
 		}
 		putEntryOut(m.payload(entryOutSize), fileID, s.backend.Size(), s.options.DiscardGranularity)
