@@ -39,9 +39,9 @@ func (img *Image) lock(c chunk, exclusive bool) (unlock func()) {
 
 // readL2 reads the L2 table at off.
 func readL2(f File, g geometry, off int64) (table, error) {
-	t := make(table, g.clusterSize)
-	if err := readPadded(f, t, off); err != nil {
-		return nil, fmt.Errorf("read the L2 table at file offset %#x: %w", off, err)
+	t := g.newTable()
+	if err := readPadded(f, t.b, off); err != nil {
+		return table{}, fmt.Errorf("read the L2 table at file offset %#x: %w", off, err)
 	}
 	return t, nil
 }
@@ -96,9 +96,9 @@ func (img *Image) ownTable(index int64) error {
 	img.mu.Lock()
 	old := img.l1[index]
 	t, err := img.activeTable(index)
-	content := make(table, img.g.clusterSize)
+	content := img.g.newTable()
 	if t != nil {
-		copy(content, t.data)
+		copy(content.b, t.data.b)
 	}
 	img.mu.Unlock()
 	if err != nil || old.copied() && t != nil {
@@ -110,7 +110,7 @@ func (img *Image) ownTable(index int64) error {
 		return err
 	}
 	off := got[0].first << img.g.clusterBits
-	if _, err := img.f.WriteAt(content, off); err != nil {
+	if _, err := img.f.WriteAt(content.b, off); err != nil {
 		return img.giveBack(got, fmt.Errorf("write a new L2 table: %w", err))
 	}
 
@@ -143,7 +143,7 @@ func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
 			continue
 		}
 		t.set(c.first+int64(i), e)
-		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].offsetOf() != e.offsetOf() {
+		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].reference() != e.reference() {
 			img.freed.add(run{first, n})
 		}
 	}

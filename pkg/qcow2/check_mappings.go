@@ -102,7 +102,7 @@ func (c *checker) walkL2Tables() error {
 		}
 		err := c.scan(rest[0].offset, int64(n)*size, func(b []byte, at int64) error {
 			for ; len(b) > 0; b, at = b[size:], at+size {
-				c.checkL2Table(table(b[:size]), rest[at/size])
+				c.checkL2Table(c.g.table(b[:size]), rest[at/size])
 			}
 			return nil
 		})
@@ -119,7 +119,7 @@ func (c *checker) walkL2Tables() error {
 func (c *checker) checkL2Table(t table, l2 l2Region) {
 	for i := int64(0); i < t.len(); i++ {
 		e := t.entry(i)
-		if e == 0 {
+		if e == (l2Entry{}) {
 			continue
 		}
 		from := origin{use: useData, table: l2.offset, index: i}
@@ -127,11 +127,14 @@ func (c *checker) checkL2Table(t table, l2 l2Region) {
 			c.checkCompressed(e, from, l2)
 			continue
 		}
-		if e&l2Reserved != 0 {
-			c.corrupt(l2.times, "%s: reserved bits are set in %#x", from, uint64(e))
+		if e.desc&(l2Reserved|flagZero) != 0 {
+			c.corrupt(l2.times, "%s: reserved bits are set in %#x", from, e.desc)
 		}
-		if e&flagZero != 0 && c.h.version < 3 {
-			c.corrupt(l2.times, "%s: zero flag in %#x of a version 2 image", from, uint64(e))
+		if e.sub&subZero != 0 && c.h.version < 3 {
+			c.corrupt(l2.times, "%s: zero flag in %#x of a version 2 image", from, e.desc)
+		}
+		if e.sub&subAllocated&(e.sub>>subclusters) != 0 || e.sub&subAllocated != 0 && e.offset() == 0 {
+			c.corrupt(l2.times, "%s: impossible subclusters %#x", from, uint64(e.sub))
 		}
 		off := e.offset()
 		switch {
@@ -158,7 +161,8 @@ func (c *checker) dataRun(t table, i int64) int64 {
 	n := int64(1)
 	for off := t.entry(i).offset(); i+n < t.len(); n++ {
 		e := t.entry(i + n)
-		if e&(flagCompressed|l2Reserved) != 0 || e.offset() != off+n<<c.g.clusterBits || e&flagZero != 0 && c.h.version < 3 ||
+		if e.desc&(flagCompressed|l2Reserved|flagZero) != 0 || e.offset() != off+n<<c.g.clusterBits ||
+			e.sub&subZero != 0 && (c.h.version < 3 || c.g.extended) ||
 			e.offset()+c.g.clusterSize > c.length {
 			break
 		}
@@ -169,7 +173,10 @@ func (c *checker) dataRun(t table, i int64) int64 {
 func (c *checker) checkCompressed(e l2Entry, from origin, l2 l2Region) {
 	from.use = useCompressed
 	if e.copied() {
-		c.corrupt(l2.times, "%s: COPIED is set on a compressed cluster, %#x", from, uint64(e))
+		c.corrupt(l2.times, "%s: COPIED is set on a compressed cluster, %#x", from, e.desc)
+	}
+	if e.sub != 0 {
+		c.corrupt(l2.times, "%s: a compressed cluster has subclusters, %#x", from, uint64(e.sub))
 	}
 	off, n := e.compressed(c.g)
 	c.reference(from, off, n, l2.times)

@@ -57,14 +57,15 @@ func planClone(ctx context.Context, v *View, size int64) (layout, error) {
 	return newLayout(g, 3, size, tables, data)
 }
 
-// data calls fn for the extents that hold data, cut at the borders of L2 tables.
+// data calls fn for the extents of whole clusters that hold data, cut at the borders of L2 tables. Only those of
+// kind Data hold nothing else.
 func (v *View) data(ctx context.Context, fn func(Extent) error) error {
 	coverage := v.img.g.l2Coverage
-	return v.Extents(0, func(e Extent) error {
+	return v.clusterExtents(0, func(e Extent) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if e.Kind != Data && e.Kind != Compressed {
+		if e.Kind < Data {
 			return nil
 		}
 		for end := e.Offset + e.Length; e.Offset < end; {
@@ -87,14 +88,14 @@ func cloneContent(ctx context.Context, dst File, l layout, v *View, progress fun
 	g := l.g
 	l1 := make([]l1Entry, l.l1Size)
 	l2 := newMetadataWriter(dst, l.l2At())
-	t, index := make(table, g.clusterSize), int64(-1)
+	t, index := g.newTable(), int64(-1)
 	nextTable, nextData := l.l2At(), l.dataAt()
 	endTable := func() {
 		if index >= 0 {
-			_, _ = l2.Write(t) // Flush tells
+			_, _ = l2.Write(t.b) // Flush tells
 			l1[index] = l1Entry(nextTable) | flagCopied
 			nextTable += g.clusterSize
-			clear(t)
+			clear(t.b)
 		}
 	}
 	c := startCopier(ctx, dst, v, l.data<<g.clusterBits, progress)
@@ -108,7 +109,7 @@ func cloneContent(ctx context.Context, dst File, l layout, v *View, progress fun
 			return fmt.Errorf("%w: the source changed while it was cloned", ErrInUse)
 		}
 		for i := range n {
-			t.set(g.l2Index(e.Offset)+i, l2Entry(nextData+i<<g.clusterBits)|flagCopied)
+			t.set(g.l2Index(e.Offset)+i, ownEntry(nextData+i<<g.clusterBits, subAllocated))
 		}
 		if err := c.copy(e, nextData); err != nil {
 			return err

@@ -94,7 +94,7 @@ func (img *Image) takeDirty() *commitWork {
 		w.tables = append(w.tables, t)
 		t.writing.each(func(first, n int64) {
 			at, end := first*sectorSize, (first+n)*sectorSize
-			w.writes = append(w.writes, metaWrite{t.offset + at, append([]byte(nil), t.data[at:end]...)})
+			w.writes = append(w.writes, metaWrite{t.offset + at, append([]byte(nil), t.data.b[at:end]...)})
 		})
 	}
 	w.l1Dirty.each(func(first, n int64) {

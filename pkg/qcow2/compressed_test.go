@@ -112,7 +112,7 @@ func TestDecompressQEMU(t *testing.T) {
 			compressed := 0
 			for guest := int64(0); guest < int64(size); guest += int64(clusterSize) {
 				l2 := int64(binary.BigEndian.Uint64(f[h.l1Offset+8*g.l1Index(guest):]) & offsetMask)
-				e := table(f[l2:]).entry(g.l2Index(guest))
+				e := g.table(f[l2:]).entry(g.l2Index(guest))
 				if e.kind() != kindCompressed {
 					continue
 				}

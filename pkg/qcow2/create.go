@@ -13,6 +13,9 @@ type CreateOptions struct {
 	// RefcountBits is the width of a reference count: a power of two from 1 to 64, 16 in version 2; 0 = 16. A
 	// narrow one limits how many snapshots can share a cluster.
 	RefcountBits int
+	// ExtendedL2: clusters of 32 subclusters, so that a small write allocates but little of a large cluster. In
+	// version 3 with clusters of 16 KiB or more.
+	ExtendedL2 bool
 }
 
 // Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
@@ -35,6 +38,8 @@ func Create(f File, size int64, o CreateOptions) error {
 		return fmt.Errorf("%w: version %d; 2 or 3", ErrUnsupported, o.Version)
 	case bits.OnesCount(uint(o.RefcountBits)) != 1 || o.RefcountBits > 64 || o.Version < 3 && o.RefcountBits != 16:
 		return fmt.Errorf("%w: refcounts of %d bits in version %d; a power of two from 1 to 64, 16 in version 2", ErrUnsupported, o.RefcountBits, o.Version)
+	case o.ExtendedL2 && (o.Version < 3 || clusterBits < minExtendedClusterBits):
+		return fmt.Errorf("%w: extended L2 entries with clusters of %d bytes in version %d; they need 16 KiB and version 3", ErrUnsupported, o.ClusterSize, o.Version)
 	case size < 0:
 		return fmt.Errorf("%w: size %d", ErrOutOfRange, size)
 	}
@@ -42,7 +47,7 @@ func Create(f File, size int64, o CreateOptions) error {
 		return err
 	}
 	size = roundToSectors(size)
-	l, err := newLayout(newGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits)))), o.Version, size, 0, 0)
+	l, err := newLayout(newGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits))), o.ExtendedL2), o.Version, size, 0, 0)
 	if err == nil {
 		err = l.writeRefcounts(f)
 	}

@@ -11,11 +11,12 @@ const (
 	Zero                          // reads as zeros and is marked so; it may keep host clusters
 	Data
 	Compressed
+	mixed // a cluster some of whose subclusters hold data; only within this package
 )
 
 // String returns the kind's name in lower case.
 func (k ExtentKind) String() string {
-	return [...]string{"unallocated", "zero", "data", "compressed"}[k]
+	return [...]string{"unallocated", "zero", "data", "compressed", "mixed"}[k]
 }
 
 // Extent is a part of a disk that is stored in one way.
@@ -28,6 +29,15 @@ type Extent struct {
 // Extents calls fn for each extent from off to the end of the disk, in order, joined as far as possible. It ends
 // early with fn's error.
 func (v *View) Extents(off int64, fn func(Extent) error) error {
+	return v.extents(off, true, fn)
+}
+
+// clusterExtents is Extents with mixed clusters left whole.
+func (v *View) clusterExtents(off int64, fn func(Extent) error) error {
+	return v.extents(off, false, fn)
+}
+
+func (v *View) extents(off int64, split bool, fn func(Extent) error) error {
 	if off < 0 || off > v.Size() {
 		return fmt.Errorf("%s: %w: offset %d of a disk of %d", v.img.f.Name(), ErrOutOfRange, off, v.Size())
 	}
@@ -54,11 +64,13 @@ func (v *View) Extents(off int64, fn func(Extent) error) error {
 			return err
 		}
 		for _, e := range es {
-			n := min(g.clusterSize-g.inCluster(off), size-off)
-			if err := emit(newExtent(g, e, off, n)); err != nil {
-				return err
+			for end := min(off-g.inCluster(off)+g.clusterSize, size); off < end; {
+				x := newExtent(g, e, off, end-off, split)
+				if err := emit(x); err != nil {
+					return err
+				}
+				off += x.Length
 			}
-			off += n
 		}
 	}
 	if cur.Length == 0 {
@@ -67,19 +79,29 @@ func (v *View) Extents(off int64, fn func(Extent) error) error {
 	return fn(cur)
 }
 
-func newExtent(g geometry, e l2Entry, off, n int64) Extent {
+// newExtent describes n bytes at off of the cluster that e maps, or as many of them as are alike.
+func newExtent(g geometry, e l2Entry, off, n int64, split bool) Extent {
 	x := Extent{Offset: off, Length: n, Host: -1}
+	if e.kind() != kindCompressed && e.offset() != 0 {
+		x.Host = e.offset() + g.inCluster(off)
+	}
 	switch e.kind() {
 	case kindUnallocated:
-	case kindZero:
+	case kindZero, kindZeroAlloc:
 		x.Kind = Zero
-	case kindZeroAlloc:
-		x.Kind, x.Host = Zero, e.offset()+g.inCluster(off)
 	case kindData:
-		x.Kind, x.Host = Data, e.offset()+g.inCluster(off)
+		x.Kind = Data
 	case kindCompressed:
 		x.Kind = Compressed
 		x.Host, _ = e.compressed(g)
+	case kindMixed:
+		if x.Kind = mixed; split {
+			part, allocated := e.subRun(g, g.inCluster(off))
+			x.Length = min(n, part)
+			if x.Kind = Zero; allocated {
+				x.Kind = Data
+			}
+		}
 	}
 	return x
 }
@@ -87,7 +109,7 @@ func newExtent(g geometry, e l2Entry, off, n int64) Extent {
 // joins tells whether e, which comes right after x, goes on with it.
 func (x Extent) joins(e Extent) bool {
 	switch {
-	case x.Kind != e.Kind || x.Kind == Compressed:
+	case x.Kind != e.Kind || x.Kind >= Compressed:
 		return false
 	case x.Host < 0:
 		return e.Host < 0

@@ -190,7 +190,7 @@ func (n *generation) flag() error {
 			if err := n.add(run{off >> n.g.clusterBits, 1}, -1); err != nil {
 				return err
 			}
-			if off, err = n.place(t); err != nil {
+			if off, err = n.place(t.b); err != nil {
 				return err
 			}
 		}
@@ -214,10 +214,7 @@ func (n *generation) setCopied(t table) (changed bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		flagged := e &^ flagCopied
-		if c == 1 {
-			flagged |= flagCopied
-		}
+		flagged := e.withCopied(c == 1)
 		if flagged != e {
 			t.set(i, flagged)
 			changed = true
@@ -419,7 +416,7 @@ func (img *Image) eachTable(l1 []l1Entry, fn func(index, off int64, t table) err
 		}
 		for j := range k {
 			at := int64(j) << img.g.clusterBits
-			if err := fn(int64(i+j), off+at, table(b[at:at+img.g.clusterSize])); err != nil {
+			if err := fn(int64(i+j), off+at, img.g.table(b[at:at+img.g.clusterSize])); err != nil {
 				return err
 			}
 		}

@@ -106,14 +106,14 @@ func (h *header) refuse(b []byte) error {
 		return unsupported("the image is encrypted (crypt_method %d)", be32(32))
 	case h.incompatible&incompatDataFile != 0:
 		return unsupported("the image keeps its data in an external file")
-	case h.incompatible&incompatExtendedL2 != 0:
-		return unsupported("extended L2 entries (subclusters)")
+	case h.incompatible&incompatExtendedL2 != 0 && h.clusterBits < minExtendedClusterBits:
+		return fmt.Errorf("%w: extended L2 entries with clusters of %d bytes, at least %d are due", ErrCorrupt, 1<<h.clusterBits, 1<<minExtendedClusterBits)
 	case h.compressionType > compressionZstd:
 		return unsupported("compression type %d", h.compressionType)
 	case (h.incompatible&incompatCompression != 0) != (h.compressionType != compressionDeflate):
 		return fmt.Errorf("%w: compression type %d contradicts incompatible feature bit 3", ErrCorrupt, h.compressionType)
 	}
-	unknown := h.incompatible &^ (incompatDirty | incompatCorrupt | incompatCompression)
+	unknown := h.incompatible &^ (incompatDirty | incompatCorrupt | incompatCompression | incompatExtendedL2)
 	names, err := h.readExtensions(b, unknown)
 	if err != nil {
 		return err
@@ -156,7 +156,9 @@ func (h *header) readExtensions(b []byte, unknown uint64) (string, error) {
 }
 
 // geometry of the image.
-func (h *header) geometry() geometry { return newGeometry(h.clusterBits, h.refcountOrder) }
+func (h *header) geometry() geometry {
+	return newGeometry(h.clusterBits, h.refcountOrder, h.incompatible&incompatExtendedL2 != 0)
+}
 
 // decodeGeneration reads bytes 24-71.
 func (h *header) decodeGeneration() error {

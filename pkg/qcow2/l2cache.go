@@ -17,7 +17,7 @@ type l2Table struct {
 // set changes an entry and marks its sector.
 func (t *l2Table) set(i int64, e l2Entry) {
 	t.data.set(i, e)
-	t.dirty.add(i * 8 / sectorSize)
+	t.dirty.add(i * t.data.entrySize() / sectorSize)
 }
 
 func (t *l2Table) clean() bool { return t.dirty.empty() && t.writing.empty() }

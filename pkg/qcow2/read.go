@@ -58,6 +58,8 @@ func (img *Image) readRun(p []byte, in int64, e l2Entry) error {
 	switch e.kind() {
 	case kindData:
 		return readPadded(img.f, p, e.offset()+in)
+	case kindMixed:
+		return img.readMixed(p, in, e)
 	case kindCompressed:
 		cluster := make([]byte, img.g.clusterSize)
 		if err := img.readCompressed(cluster, e); err != nil {
@@ -66,6 +68,21 @@ func (img *Image) readRun(p []byte, in int64, e l2Entry) error {
 		copy(p, cluster[in:])
 	default:
 		clear(p)
+	}
+	return nil
+}
+
+// readMixed reads the subclusters that hold data; the others are zeros.
+func (img *Image) readMixed(p []byte, in int64, e l2Entry) error {
+	for len(p) > 0 {
+		n, allocated := e.subRun(img.g, in)
+		n = min(n, int64(len(p)))
+		if !allocated {
+			clear(p[:n])
+		} else if err := readPadded(img.f, p[:n], e.offset()+in); err != nil {
+			return err
+		}
+		p, in = p[n:], in+n
 	}
 	return nil
 }

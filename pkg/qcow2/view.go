@@ -119,7 +119,7 @@ func (v *View) entries(c chunk) ([]l2Entry, error) {
 		return nil, fmt.Errorf("view of %s: %w", v.img.f.Name(), ErrClosed)
 	}
 	t, err := v.table(c.table)
-	if err != nil || t == nil {
+	if err != nil || t.b == nil {
 		return es, err
 	}
 	for i := range es {
@@ -131,21 +131,21 @@ func (v *View) entries(c chunk) ([]l2Entry, error) {
 	return es, nil
 }
 
-// table returns a snapshot's L2 table, nil if there is none. Called with mu held.
+// table returns a snapshot's L2 table, an empty one if there is none. Called with mu held.
 func (v *View) table(index int64) (table, error) {
 	if t := v.l2.get(index); t != nil {
 		return t.data, nil
 	}
 	e := v.l1[index]
 	if err := e.check(v.img.g); err != nil {
-		return nil, fmt.Errorf("%s: L1 entry %d of snapshot %q: %w", v.img.f.Name(), index, v.row.name, err)
+		return table{}, fmt.Errorf("%s: L1 entry %d of snapshot %q: %w", v.img.f.Name(), index, v.row.name, err)
 	}
 	if e.offset() == 0 {
-		return nil, nil
+		return table{}, nil
 	}
 	data, err := readL2(v.img.f, v.img.g, e.offset())
 	if err != nil {
-		return nil, err
+		return table{}, err
 	}
 	v.l2.put(&l2Table{index: index, offset: e.offset(), data: data})
 	return data, nil

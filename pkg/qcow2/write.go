@@ -41,8 +41,8 @@ func (img *Image) writeInPlace(c chunk, p []byte) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	for _, e := range es {
-		if e.kind() != kindData || !e.own() {
+	for i, e := range es {
+		if mask := img.touched(c, i); !e.own() || e.sub&mask != mask {
 			return false, nil
 		}
 	}
@@ -59,7 +59,7 @@ func (img *Image) writeMapping(c chunk, p []byte) error {
 	if err := img.ownTable(c.table); err != nil {
 		return err
 	}
-	es, got, err := img.newEntries(old)
+	es, got, err := img.newEntries(c, old)
 	if err != nil {
 		return err
 	}
@@ -77,7 +77,7 @@ func (img *Image) writeMapping(c chunk, p []byte) error {
 }
 
 // newEntries returns what the entries old become when data is written to them, and the clusters taken for it.
-func (img *Image) newEntries(old []l2Entry) ([]l2Entry, runs, error) {
+func (img *Image) newEntries(c chunk, old []l2Entry) ([]l2Entry, runs, error) {
 	var need int64
 	for _, e := range old {
 		if !e.own() {
@@ -92,59 +92,82 @@ func (img *Image) newEntries(old []l2Entry) ([]l2Entry, runs, error) {
 	left := got
 	next := run{}
 	for i, e := range old {
+		sub := e.sub.with(img.touched(c, i))
 		if e.own() {
-			es[i] = e &^ flagZero
+			es[i] = l2Entry{e.desc, sub}
 			continue
+		}
+		if e.kind() == kindCompressed {
+			sub = subAllocated
 		}
 		if next.n == 0 {
 			next, left = left[0], left[1:]
 		}
-		es[i] = l2Entry(next.first<<img.g.clusterBits) | flagCopied
+		es[i] = ownEntry(next.first<<img.g.clusterBits, sub)
 		next = run{next.first + 1, next.n - 1}
 	}
 	return es, got, nil
 }
 
-// fill extends p, the guest's data for c, to the clusters' borders where the new clusters must hold more than it.
-// in is where the result begins in the first cluster.
-func (img *Image) fill(c chunk, old []l2Entry, p []byte) (data []byte, in int64, err error) {
-	in = img.g.inCluster(c.off)
-	tail := (img.g.clusterSize - img.g.inCluster(c.off+c.n)) & (img.g.clusterSize - 1)
-	last := len(old) - 1
-	if !needsFill(old[0]) {
-		// A new cluster reads as zeros; an owned one holds the rest already.
-		if last == 0 {
-			return p, in, nil
-		}
-	} else if in > 0 {
-		head := make([]byte, in, in+int64(len(p))+tail)
-		if err := img.readRun(head, 0, old[0]); err != nil {
-			return nil, 0, fmt.Errorf("%s: copy on write at guest offset %#x: %w", img.f.Name(), c.off, err)
-		}
-		p, in = append(head, p...), 0
-	}
-	if tail > 0 && needsFill(old[last]) {
-		rest := make([]byte, tail)
-		if err := img.readRun(rest, img.g.clusterSize-tail, old[last]); err != nil {
-			return nil, 0, fmt.Errorf("%s: copy on write at guest offset %#x: %w", img.f.Name(), c.off+c.n, err)
-		}
-		p = append(p[:len(p):len(p)], rest...)
-	}
-	return p, in, nil
+// touched selects the subclusters of cluster i of c that c covers, in part or whole.
+func (img *Image) touched(c chunk, i int) subBitmap {
+	from, to := img.within(c, i)
+	return img.g.subMask(from, to)
 }
 
-// needsFill tells whether a write to a part of a cluster must write the rest too: it has content elsewhere, or
-// keeps a host cluster with content that must not show.
-func needsFill(e l2Entry) bool {
-	switch e.kind() {
-	case kindZeroAlloc:
-		return true
-	case kindData:
-		return !e.own()
-	case kindCompressed:
-		return true
+// within returns the bytes of cluster i of c that c covers.
+func (img *Image) within(c chunk, i int) (from, to int64) {
+	to = img.g.clusterSize
+	if i == 0 {
+		from = img.g.inCluster(c.off)
 	}
-	return false
+	if int64(i) == c.last-c.first {
+		to = img.g.inCluster(c.off+c.n-1) + 1
+	}
+	return from, to
+}
+
+// fill extends p, the guest's data for c, at both ends where the clusters there must hold more than it. in is where
+// the result begins in the first cluster.
+func (img *Image) fill(c chunk, old []l2Entry, p []byte) (data []byte, in int64, err error) {
+	last := len(old) - 1
+	from, to := img.within(c, 0)
+	in, _ = img.fillBounds(old[0], from, to)
+	from, to = img.within(c, last)
+	_, out := img.fillBounds(old[last], from, to)
+
+	head, tail := img.g.inCluster(c.off)-in, out-to
+	if head == 0 && tail == 0 {
+		return p, in, nil
+	}
+	data = make([]byte, head+int64(len(p))+tail)
+	copy(data[head:], p)
+	if err = img.readRun(data[:head], in, old[0]); err == nil {
+		err = img.readRun(data[head+int64(len(p)):], to, old[last])
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("%s: copy on write at guest offset %#x: %w", img.f.Name(), c.off, err)
+	}
+	return data, in, nil
+}
+
+// fillBounds returns which bytes of a cluster must be written so that the guest may write from to to. A new cluster
+// reads as zeros, and takes over what e holds; one that is kept may have old content in the subclusters that
+// hold no data so far.
+func (img *Image) fillBounds(e l2Entry, from, to int64) (int64, int64) {
+	switch {
+	case e.own():
+		if e.sub&img.g.subMask(from, from+1) == 0 {
+			from &^= img.g.subSize - 1
+		}
+		if e.sub&img.g.subMask(to-1, to) == 0 {
+			to = (to + img.g.subSize - 1) &^ (img.g.subSize - 1)
+		}
+		return from, to
+	case e.kind().readsZero():
+		return from, to
+	}
+	return 0, img.g.clusterSize
 }
 
 // needsBarrier tells whether the data must be durable before the mapping: unless each changed entry replaces

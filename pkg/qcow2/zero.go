@@ -8,7 +8,7 @@ func (img *Image) WriteZeroes(off, n int64) error {
 		case img.version < 3 || !e.own():
 			return img.zeroEntry()
 		}
-		return e | flagZero
+		return l2Entry{e.desc, subZero}
 	})
 }
 
@@ -19,7 +19,7 @@ func (img *Image) Discard(off, n int64) error {
 }
 
 // zeroEntry maps a cluster that reads as zeros: no backing file is ever behind an unallocated one.
-func (img *Image) zeroEntry() l2Entry { return 0 }
+func (img *Image) zeroEntry() l2Entry { return l2Entry{} }
 
 // eachToZero replaces the entry of each whole cluster that does not read as zeros by replace's, and writes zeros
 // to the parts of clusters at the ends.
