@@ -85,7 +85,7 @@ func newCrashHistory(t testing.TB, seed uint64) *crashHistory {
 	rng := rand.New(rand.NewPCG(seed, 3))
 	h := &crashHistory{t: t, rng: rng, file: newMemFile(fmt.Sprintf("crash-%d", seed))}
 	clusterSize := int64([]int{512, 512, 1024, 4096, 65536}[rng.IntN(5)])
-	h.g = newGeometry(uint(9+log2(clusterSize/512)), 4)
+	h.g = newGeometry(uint(9+log2(clusterSize/512)), 4, false)
 	size := min(3*h.g.l2Coverage, 40*clusterSize)
 	must(t, Create(h.file, size, CreateOptions{ClusterSize: clusterSize, Version: 3 - rng.IntN(4)/3}))
 	h.state.durable = newSparse()

@@ -49,7 +49,7 @@ type modelParams struct {
 
 func randomParams(rng *rand.Rand) modelParams {
 	p := modelParams{clusterSize: 512 << rng.IntN(13), version: 3 - rng.IntN(4)/3, ops: 30 + rng.IntN(50)}
-	g := newGeometry(uint(9+log2(p.clusterSize/512)), 4)
+	g := newGeometry(uint(9+log2(p.clusterSize/512)), 4, false)
 	p.size = min(3*g.l2Coverage, 64*p.clusterSize) + rng.Int64N(3*p.clusterSize)
 	if rng.IntN(8) == 0 {
 		p.size = g.l2Coverage + 20*p.clusterSize // a second L2 table, far away with large clusters
@@ -82,7 +82,7 @@ type history struct {
 func newHistory(t testing.TB, seed uint64) *history {
 	rng := rand.New(rand.NewPCG(seed, 0))
 	p := randomParams(rng)
-	h := &history{t: t, rng: rng, p: p, file: newMemFile(fmt.Sprintf("seed-%d", seed)), g: newGeometry(uint(9+log2(p.clusterSize/512)), 4)}
+	h := &history{t: t, rng: rng, p: p, file: newMemFile(fmt.Sprintf("seed-%d", seed)), g: newGeometry(uint(9+log2(p.clusterSize/512)), 4, false)}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("seed %d, %+v:\n%s", seed, p, strings.Join(h.log, "\n"))
