@@ -1,9 +1,11 @@
 package pool
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -28,5 +30,28 @@ func enterNamespace(env []string) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return err
 	}
+	if err := leaveLoopMounts(); err != nil {
+		return err
+	}
 	return unix.Exec("/proc/self/exe", os.Args, env)
+}
+
+// leaveLoopMounts detaches the mounts of loop devices that this namespace has inherited: they belong to tests
+// that run beside these, and would keep their devices busy when those tests have unmounted them.
+func leaveLoopMounts() error {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		about, source, _ := strings.Cut(line, " - ")
+		fields := strings.Fields(about)
+		if len(fields) < 5 || !strings.Contains(source, " /dev/loop") {
+			continue
+		}
+		if err := unix.Unmount(fields[4], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("detach %s: %w", fields[4], err)
+		}
+	}
+	return nil
 }
