@@ -25,7 +25,7 @@ const (
 	minXFSSize    = 300 << 20 // mkfs.xfs refuses less
 	maxVolumeSize = 64 << 40
 
-	// maxL1Entries is the format's limit of 32 MiB.
+	// maxL1Entries is the format's limit of 32 MiB of L1 table; each entry maps a cluster of 8-byte L2 entries.
 	maxL1Entries = 32 << 20 / 8
 )
 
@@ -74,7 +74,7 @@ func roundUp(size int64) int64 { return (size + sizeUnit - 1) &^ (sizeUnit - 1) 
 
 // maxSize is the largest disk that an image with this cluster size can hold, in bytes.
 func maxSize(clusterSize int64) int64 {
-	return min(maxVolumeSize, maxL1Entries*clusterSize*clusterSize/8)
+	return min(maxVolumeSize, maxL1Entries*clusterSize/8*clusterSize)
 }
 
 // capacity decides what still fits in the pool.

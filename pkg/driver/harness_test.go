@@ -276,3 +276,5 @@ func run(t *testing.T, name string, args ...string) string {
 	}
 	return string(out)
 }
+
+func codeOfCall(err error) string { return status.Code(err).String() }

@@ -1,0 +1,69 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+func TestErrorCodes(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		code codes.Code
+	}{
+		{errInvalid, codes.InvalidArgument},
+		{pool.ErrNotReady, codes.Unavailable},
+		{engine.ErrUnavailable, codes.Unavailable},
+		{pool.ErrNotFound, codes.NotFound},
+		{pool.ErrBadID, codes.NotFound},
+		{qcow2.ErrNotFound, codes.NotFound},
+		{engine.ErrTombstone, codes.NotFound},
+		{errOtherPool, codes.FailedPrecondition},
+		{fmt.Errorf("%w: source %w", errExhausted, errOtherPool), codes.ResourceExhausted},
+		{qcow2.ErrNoSpace, codes.ResourceExhausted},
+		{errors.Join(qcow2.ErrFailed, qcow2.ErrNoSpace), codes.ResourceExhausted},
+		{unix.ENOSPC, codes.ResourceExhausted},
+		{pool.ErrInUse, codes.Aborted},
+		{errBusy, codes.Aborted},
+		{engine.ErrInUse, codes.FailedPrecondition},
+		{qcow2.ErrInUse, codes.FailedPrecondition},
+		{qcow2.ErrCorrupt, codes.DataLoss},
+		{errExists, codes.AlreadyExists},
+		{errOutOfRange, codes.OutOfRange},
+		{context.DeadlineExceeded, codes.DeadlineExceeded},
+		{context.Canceled, codes.Canceled},
+		{errors.New("something else"), codes.Internal},
+		{status.Error(codes.Unimplemented, "by gRPC"), codes.Unimplemented},
+		{nil, codes.OK},
+	} {
+		wrapped := c.err
+		if wrapped != nil {
+			wrapped = fmt.Errorf("volume x: %w", c.err)
+		}
+		if got := status.Code(toStatus(wrapped)); got != c.code {
+			t.Errorf("%v: %v, want %v", c.err, got, c.code)
+		}
+	}
+}
+
+func TestPanicIsAnError(t *testing.T) {
+	info := &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Controller/CreateVolume"}
+	_, err := logCalls(t.Context(), nil, info, func(ctx context.Context, req any) (any, error) {
+		return statusCodes(ctx, req, info, func(ctx context.Context, req any) (any, error) {
+			return recoverPanics(ctx, req, info, func(context.Context, any) (any, error) { panic("a fault") })
+		})
+	})
+	if status.Code(err) != codes.Internal {
+		t.Errorf("got %v", err)
+	}
+}
