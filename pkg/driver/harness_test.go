@@ -39,7 +39,8 @@ type rig struct {
 	base, dir string // dir is the pool
 	engine    *process
 	client    *engine.Client
-	stop      func()
+	stop      func() // ends the plugin in this process
+	atEnd     func() // when the images have been checked
 
 	csi.IdentityClient
 	csi.ControllerClient
@@ -127,6 +128,9 @@ func (r *rig) cleanUp() {
 	}
 	if p, err := pool.Open(r.dir); err == nil {
 		r.checkImages(p)
+	}
+	if r.atEnd != nil {
+		r.atEnd()
 	}
 	if left := r.leftovers(); len(left) > 0 {
 		r.t.Errorf("left behind: %q", left)

@@ -1,0 +1,141 @@
+package driver
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+)
+
+func initPool(t *testing.T, dir string) {
+	t.Helper()
+	must(t, pool.Init(dir))
+}
+
+// newSmallRig starts a node whose pool has a small file system of its own.
+func newSmallRig(t *testing.T, size int64, o Options) *rig {
+	t.Helper()
+	r := newIdleRig(t)
+	disk := filepath.Join(r.base, "disk")
+	must(t, os.WriteFile(disk, nil, 0o600))
+	must(t, os.Truncate(disk, size))
+	run(t, "mkfs.ext4", "-q", "-F", "-m", "0", disk)
+	run(t, "mount", "-o", "loop", disk, r.dir)
+	r.atEnd = func() {
+		if out, err := exec.Command("umount", r.dir).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v: %s", err, out)
+		}
+	}
+	initPool(t, r.dir)
+	r.startEngine()
+	r.startPlugin(o)
+	return r
+}
+
+func TestFullPool(t *testing.T) {
+	r := newSmallRig(t, 192*mib, Options{Overcommit: 100})
+	ctx := t.Context()
+	keep := r.create("keep", 32*mib, blockCapability(writer))
+	run(t, "dd", "if=/dev/urandom", "of="+keep.publish("vm"), "bs=1M", "count=8", "oflag=direct", "conv=notrunc", "status=none")
+	want := run(t, "sha256sum", "-b", keep.target("vm"))
+	keep.unstage("vm")
+	big := r.create("big", gib, blockCapability(writer))
+	filler := filepath.Join(r.dir, "filler")
+	run(t, "fallocate", "-l", "64M", filler)
+
+	path := big.publish("vm")
+	out, err := exec.Command("dd", "if=/dev/urandom", "of="+path, "bs=1M", "oflag=direct", "conv=notrunc", "status=none").CombinedOutput()
+	if err == nil {
+		t.Fatal("the pool took more than it has")
+	}
+	t.Logf("writing to a full pool: %s", out)
+	fillUp(t, r.dir)
+	req := r.createRequest("more", mib, blockCapability(writer))
+	wantCode(t, codes.ResourceExhausted)(r.CreateVolume(ctx, req))
+	if left := ok[*csi.GetCapacityResponse](t)(r.GetCapacity(ctx, &csi.GetCapacityRequest{})); left.GetAvailableCapacity() >= mib {
+		t.Errorf("a full pool offers %d bytes", left.GetAvailableCapacity())
+	}
+	req = r.createRequest("copy", 0, blockCapability(writer))
+	req.VolumeContentSource = contentSourceMessage("volume:" + keep.id)
+	wantCode(t, codes.ResourceExhausted)(r.CreateVolume(ctx, req))
+	wantCode(t, codes.ResourceExhausted)(r.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "detached", SourceVolumeId: keep.id}))
+	wantCode(t, codes.ResourceExhausted)(r.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "attached", SourceVolumeId: big.id}))
+	wantCode(t, codes.ResourceExhausted)(r.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{
+		VolumeId: big.id, VolumePath: path, CapacityRange: &csi.CapacityRange{RequiredBytes: 2 * gib},
+	}))
+
+	must(t, os.Remove(filler))
+	must(t, os.Remove(filepath.Join(r.dir, "last")))
+	run(t, "dd", "if=/dev/zero", "of="+path, "bs=1M", "count=4", "seek=200", "oflag=direct", "conv=notrunc", "status=none")
+	snaps := []string{big.snapshot("attached"), keep.snapshot("detached")}
+	big.unstage("vm")
+	big.delete()
+	r.deleteSnapshots(snaps[0])
+	if got := run(t, "sha256sum", "-b", keep.publish("vm")); got != want {
+		t.Error("another volume was damaged")
+	}
+	keep.unstage("vm")
+}
+
+// fillUp takes the last block of a file system.
+func fillUp(t *testing.T, dir string) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(dir, "last"))
+	must(t, err)
+	defer f.Close()
+	for block := make([]byte, mib); len(block) >= 512; {
+		if _, err := f.Write(block); err != nil {
+			block = block[:len(block)/2]
+		}
+	}
+	must(t, f.Sync())
+}
+
+// TestPromises: without overcommit the pool promises no more than it has, also to calls that come at once.
+func TestPromises(t *testing.T) {
+	r := newSmallRig(t, 192*mib, Options{Reserve: 32 * mib})
+	ctx := t.Context()
+	capacity := func() int64 {
+		return ok[*csi.GetCapacityResponse](t)(r.GetCapacity(ctx, &csi.GetCapacityRequest{})).GetAvailableCapacity()
+	}
+	at := capacity()
+	if at < 100*mib || at > 160*mib {
+		t.Fatalf("capacity %d", at)
+	}
+	wantCode(t, codes.ResourceExhausted)(r.CreateVolume(ctx, r.createRequest("all", at+mib, blockCapability(writer))))
+	done := make(chan *csi.Volume, 8)
+	for i := range cap(done) {
+		go func() {
+			resp, err := r.CreateVolume(ctx, r.createRequest(fmt.Sprint("v", i), 40*mib, blockCapability(writer)))
+			if err != nil && codeOfCall(err) != codes.ResourceExhausted.String() {
+				t.Error(err)
+			}
+			done <- resp.GetVolume()
+		}()
+	}
+	var made []*testVolume
+	for range cap(done) {
+		if v := <-done; v != nil {
+			made = append(made, &testVolume{rig: r, id: v.GetVolumeId()})
+		}
+	}
+	if want := int(at / (40 * mib)); len(made) != want {
+		t.Errorf("%d volumes of 40 MiB in %d bytes, want %d", len(made), at, want)
+	}
+	if left := capacity(); left >= 40*mib {
+		t.Errorf("%d bytes are left", left)
+	}
+	for _, v := range made {
+		v.delete()
+	}
+	if left := capacity(); left < at-mib {
+		t.Errorf("%d of %d bytes are back", left, at)
+	}
+	r.wantEmpty()
+}
