@@ -194,7 +194,7 @@ func TestDetachWhileMounted(t *testing.T) {
 	id := r.newVolume("a", 64*mib)
 	device := r.attach(id)
 	run(t, "mkfs.ext4", "-q", device)
-	dir := mount(t, device, "ext4", "")
+	dir := mount(t, device, "ext4")
 	file := filepath.Join(dir, "file")
 	must(t, os.WriteFile(file, []byte("before"), 0o600))
 	wantErr(t, r.client.Detach(testContext(t), id), ErrInUse)
@@ -206,7 +206,7 @@ func TestDetachWhileMounted(t *testing.T) {
 	must(t, unix.Unmount(dir, 0))
 	r.detach(id)
 
-	dir = mount(t, r.attach(id), "ext4", "")
+	dir = mount(t, r.attach(id), "ext4")
 	got, err := os.ReadFile(filepath.Join(dir, "file"))
 	must(t, err)
 	if string(got) != "after" {

@@ -103,7 +103,7 @@ func TestCloneJoins(t *testing.T) {
 	r := newRig(t)
 	id := r.newVolume("a", 256*mib)
 	device := r.attach(id)
-	for off := int64(0); off < 128*mib; off += 8 * mib {
+	for off := int64(0); off < 64*mib; off += 8 * mib {
 		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
 	}
 	target := filepath.Join(r.dir, "target")
@@ -131,7 +131,7 @@ func TestCloneJoins(t *testing.T) {
 	}
 	callers.Wait()
 	wantImage(t, target, 0, mib, 1)
-	wantImage(t, target, 120*mib, mib, 121)
+	wantImage(t, target, 56*mib, mib, 57)
 	checkImage(t, target)
 }
 
@@ -140,7 +140,7 @@ func TestDetachDuringClone(t *testing.T) {
 	r := newRig(t)
 	id := r.newVolume("a", 256*mib)
 	device := r.attach(id)
-	for off := int64(0); off < 128*mib; off += 8 * mib {
+	for off := int64(0); off < 64*mib; off += 8 * mib {
 		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
 	}
 	target := filepath.Join(r.dir, "target")
@@ -170,7 +170,7 @@ func TestKillWorkerDuringClone(t *testing.T) {
 	r := newRig(t)
 	id := r.newVolume("a", 256*mib)
 	device := r.attach(id)
-	for off := int64(0); off < 128*mib; off += 8 * mib {
+	for off := int64(0); off < 64*mib; off += 8 * mib {
 		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
 	}
 	target := filepath.Join(r.dir, "target")

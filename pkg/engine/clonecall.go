@@ -72,7 +72,7 @@ func (s *service) joinClone(ctx context.Context, r *api.CloneRequest) (*cloneCal
 	s.clones[r.GetTarget()] = c
 	s.tasks.Go(func() {
 		defer close(c.done)
-		_, err := w.api.Clone(s.life, r)
+		_, err := w.api.Clone(context.WithoutCancel(ctx), r)
 		if c.err = w.explain(err); errors.Is(c.err, ErrUnavailable) {
 			_ = os.Remove(r.GetTarget() + partSuffix) // of a worker that died
 		}

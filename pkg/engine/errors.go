@@ -43,37 +43,38 @@ type kind struct {
 	reason   string
 	sentinel error
 	code     codes.Code
+	byGRPC   bool // gRPC itself makes errors of this code, without a reason, that mean the same
 }
 
 // kinds is the one table of errors that survive a call. Where several match, the first gives the code.
 func kinds() []kind {
 	return []kind{
-		{"NOT_ATTACHED", ErrNotAttached, codes.FailedPrecondition},
-		{"DEVICE_IN_USE", ErrInUse, codes.FailedPrecondition},
-		{"TOMBSTONE", ErrTombstone, codes.FailedPrecondition},
-		{"INVALID", ErrInvalid, codes.InvalidArgument},
-		{"FREEZE", ErrFreeze, codes.Aborted},
-		{"UNAVAILABLE", ErrUnavailable, codes.Unavailable},
+		{"NOT_ATTACHED", ErrNotAttached, codes.FailedPrecondition, false},
+		{"DEVICE_IN_USE", ErrInUse, codes.FailedPrecondition, false},
+		{"TOMBSTONE", ErrTombstone, codes.FailedPrecondition, false},
+		{"INVALID", ErrInvalid, codes.InvalidArgument, false},
+		{"FREEZE", ErrFreeze, codes.Aborted, false},
+		{"UNAVAILABLE", ErrUnavailable, codes.Unavailable, true},
 
-		{"POOL_NOT_READY", pool.ErrNotReady, codes.Unavailable},
-		{"VOLUME_NOT_FOUND", pool.ErrNotFound, codes.NotFound},
-		{"VOLUME_IN_USE", pool.ErrInUse, codes.FailedPrecondition},
-		{"BAD_VOLUME_ID", pool.ErrBadID, codes.InvalidArgument},
+		{"POOL_NOT_READY", pool.ErrNotReady, codes.Unavailable, false},
+		{"VOLUME_NOT_FOUND", pool.ErrNotFound, codes.NotFound, false},
+		{"VOLUME_IN_USE", pool.ErrInUse, codes.FailedPrecondition, false},
+		{"BAD_VOLUME_ID", pool.ErrBadID, codes.InvalidArgument, false},
 
-		{"NO_SPACE", qcow2.ErrNoSpace, codes.ResourceExhausted},
-		{"NOT_FOUND", qcow2.ErrNotFound, codes.NotFound},
-		{"EXISTS", qcow2.ErrExists, codes.AlreadyExists},
-		{"IN_USE", qcow2.ErrInUse, codes.FailedPrecondition},
-		{"CORRUPT", qcow2.ErrCorrupt, codes.DataLoss},
-		{"UNSUPPORTED", qcow2.ErrUnsupported, codes.Unimplemented},
-		{"LIMIT", qcow2.ErrLimit, codes.ResourceExhausted},
-		{"READ_ONLY", qcow2.ErrReadOnly, codes.FailedPrecondition},
-		{"OUT_OF_RANGE", qcow2.ErrOutOfRange, codes.OutOfRange},
-		{"IMAGE_FAILED", qcow2.ErrFailed, codes.DataLoss},
-		{"CLOSED", qcow2.ErrClosed, codes.Unavailable},
+		{"NO_SPACE", qcow2.ErrNoSpace, codes.ResourceExhausted, false},
+		{"NOT_FOUND", qcow2.ErrNotFound, codes.NotFound, false},
+		{"EXISTS", qcow2.ErrExists, codes.AlreadyExists, false},
+		{"IN_USE", qcow2.ErrInUse, codes.FailedPrecondition, false},
+		{"CORRUPT", qcow2.ErrCorrupt, codes.DataLoss, false},
+		{"UNSUPPORTED", qcow2.ErrUnsupported, codes.Unimplemented, false},
+		{"LIMIT", qcow2.ErrLimit, codes.ResourceExhausted, false},
+		{"READ_ONLY", qcow2.ErrReadOnly, codes.FailedPrecondition, false},
+		{"OUT_OF_RANGE", qcow2.ErrOutOfRange, codes.OutOfRange, false},
+		{"IMAGE_FAILED", qcow2.ErrFailed, codes.DataLoss, false},
+		{"CLOSED", qcow2.ErrClosed, codes.Unavailable, false},
 
-		{"CANCELED", context.Canceled, codes.Canceled},
-		{"DEADLINE_EXCEEDED", context.DeadlineExceeded, codes.DeadlineExceeded},
+		{"CANCELED", context.Canceled, codes.Canceled, true},
+		{"DEADLINE_EXCEEDED", context.DeadlineExceeded, codes.DeadlineExceeded, true},
 	}
 }
 
@@ -120,13 +121,7 @@ func fromStatus(err error) error {
 	if len(remote.sentinels) > 0 {
 		return remote
 	}
-	switch st.Code() { // made by gRPC itself
-	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded:
-		remote.add(func(k kind) bool {
-			return k.code == st.Code() && k.sentinel != pool.ErrNotReady && k.sentinel != qcow2.ErrClosed
-		})
-	default:
-	}
+	remote.add(func(k kind) bool { return k.byGRPC && k.code == st.Code() })
 	return remote
 }
 

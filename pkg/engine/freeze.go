@@ -172,6 +172,19 @@ func writeMarker(path string, m marker) error {
 	return err
 }
 
+// readMarker returns the marker at path. It is empty if there is none, or one that was never finished:
+// then nothing was frozen.
+func readMarker(path string) (m marker, err error) {
+	data, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return marker{}, err
+	}
+	if !json.Valid(data) {
+		return marker{}, nil
+	}
+	return m, json.Unmarshal(data, &m)
+}
+
 func syncDir(path string) error {
 	dir, err := os.Open(path)
 	if err != nil {

@@ -31,7 +31,7 @@ func (r *rig) mountedFS(fsType string) *mountedFS {
 	m := &mountedFS{volume: r.newVolume(fsType, fsSize)}
 	m.device = r.attach(m.volume)
 	run(r.t, "mkfs."+fsType, "-q", m.device)
-	m.dir = mount(r.t, m.device, fsType, "")
+	m.dir = mount(r.t, m.device, fsType)
 	var err error
 	m.handle, err = os.Open(m.dir)
 	must(r.t, err)
@@ -94,7 +94,7 @@ func (r *rig) restore(id, snapshot string) string {
 	r.t.Helper()
 	lease, err := r.pool.Lock(id)
 	must(r.t, err)
-	defer lease.Unlock()
+	defer func() { must(r.t, lease.Unlock()) }()
 	img, err := lease.Open(true)
 	must(r.t, err)
 	defer img.Close()
@@ -237,7 +237,7 @@ func TestKillSupervisorWhileFrozen(t *testing.T) {
 			m.handle.Close()
 			must(t, unix.Unmount(m.dir, unix.MNT_DETACH))
 			eventually(t, "the dead device is gone", func() bool { return r.client.Detach(t.Context(), m.volume) == nil })
-			dir := mount(t, r.attach(m.volume), fsType, "")
+			dir := mount(t, r.attach(m.volume), fsType)
 			must(t, unix.Unmount(dir, 0))
 		})
 	}

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -56,7 +57,7 @@ func readStamp(b []byte, block int64) (int, error) {
 	if n > 0 {
 		stamp(want, block, n)
 	}
-	if string(want) != string(b) {
+	if !bytes.Equal(want, b) {
 		return 0, fmt.Errorf("block %d is torn, or another's (stamp %d)", block, n)
 	}
 	return n, nil
@@ -68,14 +69,14 @@ func (h *history) write(f *os.File, buf []byte, first, count int64, quit *atomic
 	for n := 0; !quit.Load(); n++ {
 		block := first + rand.Int64N(count)
 		h.mu.Lock()
-		made := append(h.blocks[block], writing{h.now(), never})
-		h.blocks[block] = made
+		h.blocks[block] = append(h.blocks[block], writing{h.now(), never})
+		made := len(h.blocks[block])
 		h.mu.Unlock()
-		stamp(buf, block, len(made))
+		stamp(buf, block, made)
 		_, err := f.WriteAt(buf, block*stampedBlock)
 		if err == nil {
 			h.mu.Lock()
-			h.blocks[block][len(made)-1].acknowledged = h.now()
+			h.blocks[block][made-1].acknowledged = h.now()
 			h.mu.Unlock()
 			if n%16 == 15 {
 				err = f.Sync()

@@ -46,7 +46,8 @@ func (k *keyLock) lock(ctx context.Context, key string) (unlock func(), err erro
 func (k *keyLock) leave(key string, slot *lockSlot) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if slot.users--; slot.users == 0 {
+	slot.users--
+	if slot.users == 0 {
 		delete(k.slots, key)
 	}
 }

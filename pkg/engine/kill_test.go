@@ -97,7 +97,7 @@ func TestKillWorkerOfMountedVolume(t *testing.T) {
 	id := r.newVolume("a", 64*mib)
 	device := r.attach(id)
 	run(t, "mkfs.ext4", "-q", device)
-	dir := mount(t, device, "ext4", "")
+	dir := mount(t, device, "ext4")
 	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("synced"), 0o600))
 	unix.Sync()
 	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
@@ -108,7 +108,7 @@ func TestKillWorkerOfMountedVolume(t *testing.T) {
 	if second == device {
 		t.Fatalf("%s again, which is still mounted", device)
 	}
-	other := mount(t, second, "ext4", "")
+	other := mount(t, second, "ext4")
 	got, err := os.ReadFile(filepath.Join(other, "file"))
 	must(t, err)
 	if string(got) != "synced" {
@@ -184,7 +184,7 @@ func TestKillSupervisorOfMountedVolume(t *testing.T) {
 	id := r.newVolume("a", 64*mib)
 	device := r.attach(id)
 	run(t, "mkfs.ext4", "-q", device)
-	dir := mount(t, device, "ext4", "")
+	dir := mount(t, device, "ext4")
 	r.kill()
 	r.start()
 	if a := r.find(id); a == nil || a.Failure == "" || a.Device != device {

@@ -43,7 +43,7 @@ func runTestWorker(args []string) error {
 	poolDir := flags.String("pool", "", "")
 	volume := flags.String("volume", "", "")
 	_ = flags.Parse(args)
-	return RunWorker(context.Background(), *poolDir, *volume)
+	return RunWorker(mainContext(), *poolDir, *volume)
 }
 
 func runTestSupervisor(args []string) error {
@@ -59,7 +59,7 @@ func runTestSupervisor(args []string) error {
 			select {}
 		}
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(mainContext(), syscall.SIGTERM)
 	defer stop()
 	return Run(ctx, o)
 }
@@ -95,4 +95,9 @@ func unmountAll(device string) {
 			_ = unix.Unmount(fields[1], unix.MNT_DETACH)
 		}
 	}
+}
+
+// mainContext is what main starts from.
+func mainContext() context.Context {
+	return context.Background() //nolint:forbidigo // this binary's main
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"syscall"
 	"time"
 
@@ -38,15 +39,15 @@ type process struct {
 	exit   error         // how it ended; read after done
 }
 
-// startProcess starts a worker for one volume. The worker is killed when ctx ends; stop it before.
-func startProcess(ctx context.Context, command []string, poolDir, volume string) (*process, error) {
+// startProcess starts a worker for one volume. The caller stops it.
+func startProcess(command []string, poolDir, volume string) (*process, error) {
 	ours, theirs, err := controlPair()
 	if err != nil {
 		return nil, fmt.Errorf("socket pair for the worker of %s: %w", volume, err)
 	}
 	defer theirs.Close()
-	args := append(command[1:len(command):len(command)], "--pool", poolDir, "--volume", volume)
-	cmd := exec.CommandContext(ctx, command[0], args...)
+	args := slices.Concat(command[1:], []string{"--pool", poolDir, "--volume", volume})
+	cmd := exec.Command(command[0], args...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	cmd.ExtraFiles = []*os.File{theirs} // controlFD
 	// A group of its own: a terminal's interrupt is for the supervisor alone.
@@ -189,7 +190,8 @@ func (p *process) snapshot(ctx context.Context, name string) (*api.Snapshot, err
 
 // explain adds to a call's error how the worker died, if it did.
 func (p *process) explain(err error) error {
-	if !errors.Is(err, ErrUnavailable) {
+	// Which of the two it is depends on whether the connection broke during the call or before.
+	if !errors.Is(err, ErrUnavailable) && !errors.Is(err, context.Canceled) {
 		return err
 	}
 	// The connection may break a moment before the process is reaped.

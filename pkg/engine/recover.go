@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -107,16 +106,9 @@ func clearDevices(id string) error {
 // thawMarked thaws the file system on device if a marker says that a dead engine had frozen it.
 func thawMarked(p *pool.Pool, id, device string) error {
 	path := markerPath(p, id)
-	data, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	m, err := readMarker(path)
+	if err != nil || m.Device != device {
 		return err
-	}
-	var m marker
-	if err := json.Unmarshal(data, &m); err != nil || m.Device != device {
-		return nil // never finished, so nothing was frozen, or about another device
 	}
 	if err := thawDevice(m.Device, m.FSType); err != nil {
 		return err

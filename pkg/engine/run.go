@@ -38,11 +38,8 @@ func Run(ctx context.Context, o Options) error {
 		}
 		o.WorkerCommand = []string{self, "worker"}
 	}
-	life, end := context.WithCancel(context.WithoutCancel(ctx))
-	s := newSupervisor(life, o)
-	defer s.tasks.Wait()
-	defer end()
-	defer s.shutDown()
+	s := newSupervisor(o)
+	defer s.shutDown(context.WithoutCancel(ctx))
 	if err := s.open(ctx); err != nil && !errors.Is(err, pool.ErrNotReady) {
 		return err
 	}
@@ -73,7 +70,7 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 	klog.InfoS("Engine is stopping", "reason", context.Cause(ctx))
 	calls.Close()
 	fds.Close()
-	s.shutDown()
+	s.shutDown(context.WithoutCancel(ctx))
 	server.Stop()
 	helpers.Wait()
 	if parent.Err() != nil {

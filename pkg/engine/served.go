@@ -24,7 +24,7 @@ type served struct {
 
 	// clones counts the Clones that read img; stopClones ends them.
 	clones     sync.WaitGroup
-	cloning    context.Context //nolint:containedctx // common to all Clones
+	cloning    context.Context // common to all Clones
 	stopClones context.CancelFunc
 }
 

@@ -15,7 +15,8 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
-// service is the control API of a supervisor. What a call has begun goes on when its caller is gone.
+// service is the control API of a supervisor. What a call has begun goes on when its caller is gone, until
+// the worker is: context.WithoutCancel.
 type service struct {
 	api.UnimplementedEngineServer
 	*supervisor
@@ -58,7 +59,7 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 		// Whoever has it open keeps a dead device, which goes with its last user.
 		klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
 	}
-	a, err := s.start(p, id)
+	a, err := s.start(context.WithoutCancel(ctx), p, id)
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +104,7 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 	defer unlock()
 	a := s.find(id)
 	if a != nil && a.worker != nil {
-		_, err := a.worker.api.Detach(s.life, &api.DetachRequest{VolumeId: id})
+		_, err := a.worker.api.Detach(context.WithoutCancel(ctx), &api.DetachRequest{VolumeId: id})
 		if errors.Is(err, ErrInUse) {
 			return nil, err
 		}
@@ -171,7 +172,7 @@ func (s *service) Resize(ctx context.Context, r *api.ResizeRequest) (*api.Resize
 		return nil, err
 	}
 	defer unlock()
-	reply, err := w.api.Resize(s.life, r)
+	reply, err := w.api.Resize(context.WithoutCancel(ctx), r)
 	return reply, w.explain(err)
 }
 
@@ -184,8 +185,9 @@ func (s *service) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReque
 		return nil, err
 	}
 	defer unlock()
+	ctx = context.WithoutCancel(ctx)
 	if r.GetFreezeToken() == "" {
-		snapshot, err := w.createSnapshot(s.life, r.GetName(), func() {})
+		snapshot, err := w.createSnapshot(ctx, r.GetName(), func() {})
 		return &api.CreateSnapshotResponse{Snapshot: snapshot}, w.explain(err)
 	}
 	dir, takeErr := s.fds.take(r.GetFreezeToken())
@@ -193,19 +195,21 @@ func (s *service) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReque
 		defer dir.Close()
 	}
 	// A repeated call must not freeze the file system again; its token may be gone.
-	existing, err := w.snapshot(s.life, r.GetName())
+	existing, err := w.snapshot(ctx, r.GetName())
 	if err != nil || existing != nil {
 		return &api.CreateSnapshotResponse{Snapshot: existing}, w.explain(err)
 	}
 	if takeErr != nil {
 		return nil, takeErr
 	}
-	snapshot, err := s.frozenSnapshot(w, device, r.GetName(), dir)
+	snapshot, err := s.frozenSnapshot(ctx, w, device, r.GetName(), dir)
 	return &api.CreateSnapshotResponse{Snapshot: snapshot}, w.explain(err)
 }
 
 // frozenSnapshot takes a snapshot while the file system of dir is frozen.
-func (s *service) frozenSnapshot(w *process, device, name string, dir *os.File) (*api.Snapshot, error) {
+func (s *service) frozenSnapshot(
+	ctx context.Context, w *process, device, name string, dir *os.File,
+) (*api.Snapshot, error) {
 	f, err := freezeFS(s.openedPool(), w.volume, device, dir)
 	if err != nil {
 		return nil, err
@@ -213,9 +217,9 @@ func (s *service) frozenSnapshot(w *process, device, name string, dir *os.File) 
 	if s.options.hooks.frozen != nil {
 		s.options.hooks.frozen()
 	}
-	snapshot, err := w.createSnapshot(s.life, name, func() { _ = f.thaw() })
+	snapshot, err := w.createSnapshot(ctx, name, func() { _ = f.thaw() })
 	if lost := f.thaw(); err == nil && lost != nil {
-		_, deleteErr := w.api.DeleteSnapshot(s.life, &api.DeleteSnapshotRequest{VolumeId: w.volume, Name: name})
+		_, deleteErr := w.api.DeleteSnapshot(ctx, &api.DeleteSnapshotRequest{VolumeId: w.volume, Name: name})
 		return nil, errors.Join(lost, deleteErr)
 	}
 	return snapshot, err
@@ -230,7 +234,7 @@ func (s *service) DeleteSnapshot(ctx context.Context, r *api.DeleteSnapshotReque
 		return nil, err
 	}
 	defer unlock()
-	reply, err := w.api.DeleteSnapshot(s.life, r)
+	reply, err := w.api.DeleteSnapshot(context.WithoutCancel(ctx), r)
 	return reply, w.explain(err)
 }
 

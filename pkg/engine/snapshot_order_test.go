@@ -19,15 +19,14 @@ import (
 // its answer, and with each write all those that were acknowledged before it was issued.
 func TestSnapshotsWhileWriting(t *testing.T) {
 	const (
-		size      = 64 * mib
-		stamped   = 16 * mib // the rest is fio's
+		size      = 24 * mib
+		stamped   = 8 * mib // the rest is fio's
 		writers   = 4
 		perWriter = stamped / stampedBlock / writers
 		snapshots = 20
 		kept      = 4 // until after the detach
 	)
 	r := newRig(t)
-	ctx := testContext(t)
 	id := r.newVolume("raw", size)
 	device := r.attach(id)
 	h := newHistory()
@@ -51,18 +50,18 @@ func TestSnapshotsWhileWriting(t *testing.T) {
 		from := h.clock.Load()
 		r.eventually("there are new writes", func() bool { return h.clock.Load() > from+200 || h.failed.Load() != nil })
 		s.called = h.now()
-		_, err := r.client.CreateSnapshot(ctx, id, s.name, nil)
+		_, err := r.client.CreateSnapshot(testContext(t), id, s.name, nil)
 		must(t, err)
 		s.answered = h.now()
 		all = append(all, s)
 
 		clone := filepath.Join(r.dir, s.name)
-		must(t, r.client.Clone(ctx, id, s.name, clone, 0))
+		must(t, r.client.Clone(testContext(t), id, s.name, clone, 0))
 		if err := h.judge(readStamps(t, clone, stamped), s.called, s.answered); err != nil {
 			t.Errorf("%s, cloned: %v", s.name, err)
 		}
 		if i >= kept {
-			must(t, r.client.DeleteSnapshot(ctx, id, all[i-kept].name))
+			must(t, r.client.DeleteSnapshot(testContext(t), id, all[i-kept].name))
 		}
 	}
 	quit.Store(true)
@@ -84,7 +83,7 @@ func TestSnapshotsWhileWriting(t *testing.T) {
 	checkImage(t, r.pool.ImagePath(id))
 	r.attach(id)
 	for _, s := range all[snapshots-kept:] {
-		must(t, r.client.DeleteSnapshot(ctx, id, s.name))
+		must(t, r.client.DeleteSnapshot(testContext(t), id, s.name))
 	}
 	r.detach(id)
 	end := h.now()
@@ -124,6 +123,7 @@ func stampsOf(t *testing.T, content io.ReaderAt, size int64) map[int64]int {
 
 // fioVerify has fio write a part of a device at random and verify it, over and over.
 func fioVerify(t *testing.T, device string, off, size int64, quit *atomic.Bool) {
+	t.Helper()
 	for !quit.Load() {
 		out, err := exec.CommandContext(t.Context(), "fio", "--name=verify", "--filename="+device, "--rw=randwrite",
 			fmt.Sprintf("--offset=%d", off), fmt.Sprintf("--size=%d", size), "--bsrange=4k-128k", "--direct=1", "--fsync=32",

@@ -28,8 +28,6 @@ const lockName = "engine.lock"
 type supervisor struct {
 	options Options
 	fds     *fdStore
-	// life is the context of the work that calls cause: it ends with Run, not with a caller.
-	life context.Context //nolint:containedctx // not a call's
 	// calls serialises what changes one volume. Taken before mu.
 	calls   keyLock
 	opening sync.Mutex     // held while the pool is opened; taken before mu
@@ -50,9 +48,9 @@ type attachment struct {
 	failure string
 }
 
-func newSupervisor(life context.Context, o Options) *supervisor {
+func newSupervisor(o Options) *supervisor {
 	return &supervisor{
-		options: o, life: life, fds: newFDStore(tokenLifetime),
+		options: o, fds: newFDStore(tokenLifetime),
 		attached: map[string]*attachment{}, clones: map[string]*cloneCall{},
 	}
 }
@@ -164,12 +162,12 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 }
 
 // start starts a worker that serves the volume.
-func (s *supervisor) start(p *pool.Pool, id string) (*attachment, error) {
-	w, err := startProcess(s.life, s.options.WorkerCommand, p.Dir(), id)
+func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attachment, error) {
+	w, err := startProcess(s.options.WorkerCommand, p.Dir(), id)
 	if err != nil {
 		return nil, err
 	}
-	r, err := w.api.Attach(s.life, &api.AttachRequest{VolumeId: id})
+	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id})
 	if err != nil {
 		w.stop()
 		return nil, w.explain(err)
@@ -210,43 +208,45 @@ func (s *supervisor) lost(id string, a *attachment) {
 }
 
 // shutDown detaches every volume, and aborts those that are in use. A second call finds nothing to do.
-func (s *supervisor) shutDown() {
+func (s *supervisor) shutDown(ctx context.Context) {
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
 	var volumes sync.WaitGroup
 	for id := range s.attachments() {
-		volumes.Go(func() { s.shutDownVolume(id) })
+		volumes.Go(func() { s.shutDownVolume(ctx, id) })
 	}
 	volumes.Wait()
+	s.tasks.Wait()
 	s.fds.closeAll()
 	if s.lockFile != nil {
 		s.lockFile.Close()
 	}
 }
 
-func (s *supervisor) shutDownVolume(id string) {
-	unlock, err := s.calls.lock(s.life, id) // a call that runs may end first
-	if err != nil {
-		return
+func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
+	start := time.Now()
+	patience, cancel := context.WithTimeout(ctx, stopPatience)
+	defer cancel()
+	unlock, err := s.calls.lock(patience, id) // a call that runs may end first
+	if err == nil {
+		defer unlock()
 	}
-	defer unlock()
 	a := s.find(id)
 	if a == nil {
 		return
 	}
-	start := time.Now()
 	s.set(id, nil)
 	if a.worker == nil {
-		if err := clearDevices(id); err != nil {
-			klog.ErrorS(err, "Device of a failed volume stays", "volume", id)
+		err = clearDevices(id)
+	} else {
+		if err == nil {
+			_, err = a.worker.api.Detach(patience, &api.DetachRequest{VolumeId: id})
 		}
-		return
+		a.worker.stop() // aborts what is not detached
 	}
-	_, err = a.worker.api.Detach(s.life, &api.DetachRequest{VolumeId: id})
-	a.worker.stop()
 	if err != nil {
-		klog.ErrorS(err, "Volume is in use or did not detach: aborted, its users get I/O errors", "volume", id,
+		klog.ErrorS(err, "Volume was not detached: whoever uses it gets I/O errors", "volume", id,
 			"device", a.device, "duration", time.Since(start))
 		return
 	}

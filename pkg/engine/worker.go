@@ -35,7 +35,7 @@ func RunWorker(ctx context.Context, poolDir, volume string) error {
 }
 
 func serveWorker(ctx context.Context, conn net.Conn, poolDir, volume string) error {
-	w := &worker{poolDir: poolDir, volume: volume, life: context.WithoutCancel(ctx)}
+	w := &worker{poolDir: poolDir, volume: volume}
 	server := newServer(workerLogLevel)
 	api.RegisterEngineServer(server, w)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
@@ -53,8 +53,6 @@ func serveWorker(ctx context.Context, conn net.Conn, poolDir, volume string) err
 type worker struct {
 	api.UnimplementedEngineServer
 	poolDir, volume string
-	// life is the context of work that goes on when its caller is gone.
-	life context.Context //nolint:containedctx // not a call's
 
 	// mu serialises Attach, Detach, Resize and the snapshot calls.
 	mu sync.Mutex
@@ -87,7 +85,7 @@ func (w *worker) attached() (*served, error) {
 	return nil, fmt.Errorf("%s: %w", w.volume, ErrNotAttached)
 }
 
-func (w *worker) Attach(context.Context, *api.AttachRequest) (*api.AttachResponse, error) {
+func (w *worker) Attach(ctx context.Context, _ *api.AttachRequest) (*api.AttachResponse, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s := w.current.Load()
@@ -96,7 +94,7 @@ func (w *worker) Attach(context.Context, *api.AttachRequest) (*api.AttachRespons
 			return nil, errSupervisorGone
 		}
 		var err error
-		if s, err = serve(w.life, w.poolDir, w.volume); err != nil {
+		if s, err = serve(context.WithoutCancel(ctx), w.poolDir, w.volume); err != nil {
 			return nil, err
 		}
 		w.current.Store(s)
