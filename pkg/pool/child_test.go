@@ -36,6 +36,7 @@ func awaitEndOfInput(t *testing.T) {
 
 // childCreates stops in the middle of a Create.
 func childCreates(t *testing.T, p *Pool, name string) {
+	t.Helper()
 	must(t, p.Create(t.Context(), newVolume(p, name), func(ctx context.Context, path string) error {
 		if err := fillQCOW2(ctx, path); err != nil {
 			return err
@@ -48,6 +49,7 @@ func childCreates(t *testing.T, p *Pool, name string) {
 
 // childLocks holds a volume.
 func childLocks(t *testing.T, p *Pool, id string) {
+	t.Helper()
 	l := lock(t, p, id)
 	say("locked")
 	awaitEndOfInput(t)
@@ -56,6 +58,7 @@ func childLocks(t *testing.T, p *Pool, id string) {
 
 // childRaces takes the volume over and over, and sees each time that nobody else has it.
 func childRaces(t *testing.T, p *Pool, id string) {
+	t.Helper()
 	say("ready")
 	awaitEndOfInput(t)
 	proof := filepath.Join(p.Dir(), "proof")

@@ -52,7 +52,7 @@ func cleanOne(root, part dir, id string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(part.RemoveAll(id), lock.release())
+	return errors.Join(part.RemoveAll(id), lock.Close())
 }
 
 // lockAbandoned locks a directory under the pool's lock: a Create has its own by the time it gives up that one.
@@ -61,7 +61,7 @@ func lockAbandoned(root, part dir, id string) (dirLock, error) {
 	if err != nil {
 		return dirLock{}, err
 	}
-	defer poolLock.release()
+	defer poolLock.Close()
 	d, err := part.sub(id)
 	if err != nil {
 		return dirLock{}, err

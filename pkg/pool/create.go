@@ -61,7 +61,7 @@ func (c *creation) begin() (err error) {
 	if err != nil {
 		return err
 	}
-	defer poolLock.release()
+	defer poolLock.Close()
 	if err := c.refuseTaken(); err != nil {
 		return err
 	}
@@ -142,7 +142,7 @@ func (c *creation) publish() error {
 	if err != nil {
 		return err
 	}
-	defer poolLock.release()
+	defer poolLock.Close()
 	if err := c.refuseTaken(); err != nil {
 		return err
 	}
@@ -156,7 +156,7 @@ func (c *creation) publish() error {
 func (c *creation) undo() error { return c.root.RemoveAll(c.half()) }
 
 func (c *creation) end() {
-	_ = c.lock.release() // nothing is written through it
+	_ = c.lock.Close() // nothing is written through it
 	_ = c.dir.Close()
 }
 

@@ -50,19 +50,24 @@ func wantEmpty(t *testing.T, p *Pool, part string) {
 
 func TestFailedCreateLeavesNothing(t *testing.T) {
 	p := newPool(t)
-	ctx, cancel := context.WithCancel(t.Context())
 	for name, c := range map[string]struct {
 		fill func(ctx context.Context, path string) error
 		want error
 	}{
 		"fill fails": {func(ctx context.Context, path string) error { return errors.Join(fillQCOW2(ctx, path), errFill) }, errFill},
 		"no image":   {func(context.Context, string) error { return nil }, os.ErrNotExist},
-		"cancelled":  {func(ctx context.Context, path string) error { cancel(); return fillQCOW2(ctx, path) }, context.Canceled},
 	} {
-		want(t, name, p.Create(ctx, newVolume(p, "v"), c.fill), c.want)
+		want(t, name, p.Create(t.Context(), newVolume(p, "v"), c.fill), c.want)
 		wantEmpty(t, p, creatingDir)
 		wantEmpty(t, p, volumesDir)
 	}
+	ctx, cancel := context.WithCancel(t.Context())
+	want(t, "cancelled", p.Create(ctx, newVolume(p, "v"), func(ctx context.Context, path string) error {
+		cancel()
+		return fillQCOW2(ctx, path)
+	}), context.Canceled)
+	wantEmpty(t, p, creatingDir)
+	wantEmpty(t, p, volumesDir)
 	linked := p.Create(t.Context(), newVolume(p, "v"), func(_ context.Context, path string) error {
 		return os.Symlink("/etc/passwd", path)
 	})

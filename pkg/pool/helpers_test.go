@@ -202,7 +202,8 @@ func (c *child) kill() {
 func (c *child) finish(t *testing.T) {
 	t.Helper()
 	must(t, c.stdin.Close())
-	for c.lines.Scan() { //nolint:revive // drains the pipe
+	for c.lines.Scan() {
+		t.Log(c.lines.Text())
 	}
 	must(t, c.cmd.Wait())
 }

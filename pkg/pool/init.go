@@ -27,7 +27,7 @@ func Init(path string) error {
 	if err != nil {
 		return err
 	}
-	defer lock.release()
+	defer lock.Close()
 
 	if _, err := root.Lstat(identityFile); !errors.Is(err, fs.ErrNotExist) {
 		return checkPool(path, err)

@@ -19,12 +19,12 @@ func (p *Pool) Lock(id string) (*Lease, error) {
 
 // Snapshots returns the snapshots of a volume that is not attached. ErrInUse when somebody has it.
 // Several callers can read at once, and a Lock waits for them.
-func (p *Pool) Snapshots(id string) ([]qcow2.Snapshot, error) {
+func (p *Pool) Snapshots(id string) (snapshots []qcow2.Snapshot, err error) {
 	l, err := p.lease(id, tryShared)
 	if err != nil {
 		return nil, err
 	}
-	defer l.Unlock()
+	defer func() { err = errors.Join(err, l.Unlock()) }()
 	img, err := l.Open(true)
 	if err != nil {
 		return nil, err
@@ -166,5 +166,5 @@ func (l *Lease) hide(root dir) error {
 
 // Unlock gives the volume back.
 func (l *Lease) Unlock() error {
-	return errors.Join(l.lock.release(), l.dir.Close())
+	return errors.Join(l.lock.Close(), l.dir.Close())
 }

@@ -74,7 +74,7 @@ func (l dirLock) flock(how int) error {
 	return err
 }
 
-// release unlocks explicitly: a child that is between fork and exec just now would hold the lock a little longer.
-func (l dirLock) release() error {
+// Close unlocks explicitly: a child that is between fork and exec just now would hold the lock a little longer.
+func (l dirLock) Close() error {
 	return errors.Join(l.flock(unix.LOCK_UN), l.f.Close())
 }

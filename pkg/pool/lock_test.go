@@ -65,7 +65,7 @@ func TestLockOfAVolumeJustRemoved(t *testing.T) {
 
 	late, err := lockDir(d, tryExclusive) // as Lock would
 	must(t, err)
-	defer late.release()
+	defer late.Close()
 	stale := &Lease{pool: p, dir: d, lock: late}
 	want(t, "removed", stale.verify(id), ErrNotFound)
 
@@ -164,7 +164,6 @@ func TestLeaseOpenFollowsNoLink(t *testing.T) {
 	id := create(t, p, "v")
 	must(t, os.Rename(p.ImagePath(id), filepath.Join(p.Dir(), "elsewhere")), os.Symlink("../../elsewhere", p.ImagePath(id)))
 	l := lock(t, p, id)
-	defer l.Unlock()
 	for _, readOnly := range []bool{true, false} {
 		if img, err := l.Open(readOnly); err == nil {
 			t.Error("an image was opened through a link")

@@ -34,8 +34,7 @@ func TestUncleanStop(t *testing.T) {
 func TestMarkers(t *testing.T) {
 	p := newPool(t)
 	id, other := create(t, p, "v"), create(t, p, "other")
-	l := lock(t, p, id) // a marker is another matter than the lease
-	defer l.Unlock()
+	lock(t, p, id) // a marker is another matter than the lease
 	isSet := func(id string, note string, set bool) {
 		t.Helper()
 		got, ok, err := p.Marked(id, Frozen)
