@@ -43,8 +43,12 @@ func cleanPart(root dir, part string) error {
 	return errors.Join(append(failures, d.sync())...)
 }
 
-// cleanOne removes a directory unless it is locked.
+// cleanOne removes a directory unless it is locked. Anything else of that name was not made by a pool, and
+// would only be in its way.
 func cleanOne(root, part dir, id string) error {
+	if st, err := part.Lstat(id); err != nil || !st.IsDir() {
+		return errors.Join(err, part.Remove(id))
+	}
 	lock, err := lockAbandoned(root, part, id)
 	if errors.Is(err, ErrInUse) {
 		return nil

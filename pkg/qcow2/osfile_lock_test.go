@@ -1,12 +1,13 @@
 package qcow2
 
 import (
-	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -19,10 +20,25 @@ func newQEMUImage(t *testing.T) string {
 	return path
 }
 
-// qemuHolds keeps an image open in a qemu-io process until release is called, or the test ends.
-func qemuHolds(t *testing.T, path string, options ...string) (release func()) {
+// qemuIOHolds keeps an image open in a qemu-io process until release is called, or the test ends.
+func qemuIOHolds(t *testing.T, path string, options ...string) (release func()) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "qemu-io", append(options, path)...)
+	return holds(t, "qemu-io>", append(append([]string{"qemu-io"}, options...), path)...) // its prompt
+}
+
+// daemonHolds does it in a daemon that has the image but nobody to use it.
+func daemonHolds(t *testing.T, path string) (release func()) {
+	t.Helper()
+	return holds(t, `"QMP"`, "qemu-storage-daemon", // its greeting
+		"--blockdev", "driver=file,node-name=file,filename="+path,
+		"--blockdev", "driver=qcow2,node-name=image,file=file",
+		"--chardev", "stdio,id=stdio", "--monitor", "chardev=stdio")
+}
+
+// holds starts a program that says opened when it has the image open.
+func holds(t *testing.T, opened string, command ...string) (release func()) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), command[0], command[1:]...)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -34,26 +50,20 @@ func qemuHolds(t *testing.T, path string, options ...string) (release func()) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	released := false
-	release = func() {
-		if released {
-			return
-		}
-		released = true
-		if err := errors.Join(stdin.Close(), drainPipe(stdout), cmd.Wait()); err != nil {
-			t.Errorf("qemu-io: %v", err)
-		}
-	}
+	release = sync.OnceFunc(func() {
+		_ = stdin.Close()
+		_ = cmd.Process.Kill() // the daemon does not end with its monitor
+		_, _ = io.Copy(io.Discard, stdout)
+		_ = cmd.Wait()
+	})
 	t.Cleanup(release)
-	if _, err := bufio.NewReaderSize(stdout, 16).ReadString('>'); err != nil { // its prompt: the image is open
-		t.Fatalf("qemu-io does not open %s: %v", path, err)
+	var said []byte
+	for b := make([]byte, 1); !bytes.Contains(said, []byte(opened)); said = append(said, b[0]) {
+		if _, err := stdout.Read(b); err != nil {
+			t.Fatalf("%v does not open the image: %v\n%s", command, err, said)
+		}
 	}
 	return release
-}
-
-func drainPipe(r io.Reader) error {
-	_, err := io.Copy(io.Discard, r)
-	return err
 }
 
 func openOSFile(t *testing.T, path string, readOnly bool) File {
@@ -133,13 +143,18 @@ func TestQEMUKeepsOffWhatWeHold(t *testing.T) {
 func TestWeKeepOffWhatQEMUHolds(t *testing.T) {
 	path := newQEMUImage(t)
 
-	release := qemuHolds(t, path)
-	wantOpen(t, path, false, ErrInUse)
-	wantOpen(t, path, true, ErrInUse)
-	release()
-	wantOpen(t, path, false, nil)
+	for _, start := range []func() func(){
+		func() func() { return qemuIOHolds(t, path) },
+		func() func() { return daemonHolds(t, path) },
+	} {
+		release := start()
+		wantOpen(t, path, false, ErrInUse)
+		wantOpen(t, path, true, ErrInUse)
+		release()
+		wantOpen(t, path, false, nil)
+	}
 
-	release = qemuHolds(t, path, "-r")
+	release := qemuIOHolds(t, path, "-r")
 	wantOpen(t, path, false, ErrInUse)
 	wantOpen(t, path, true, nil)
 	release()
