@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,7 +15,7 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
-// maxUncollected bounds the finished clones whose result nobody has asked for.
+// maxUncollected bounds the clones whose success nobody has asked for.
 const maxUncollected = 256
 
 // cloneCall is one Clone, which may have several callers, at once or one after the other.
@@ -24,8 +25,8 @@ type cloneCall struct {
 	err     error         // read after done
 }
 
-// Clone joins the running clone to the same target, if there is one. One that ended after its callers had
-// left is remembered until somebody has seen how.
+// Clone joins the running clone to the same target, if there is one. One that succeeded after its callers
+// had left is remembered until somebody has asked for it again.
 func (s *service) Clone(ctx context.Context, r *api.CloneRequest) (*api.CloneResponse, error) {
 	c, err := s.joinClone(ctx, r)
 	if err != nil {
@@ -36,11 +37,7 @@ func (s *service) Clone(ctx context.Context, r *api.CloneRequest) (*api.CloneRes
 	case <-ctx.Done():
 		return nil, fmt.Errorf("the clone to %s goes on: %w", r.GetTarget(), ctx.Err())
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.clones[r.GetTarget()] == c {
-		delete(s.clones, r.GetTarget())
-	}
+	s.forgetClone(c)
 	if c.err != nil {
 		return nil, c.err
 	}
@@ -55,7 +52,7 @@ func (s *service) joinClone(ctx context.Context, r *api.CloneRequest) (*cloneCal
 	if err := checkTarget(p, r.GetTarget()); err != nil {
 		return nil, err
 	}
-	if c := s.cloneTo(r.GetTarget()); c != nil {
+	if c := s.cloneTo(r.GetTarget()); c != nil && !c.vanished() {
 		return c.matching(r)
 	}
 	w, _, err := s.worker(ctx, r.GetVolumeId())
@@ -64,20 +61,37 @@ func (s *service) joinClone(ctx context.Context, r *api.CloneRequest) (*cloneCal
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if c := s.clones[r.GetTarget()]; c != nil {
+	if s.closing {
+		return nil, errClosing
+	}
+	if c := s.clones[r.GetTarget()]; c != nil && !c.ended() {
 		return c.matching(r)
 	}
 	c := &cloneCall{request: r, done: make(chan struct{})}
-	s.forgetClones()
+	s.makeRoom()
 	s.clones[r.GetTarget()] = c
-	s.tasks.Go(func() {
-		defer close(c.done)
-		_, err := w.api.Clone(context.WithoutCancel(ctx), r)
-		if c.err = w.explain(err); errors.Is(c.err, ErrUnavailable) {
-			_ = os.Remove(r.GetTarget() + partSuffix) // of a worker that died
-		}
-	})
+	s.tasks.Go(func() { s.runClone(context.WithoutCancel(ctx), w, c) })
 	return c, nil
+}
+
+func (s *service) runClone(ctx context.Context, w *process, c *cloneCall) {
+	defer close(c.done)
+	_, err := w.api.Clone(ctx, c.request)
+	c.err = w.explain(err)
+	if errors.Is(c.err, ErrUnavailable) {
+		_ = os.Remove(c.request.GetTarget() + partSuffix) // of a worker that died
+	}
+	if c.err != nil {
+		s.forgetClone(c) // who comes later starts it again
+	}
+}
+
+func (s *service) forgetClone(c *cloneCall) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.clones[c.request.GetTarget()] == c {
+		delete(s.clones, c.request.GetTarget())
+	}
 }
 
 func (s *service) cloneTo(target string) *cloneCall {
@@ -94,17 +108,29 @@ func (c *cloneCall) matching(r *api.CloneRequest) (*cloneCall, error) {
 	return c, nil
 }
 
-// forgetClones makes room if too many results were never collected. mu is held.
-func (s *service) forgetClones() {
-	if len(s.clones) < maxUncollected {
-		return
+// ended tells whether the clone runs no more.
+func (c *cloneCall) ended() bool {
+	select {
+	case <-c.done:
+		return true
+	default:
+		return false
 	}
-	for target, c := range s.clones {
-		select {
-		case <-c.done:
-			delete(s.clones, target)
-		default:
-		}
+}
+
+// vanished tells whether the clone was made, and its target removed since.
+func (c *cloneCall) vanished() bool {
+	if !c.ended() {
+		return false
+	}
+	_, err := os.Lstat(c.request.GetTarget())
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// makeRoom forgets clones that nobody asked for again, if there are too many. mu is held.
+func (s *service) makeRoom() {
+	if len(s.clones) >= maxUncollected {
+		maps.DeleteFunc(s.clones, func(_ string, c *cloneCall) bool { return c.ended() })
 	}
 }
 

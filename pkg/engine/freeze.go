@@ -38,6 +38,7 @@ type freeze struct {
 	marker string
 	// foreign: somebody else had frozen the file system already, and will thaw it.
 	foreign bool
+	since   time.Time
 	limit   *time.Timer
 	thawing sync.Once
 	// lost: it was thawed by the limit, or by somebody else, before thaw was called. Read after thaw.
@@ -69,6 +70,7 @@ func freezeFS(p *pool.Pool, volume, device string, dir *os.File) (*freeze, error
 		f.removeMarker()
 		return nil, fmt.Errorf("%w: FIFREEZE: %w", ErrFreeze, err)
 	default:
+		f.since = time.Now()
 		f.limit = time.AfterFunc(maxFrozen, func() {
 			f.end(fmt.Errorf("%w: no snapshot within %v", ErrFreeze, maxFrozen))
 		})
@@ -100,6 +102,7 @@ func (f *freeze) end(reason error) {
 			klog.ErrorS(err, "File system stays frozen", "volume", f.volume)
 			return
 		}
+		klog.InfoS("File system was frozen", "volume", f.volume, "duration", time.Since(f.since))
 		f.removeMarker()
 	})
 }

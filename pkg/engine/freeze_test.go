@@ -197,15 +197,19 @@ func TestFreezeRefusals(t *testing.T) {
 	m.unmount(t)
 }
 
-// A supervisor that dies while a file system is frozen: the next one thaws it.
+// A supervisor that dies while a file system is frozen: the next one thaws it, also if it cannot see where
+// it is mounted.
 func TestKillSupervisorWhileFrozen(t *testing.T) {
-	for _, fsType := range []string{"ext4", "xfs"} {
-		t.Run(fsType, func(t *testing.T) {
+	for _, c := range []struct {
+		fsType string
+		hidden bool
+	}{{"ext4", false}, {"xfs", false}, {"ext4", true}, {"xfs", true}} {
+		t.Run(fmt.Sprintf("%s,hidden=%v", c.fsType, c.hidden), func(t *testing.T) {
 			r := newRig(t)
 			r.stop()
 			frozen := filepath.Join(t.TempDir(), "frozen")
 			r.start("--hang-frozen", frozen)
-			m := r.mountedFS(fsType)
+			m := r.mountedFS(c.fsType)
 			var calls sync.WaitGroup
 			calls.Go(func() {
 				if _, err := r.client.CreateSnapshot(t.Context(), m.volume, "s", m.handle); !errors.Is(err, ErrUnavailable) {
@@ -218,8 +222,12 @@ func TestKillSupervisorWhileFrozen(t *testing.T) {
 			if !m.isFrozen(t) {
 				t.Fatal("the file system is not frozen: this test proves nothing")
 			}
+			if c.hidden {
+				must(t, unix.Unmount(m.dir, unix.MNT_DETACH))
+			}
 			written := make(chan error, 1)
-			go func() { written <- os.WriteFile(filepath.Join(m.dir, "blocked"), []byte("x"), 0o600) }()
+			blocked := fmt.Sprintf("/proc/self/fd/%d/blocked", m.handle.Fd())
+			go func() { written <- os.WriteFile(blocked, []byte("x"), 0o600) }()
 
 			r.start()
 			select {
@@ -235,9 +243,11 @@ func TestKillSupervisorWhileFrozen(t *testing.T) {
 				t.Errorf("the marker is left: %v", err)
 			}
 			m.handle.Close()
-			must(t, unix.Unmount(m.dir, unix.MNT_DETACH))
+			if !c.hidden {
+				must(t, unix.Unmount(m.dir, unix.MNT_DETACH))
+			}
 			eventually(t, "the dead device is gone", func() bool { return r.client.Detach(t.Context(), m.volume) == nil })
-			dir := mount(t, r.attach(m.volume), fsType)
+			dir := mount(t, r.attach(m.volume), c.fsType)
 			must(t, unix.Unmount(dir, 0))
 		})
 	}

@@ -30,6 +30,7 @@ const (
 type rig struct {
 	t      *testing.T
 	dir    string // of the pool
+	disk   string // the file with the pool's file system, if it has its own
 	socket string
 	pool   *pool.Pool
 	client *Client
@@ -182,6 +183,12 @@ func (r *rig) cleanUp() {
 			_ = blockdev.Clear(d.Path)
 		}
 	}
+	r.checkVolumes()
+}
+
+// checkVolumes has the image of every volume checked.
+func (r *rig) checkVolumes() {
+	t := r.t
 	volumes, err := r.pool.Volumes()
 	if err != nil {
 		t.Error(err)

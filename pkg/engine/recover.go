@@ -37,7 +37,11 @@ func recoverPool(ctx context.Context, p *pool.Pool) map[string]*attachment {
 		if !pool.ValidID(id) || !p.Owns(id) {
 			continue // another engine's
 		}
-		if err := retire(ctx, p, id, d); err != nil {
+		err := waitForOrphan(ctx, p, id)
+		if err == nil {
+			err = clearDevice(p, id, d.Path)
+		}
+		if err != nil {
 			klog.ErrorS(err, "Device of an earlier engine stays", "volume", id, "device", d.Path)
 			failed[id] = &attachment{device: d.Path, failure: err.Error()}
 			continue
@@ -46,20 +50,6 @@ func recoverPool(ctx context.Context, p *pool.Pool) map[string]*attachment {
 	}
 	removeMarkers(p)
 	return failed
-}
-
-// retire ends one device whose engine has died.
-func retire(ctx context.Context, p *pool.Pool, id string, d blockdev.Info) error {
-	if err := waitForOrphan(ctx, p, id); err != nil {
-		return err
-	}
-	if err := thawMarked(p, id, d.Path); err != nil {
-		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", d.Path)
-	}
-	if err := blockdev.Clear(d.Path); err != nil {
-		return fmt.Errorf("the engine that served %s died: %w", d.Path, err)
-	}
-	return nil
 }
 
 // waitForOrphan waits until no worker of a dead engine holds the volume.
@@ -84,23 +74,30 @@ func waitForOrphan(ctx context.Context, p *pool.Pool, id string) error {
 
 // clearDevices removes the devices of a volume that no worker serves any more. ErrInUse if one is still
 // open; the kernel removes that one when its last user closes it.
-func clearDevices(id string) error {
+func clearDevices(p *pool.Pool, id string) error {
 	devices, err := blockdev.Find(devicePrefix + id)
 	if err != nil {
 		return fmt.Errorf("find the devices of %s: %w", id, err)
 	}
 	var failures []error
 	for _, d := range devices {
-		if d.Name != devicePrefix+id {
-			continue
+		if d.Name == devicePrefix+id {
+			failures = append(failures, clearDevice(p, id, d.Path))
 		}
-		err := blockdev.Clear(d.Path)
-		if errors.Is(err, blockdev.ErrBusy) {
-			err = fmt.Errorf("%w: %s: %w", ErrInUse, d.Path, err)
-		}
-		failures = append(failures, err)
 	}
 	return errors.Join(failures...)
+}
+
+// clearDevice removes a dead device, having thawed its file system if a dead engine left it frozen.
+func clearDevice(p *pool.Pool, id, device string) error {
+	if err := thawMarked(p, id, device); err != nil {
+		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", device)
+	}
+	err := blockdev.Clear(device)
+	if errors.Is(err, blockdev.ErrBusy) {
+		return fmt.Errorf("%w: the engine that served it is dead: %w", ErrInUse, err)
+	}
+	return err
 }
 
 // thawMarked thaws the file system on device if a marker says that a dead engine had frozen it.

@@ -88,7 +88,9 @@ func (s *served) close() error {
 // abort ends the device whoever uses it, and closes.
 func (s *served) abort() error {
 	err := s.dev.Abort()
-	<-s.dev.Done()
+	if err == nil {
+		<-s.dev.Done()
+	}
 	return errors.Join(err, s.close())
 }
 

@@ -55,7 +55,7 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 	if err != nil || device != "" {
 		return &api.AttachResponse{Device: device}, err
 	}
-	if err := clearDevices(id); err != nil {
+	if err := clearDevices(p, id); err != nil {
 		// Whoever has it open keeps a dead device, which goes with its last user.
 		klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
 	}
@@ -91,7 +91,8 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 
 func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.DetachResponse, error) {
 	id := r.GetVolumeId()
-	if _, err := s.ready(ctx); err != nil {
+	p, err := s.ready(ctx)
+	if err != nil {
 		return nil, err
 	}
 	if !pool.ValidID(id) {
@@ -118,7 +119,7 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 		}
 	}
 	if a != nil && a.worker == nil {
-		if err := clearDevices(id); err != nil {
+		if err := clearDevices(p, id); err != nil {
 			return nil, err
 		}
 		s.set(id, nil)

@@ -238,7 +238,7 @@ func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
 	}
 	s.set(id, nil)
 	if a.worker == nil {
-		err = clearDevices(id)
+		err = clearDevices(s.openedPool(), id)
 	} else {
 		if err == nil {
 			_, err = a.worker.api.Detach(patience, &api.DetachRequest{VolumeId: id})

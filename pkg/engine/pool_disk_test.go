@@ -1,0 +1,124 @@
+package engine
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// newDiskRig makes a pool on an XFS file system of its own, of a size in bytes, and starts an engine on it.
+func newDiskRig(t *testing.T, size int64) *rig {
+	t.Helper()
+	r := newIdleRig(t)
+	disk := filepath.Join(t.TempDir(), "disk")
+	must(t, os.WriteFile(disk, nil, 0o600))
+	must(t, os.Truncate(disk, size))
+	run(t, "mkfs.xfs", "-q", disk)
+	run(t, "mount", "-o", "loop", disk, r.dir)
+	t.Cleanup(func() {
+		// Before the rig's own clean-up, which then finds nothing: workers hold files of the pool.
+		r.stop()
+		r.checkVolumes()
+		r.pool, r.engine = nil, nil
+		if err := unix.Unmount(r.dir, 0); err != nil {
+			t.Errorf("unmount the pool: %v", err)
+			_ = unix.Unmount(r.dir, unix.MNT_DETACH)
+		}
+	})
+	must(t, pool.Init(r.dir))
+	var err error
+	r.pool, err = pool.Open(r.dir)
+	must(t, err)
+	r.start()
+	r.disk = disk
+	return r
+}
+
+// The pool's disk fails while a volume is written: its user gets errors, the failure is listed, and the volume
+// can be detached; when the disk is back, everything that was flushed is there.
+func TestPoolDiskFails(t *testing.T) {
+	const size = 256 * mib
+	r := newDiskRig(t, 512*mib)
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	w := startWriter(t, device, size)
+	w.awaitProgress(t)
+	run(t, "xfs_io", "-x", "-c", "shutdown", r.dir)
+	w.done.Wait()
+	if !errors.Is(w.err, unix.EIO) {
+		t.Errorf("the writer ended with %v", w.err)
+	}
+	// A write that fails harms nothing but itself. After a failed sync nothing can be promised any more.
+	f := openDirect(t, device)
+	wantErr(t, f.Sync(), unix.EIO)
+	must(t, f.Close())
+	a := r.find(id)
+	if a == nil || a.Failure == "" || a.Device != device || a.WorkerPID == 0 {
+		t.Fatalf("listed as %+v", a)
+	}
+	t.Logf("failure: %s", a.Failure)
+	wantErr(t, r.client.Detach(testContext(t), id), qcow2.ErrFailed) // says once that the image was not closed in order
+	r.detach(id)
+	r.stop()
+
+	must(t, unix.Unmount(r.dir, 0))
+	run(t, "mount", "-o", "loop", r.disk, r.dir)
+	r.start()
+	w.check(t, r.attach(id))
+	r.detach(id)
+}
+
+// A full pool: writes fail with ENOSPC, and go on when there is room again.
+func TestPoolDiskFull(t *testing.T) {
+	const size = 1024 * mib
+	r := newDiskRig(t, 320*mib)
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	f, buf := openDirect(t, device), aligned(t, mib)
+	var off int64
+	var err error
+	for off = 0; err == nil && off < size; off += mib {
+		for i := range buf {
+			buf[i] = byte(off/mib + 1)
+		}
+		_, err = f.WriteAt(buf, off)
+	}
+	wantErr(t, err, unix.ENOSPC)
+	full := off - mib
+	t.Logf("full after %d MiB", full/mib)
+	_, err = r.client.CreateSnapshot(testContext(t), id, "s", nil)
+	t.Logf("a snapshot of the full pool: %v", err)
+	if err != nil { // a small one may find room in what the image has reserved
+		wantErr(t, err, qcow2.ErrNoSpace)
+	}
+	must(t, r.client.DeleteSnapshot(testContext(t), id, "s"))
+
+	const given = 64 * mib
+	must(t, unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, given))
+	must(t, f.Sync())
+	eventually(t, "there is room again", func() bool { // frees what was discarded
+		_, err := f.WriteAt(buf, full)
+		if err != nil {
+			wantErr(t, err, unix.ENOSPC)
+		}
+		return err == nil
+	})
+	must(t, f.Sync())
+	_, err = r.client.CreateSnapshot(testContext(t), id, "s", nil)
+	must(t, err)
+	must(t, f.Close())
+	if a := r.find(id); a.Failure != "" {
+		t.Errorf("failure: %s", a.Failure)
+	}
+	wantDevice(t, device, 0, mib, 0)
+	for off := int64(given); off < full; off += mib {
+		wantDevice(t, device, off, mib, byte(off/mib+1))
+	}
+	r.detach(id)
+}
