@@ -150,8 +150,8 @@ func (c *controller) ValidateVolumeCapabilities(
 	if err != nil {
 		return nil, err
 	}
-	if err := validate(v, req); err != nil {
-		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
+	if objection := validate(v, req); objection != nil {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: objection.Error()}, nil //nolint:nilerr // it is the answer
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 		VolumeContext:      req.GetVolumeContext(),

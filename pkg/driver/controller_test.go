@@ -133,21 +133,21 @@ func TestConcurrentCalls(t *testing.T) {
 	req := r.createRequest("copy", 64*mib, blockCapability(writer))
 	req.VolumeContentSource = contentSourceMessage("snapshot:" + snap)
 
-	ids := atOnce(t, 8, func(ctx context.Context) (string, error) {
+	ids := atOnce(t, func(ctx context.Context) (string, error) {
 		resp, err := r.CreateVolume(ctx, req)
 		return resp.GetVolume().GetVolumeId(), err
 	})
 	if len(ids) != 1 {
 		t.Errorf("volumes: %v", ids)
 	}
-	snaps := atOnce(t, 8, func(ctx context.Context) (string, error) {
+	snaps := atOnce(t, func(ctx context.Context) (string, error) {
 		resp, err := r.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "snap-2", SourceVolumeId: source.id})
 		return resp.GetSnapshot().GetSnapshotId(), err
 	})
 	if len(snaps) != 1 {
 		t.Errorf("snapshots: %v", snaps)
 	}
-	atOnce(t, 8, func(ctx context.Context) (string, error) {
+	atOnce(t, func(ctx context.Context) (string, error) {
 		_, err := r.NodePublishVolume(ctx, source.publishRequest("pod"))
 		return "", err
 	})
@@ -155,12 +155,12 @@ func TestConcurrentCalls(t *testing.T) {
 		t.Errorf("published: %v, %v", at, err)
 	}
 	source.unstage("pod")
-	atOnce(t, 8, func(ctx context.Context) (string, error) {
+	atOnce(t, func(ctx context.Context) (string, error) {
 		_, err := r.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: snaps[0]})
 		return "", err
 	})
 	r.deleteSnapshots(snap)
-	atOnce(t, 8, func(ctx context.Context) (string, error) {
+	atOnce(t, func(ctx context.Context) (string, error) {
 		_, err := r.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: source.id})
 		return "", err
 	})
@@ -168,10 +168,11 @@ func TestConcurrentCalls(t *testing.T) {
 	r.wantEmpty()
 }
 
-// atOnce makes n calls at once and returns the different answers. At least one must succeed; the others may
+// atOnce makes eight calls at once and returns the different answers. At least one must succeed; the others may
 // be ABORTED.
-func atOnce(t *testing.T, n int, call func(context.Context) (string, error)) []string {
+func atOnce(t *testing.T, call func(context.Context) (string, error)) []string {
 	t.Helper()
+	const n = 8
 	answers, errs := make([]string, n), make([]error, n)
 	var calls sync.WaitGroup
 	for i := range n {

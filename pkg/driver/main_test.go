@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 }
 
 func exitCode(run func(context.Context, []string) error) int {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM) //nolint:forbidigo // this is a main
 	defer stop()
 	if err := run(ctx, os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, os.Args[1]+":", err)

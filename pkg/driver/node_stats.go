@@ -82,6 +82,9 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 	if err != nil {
 		return located{}, err
 	}
+	if rdev, err := deviceNumber(path); err == nil && rdev == device.rdev {
+		return located{device: device, block: true}, nil // a publication, or the device itself
+	}
 	at, err := mountAt(path)
 	switch {
 	case err != nil:
@@ -90,8 +93,6 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 		return located{}, missing
 	case at.dev == device.rdev:
 		return located{device: device}, nil
-	case at.isNodeOf(device):
-		return located{device: device, block: true}, nil
 	}
 	return located{}, missing
 }

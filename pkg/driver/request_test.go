@@ -115,7 +115,7 @@ func TestMaxSize(t *testing.T) {
 }
 
 func TestCheckCapability(t *testing.T) {
-	block := func(mode csi.VolumeCapability_AccessMode_Mode) *csi.VolumeCapability { return blockCapability(mode) }
+	block := blockCapability
 	for _, c := range []struct {
 		name string
 		in   *csi.VolumeCapability
@@ -145,10 +145,10 @@ func TestCheckCapability(t *testing.T) {
 	}
 }
 
-func mountCapability(fsType string, flags ...string) *csi.VolumeCapability {
+func mountCapability(fsType string) *csi.VolumeCapability {
 	return &csi.VolumeCapability{
 		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER},
-		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: fsType, MountFlags: flags}},
+		AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: fsType}},
 	}
 }
 
