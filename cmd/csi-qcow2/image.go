@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -160,16 +159,4 @@ zeros. Snapshots keep their own size. An image cannot be made smaller.`,
 			return withImage(args[0], false, func(img *qcow2.Image) error { return img.Resize(roundUp(size, 512)) })
 		},
 	}
-}
-
-// notExisting fails if there is anything at path.
-func notExisting(path string) error {
-	_, err := os.Lstat(path)
-	if err == nil {
-		return fmt.Errorf("%s: %w", path, qcow2.ErrExists)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 )
 
 // version is set by the linker.
@@ -15,8 +16,9 @@ var version = "unknown"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	// The first signal ends the work in an orderly way, the second one ends the process.
-	context.AfterFunc(ctx, stop)
+	// The first signal ends the work in an orderly way. Another one, a moment later (some senders send two at
+	// once), ends the process.
+	context.AfterFunc(ctx, func() { time.AfterFunc(time.Second, stop) })
 	err := newRootCommand().ExecuteContext(ctx)
 	os.Exit(exitStatus(ctx, os.Stderr, err))
 }

@@ -1,0 +1,47 @@
+package main
+
+import (
+	"errors"
+
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/driver"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+)
+
+func newNodeCommand() *cobra.Command {
+	var engineEndpoint string
+	o := driver.Options{Version: version}
+	reserve := sizeFlag(driver.DefaultReserve)
+	cmd := &cobra.Command{
+		Use:   "node",
+		Short: "Serve the CSI plugin of one node",
+		Long: `Serve CSI's Identity, Controller and Node services for the volumes of one node, until SIGTERM or SIGINT.
+It holds no state and carries no pod's I/O: it can be stopped and started at any moment. It formats and mounts
+file systems, so it must run as root and in the mount namespace where kubelet sees its mounts.`,
+		Example: `  csi-qcow2 node --endpoint unix:///run/csi-qcow2/csi.sock --node-id "$(hostname)" \
+      --pool /var/lib/csi-qcow2/pool --engine unix:///run/csi-qcow2/engine.sock`,
+		Args: takes(),
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			defer klog.Flush()
+			client, err := engine.NewClient(engineEndpoint)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, client.Close()) }()
+			o.Engine, o.Reserve = client, int64(reserve)
+			return driver.Run(cmd.Context(), o)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&o.Endpoint, "endpoint", "", "`endpoint` of the CSI services, unix:///path")
+	flags.StringVar(&o.NodeID, "node-id", "", "`name` of the Kubernetes node")
+	flags.StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")
+	flags.StringVar(&engineEndpoint, "engine", "", "`endpoint` of the engine, unix:///path")
+	flags.Var(&reserve, "reserve", "space of the pool's file system that is promised to no volume")
+	flags.Float64Var(&o.Overcommit, "overcommit", driver.DefaultOvercommit, "`bytes` promised to volumes for each free byte")
+	require(cmd, "endpoint", "node-id", "pool", "engine")
+	addLogFlags(cmd)
+	return cmd
+}
