@@ -86,7 +86,7 @@ func newCrashHistory(t testing.TB, seed uint64) *crashHistory {
 	h := &crashHistory{t: t, rng: rng, file: newMemFile(fmt.Sprintf("crash-%d", seed))}
 	clusterSize := int64([]int{512, 512, 1024, 4096, 65536}[rng.IntN(5)])
 	h.g = newGeometry(uint(9+log2(clusterSize/512)), 4, false)
-	size := min(3*h.g.l2Coverage, 40*clusterSize)
+	size := min(3*h.g.l2Coverage, 40*clusterSize, max(40<<10, 6*clusterSize))
 	must(t, Create(h.file, size, CreateOptions{ClusterSize: clusterSize, Version: 3 - rng.IntN(4)/3}))
 	h.state.durable = newSparse()
 	h.state.durable.size = size
@@ -218,9 +218,9 @@ type verifier struct {
 	tried int
 }
 
-func (v *verifier) history() string {
+func (h *crashHistory) history() string {
 	var b strings.Builder
-	for _, o := range v.h.ops {
+	for _, o := range h.ops {
 		fmt.Fprintf(&b, "%d-%d %s\n", o.begin, o.end, o.what)
 	}
 	return b.String()
@@ -243,7 +243,7 @@ func (v *verifier) verify(t *testing.T, c crash) {
 		path := tempImage(t)
 		c.file.save(t, path)
 		t.Fatalf("crash after %d calls (torn: %t; last: %s): %s\nqemu-img check: %s\n%s", c.calls, c.torn,
-			v.h.log.calls[max(0, c.calls-1)], fmt.Sprintf(format, args...), runQemuCheck(t, path).output, v.history())
+			v.h.log.calls[max(0, c.calls-1)], fmt.Sprintf(format, args...), runQemuCheck(t, path).output, v.h.history())
 	}
 	if r, err := checkFile(t.Context(), c.file); err != nil || r.Corruptions != 0 {
 		fail("our check: %+v, %v", r, err)
@@ -360,7 +360,7 @@ func (h *crashHistory) crash(t *testing.T) {
 			path := tempImage(t)
 			forQEMU.save(t, path)
 			if r := runQemuCheck(t, path); r.exit != 0 && r.exit != 3 {
-				t.Fatalf("crash after %d calls (torn: %t): qemu-img check: %s\n%s", c.calls, c.torn, r.output, v.history())
+				t.Fatalf("crash after %d calls (torn: %t): qemu-img check: %s\n%s", c.calls, c.torn, r.output, v.h.history())
 			}
 		}
 		switch rng.IntN(120) {
@@ -391,29 +391,34 @@ func contents(t *testing.T, img *Image) []modelSnapshot {
 	return all
 }
 
-// goOn writes to a crashed image: no snapshot may change by it.
+// goOn writes to a crashed image: no snapshot may change by it, and the active disk only where it was written.
 func (h *crashHistory) goOn(t *testing.T, f *memFile, c crash) {
 	t.Helper()
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
-	before := contents(t, img)
+	before := crashState{snaps: contents(t, img), durable: newSparse()}
+	active := make([]byte, img.Size())
+	_, err = img.ReadAt(active, 0)
+	must(t, err)
+	before.durable.writeAt(active, 0)
 	for i := range 12 {
-		off := h.rng.Int64N(img.Size()/sectorSize) * sectorSize
-		n := min(img.Size()-off, (1+h.rng.Int64N(8))*sectorSize)
+		p := patch{off: h.rng.Int64N(img.Size()/sectorSize) * sectorSize}
+		p.n = min(img.Size()-p.off, (1+h.rng.Int64N(8))*sectorSize)
 		switch h.rng.IntN(4) {
 		case 0:
-			must(t, img.Discard(off, n))
+			must(t, img.Discard(p.off, p.n))
+			p.apply(before.durable)
 		case 1:
 			must(t, img.Flush())
 		default:
-			_, err := img.WriteAt(stamp(1000+i, off, n), off)
+			p.data = stamp(1000+i, p.off, p.n)
+			_, err := img.WriteAt(p.data, p.off)
 			must(t, err)
+			p.apply(before.durable)
 		}
 	}
-	for _, s := range before {
-		if w := compareSnapshot(img, s); w != "" {
-			t.Fatalf("crash after %d calls (torn: %t), then writes: %s", c.calls, c.torn, w)
-		}
+	if w := before.compare(img); w != "" {
+		t.Fatalf("crash after %d calls (torn: %t), then writes: %s\n%s", c.calls, c.torn, w, h.history())
 	}
 	must(t, img.Close())
 	if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.Corruptions != 0 {

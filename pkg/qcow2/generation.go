@@ -358,8 +358,8 @@ func (n *generation) adopt() {
 		delete(a.rc.blocks, i)
 		a.rc.keep(i, &refBlock{counts: b})
 	}
-	if length, err := img.f.Size(); err == nil {
-		a.length.Store(max(length, a.length.Load()))
+	for _, r := range n.wrote {
+		a.length.Store(max(a.length.Load(), r.end()<<n.g.clusterBits))
 	}
 	// An error here costs host blocks only: a free cluster is punched again before it is handed out.
 	_ = a.punch(n.unused())

@@ -76,16 +76,30 @@ func (s *sparse) own(page int64) *[memPageSize]byte {
 }
 
 func (s *sparse) zero(off, n int64) {
-	for page := range s.pages {
-		from, to := max(off, page*memPageSize), min(off+n, (page+1)*memPageSize)
-		switch {
-		case from >= to:
-		case to-from == memPageSize:
-			delete(s.pages, page)
-			delete(s.owned, page)
-		default:
-			clear(s.own(page)[from-page*memPageSize : to-page*memPageSize])
+	first, last := off/memPageSize, (off+n-1)/memPageSize
+	if last-first > int64(len(s.pages)) {
+		for page := range s.pages {
+			if page >= first && page <= last {
+				s.zeroPage(page, off, n)
+			}
 		}
+		return
+	}
+	for page := first; page <= last; page++ {
+		s.zeroPage(page, off, n)
+	}
+}
+
+// zeroPage zeroes the part of [off, off+n) in one page.
+func (s *sparse) zeroPage(page, off, n int64) {
+	from, to := max(off, page*memPageSize), min(off+n, (page+1)*memPageSize)
+	switch {
+	case s.pages[page] == nil || from >= to:
+	case to-from == memPageSize:
+		delete(s.pages, page)
+		delete(s.owned, page)
+	default:
+		clear(s.own(page)[from-page*memPageSize : to-page*memPageSize])
 	}
 }
 
