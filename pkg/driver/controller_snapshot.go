@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -55,23 +56,33 @@ func (c *controller) CreateSnapshot(
 }
 
 // snapshotByName returns the snapshot of that name of the volume, which may be a tombstone by now; nil if
-// there is none. errExists if another volume has one.
-func (c *controller) snapshotByName(ctx context.Context, p *pool.Pool, name, volumeID string) (found *snapshot, err error) {
-	err = c.eachVolumesSnapshots(ctx, p, "", func(all []snapshot) bool {
-		for i := range all {
-			if all[i].Name == name && (found == nil || all[i].volume.ID == volumeID) {
-				found = &all[i]
-			}
-		}
-		return true
-	})
-	if err != nil || found == nil {
+// there is none. errExists if another volume has one: as far as one can see now, another volume that is
+// busy or broken does not keep this one from being snapshotted.
+func (c *controller) snapshotByName(ctx context.Context, p *pool.Pool, name, volumeID string) (*snapshot, error) {
+	volumes, err := c.volumes(ctx, p)
+	if err != nil {
 		return nil, err
 	}
-	if found.volume.ID != volumeID {
-		return nil, fmt.Errorf("snapshot %q %w: of volume %s", name, errExists, found.volume.ID)
+	attached, err := c.attachments(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return found, nil
+	var other error
+	for _, v := range volumes {
+		all, err := c.snapshotsOf(ctx, p, v, attached)
+		if err != nil && v.ID == volumeID {
+			return nil, err
+		}
+		at := slices.IndexFunc(all, func(s snapshot) bool { return s.Name == name })
+		switch {
+		case at < 0:
+		case v.ID == volumeID:
+			return &all[at], nil
+		default:
+			other = fmt.Errorf("snapshot %q %w: of volume %s", name, errExists, v.ID)
+		}
+	}
+	return nil, other
 }
 
 func (c *controller) createSnapshot(

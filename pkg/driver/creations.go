@@ -71,7 +71,7 @@ func (c *creations) start(
 // end publishes a creation's result. One that panicked has failed.
 func (c *creations) end(job *creation) {
 	if fault := recover(); fault != nil {
-		job.err = fmt.Errorf("%w: %v", errPanic, fault)
+		job.err = panicked(c.ctx, fault)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

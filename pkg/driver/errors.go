@@ -24,6 +24,7 @@ var (
 	errExhausted    = errors.New("resource exhausted")
 	errOutOfRange   = errors.New("capacity range cannot be met")
 	errPrecondition = errors.New("failed precondition")
+	errToken        = errors.New("starting_token is not from this listing; start again without")
 	errBusy         = errors.New("another operation is in progress")
 	errOtherPool    = errors.New("belongs to the pool of another node")
 	errPanic        = errors.New("internal error")
@@ -50,7 +51,7 @@ func errorCodes() []errorCode {
 		}},
 		{codes.NotFound, []error{errNotFound, engine.ErrTombstone, pool.ErrNotFound, pool.ErrBadID, qcow2.ErrNotFound}},
 		// pool.ErrExists: another plugin made the volume meanwhile; the repeated call finds it.
-		{codes.Aborted, []error{errBusy, pool.ErrInUse, pool.ErrExists, engine.ErrFreeze}},
+		{codes.Aborted, []error{errBusy, errToken, pool.ErrInUse, pool.ErrExists, engine.ErrFreeze}},
 		{codes.FailedPrecondition, []error{qcow2.ErrInUse}},
 		{codes.DataLoss, []error{qcow2.ErrCorrupt, qcow2.ErrFailed}},
 		{codes.DeadlineExceeded, []error{context.DeadlineExceeded}},

@@ -32,6 +32,9 @@ func (n *node) formatAndMount(device blockDevice, path, fsType string, options [
 	if format != "" && format != fsType {
 		return fmt.Errorf("%w: the volume holds %s, not %s", errPrecondition, format, fsType)
 	}
+	if format == "" && readOnly {
+		return fmt.Errorf("%w: the volume is blank, and read-only", errPrecondition)
+	}
 	if isExt(format) && !readOnly {
 		grow, err := extMustGrowUnmounted(device)
 		if err == nil && grow {

@@ -34,7 +34,7 @@ type imageUse struct {
 func newImages() *images { return &images{use: map[string]*imageUse{}} }
 
 // read calls fn with a volume's image, open for reading. Others may read at the same time.
-func (s *images) read(ctx context.Context, p *pool.Pool, id string, fn func(*qcow2.Image) error) error {
+func (s *images) read(ctx context.Context, p *pool.Pool, id string, fn func(*qcow2.Image) error) (err error) {
 	use, first, err := s.enter(ctx, id, true)
 	if err != nil {
 		return err
@@ -46,11 +46,12 @@ func (s *images) read(ctx context.Context, p *pool.Pool, id string, fn func(*qco
 		}
 		s.share(use)
 	}
-	return errors.Join(fn(use.image), s.leaveReader(id, use))
+	defer func() { err = errors.Join(err, s.leaveReader(id, use)) }()
+	return fn(use.image)
 }
 
 // change calls fn with the lease of a volume, which nobody else reads or changes meanwhile.
-func (s *images) change(ctx context.Context, p *pool.Pool, id string, fn func(*pool.Lease) error) error {
+func (s *images) change(ctx context.Context, p *pool.Pool, id string, fn func(*pool.Lease) error) (err error) {
 	release, err := s.claim(ctx, id)
 	if err != nil {
 		return err
@@ -60,7 +61,8 @@ func (s *images) change(ctx context.Context, p *pool.Pool, id string, fn func(*p
 	if err != nil {
 		return fmt.Errorf("lock volume %s: %w", id, err)
 	}
-	return errors.Join(fn(lease), lease.Unlock())
+	defer func() { err = errors.Join(err, lease.Unlock()) }()
+	return fn(lease)
 }
 
 // claim keeps everybody else in this process off a volume's image until release is called.
@@ -151,12 +153,13 @@ func (u *imageUse) close() error {
 }
 
 // changeImage opens an image for writing under its lease.
-func changeImage(lease *pool.Lease, fn func(*qcow2.Image) error) error {
+func changeImage(lease *pool.Lease, fn func(*qcow2.Image) error) (err error) {
 	image, err := lease.Open(false)
 	if err != nil {
 		return fmt.Errorf("open volume %s: %w", lease.Volume().ID, err)
 	}
-	return errors.Join(fn(image), image.Close())
+	defer func() { err = errors.Join(err, image.Close()) }()
+	return fn(image)
 }
 
 // wherever runs attached, or, if the engine does not serve the volume, detached. One that is attached or

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -154,19 +155,35 @@ func (n *node) unmountAll(path string) error {
 	}
 }
 
-// unmountStale takes away a mount whose device is gone. There is nothing left to write to it, and processes
-// that still use it do not keep it in the way.
-func unmountStale(path string) error {
-	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
-		return &os.PathError{Op: "unmount", Path: path, Err: err}
+// unmountStale takes away what an earlier device of a volume left at a path when it died with the engine. There is
+// nothing left to write to it, and processes that still use it do not keep it in the way. errPrecondition
+// if the mount is anything else.
+func (n *node) unmountStale(ctx context.Context, m mountPoint) error {
+	attached, err := n.attachments(ctx)
+	if err != nil {
+		return err
+	}
+	stale := m.isLoop()
+	for _, a := range attached {
+		device, err := newBlockDevice(a.Device)
+		inUse := err == nil && a.Failure == "" && (m.dev == device.rdev || m.isNodeOf(device))
+		stale = stale && !inUse
+	}
+	if !stale {
+		return fmt.Errorf("%w: something else is mounted at %s (%s)", errPrecondition, m.path, m.fsType)
+	}
+	if err := unix.Unmount(m.path, unix.MNT_DETACH); err != nil {
+		return &os.PathError{Op: "unmount", Path: m.path, Err: err}
 	}
 	return nil
 }
 
-// isLoop tells whether a file system is on a loop device, as every one of ours is.
-func isLoop(dev uint64) bool {
+// isLoop tells whether a mount is of a file system on a loop device, or of such a device's node, as every one of
+// ours is.
+func (m mountPoint) isLoop() bool {
 	const loopMajor = 7
-	return unix.Major(dev) == loopMajor
+	node := strings.HasPrefix(filepath.Base(m.root), "loop") && (m.fsType == "devtmpfs" || m.fsType == "tmpfs")
+	return node || unix.Major(m.dev) == loopMajor
 }
 
 func withoutPath(in []mountPoint, path string) []mountPoint {

@@ -66,32 +66,41 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 		return nil, err
 	}
 	defer release()
-	device, err := n.attach(ctx, id)
+	device, attachedNow, err := n.attach(ctx, id)
 	if err != nil {
 		return nil, err
 	}
 	if capability.GetBlock() != nil {
 		return &csi.NodeStageVolumeResponse{}, nil
 	}
-	if err := n.stageFileSystem(device, req.GetStagingTargetPath(), v, capability); err != nil {
-		n.detachAfterFailure(ctx, id)
+	if err := n.stageFileSystem(ctx, device, req.GetStagingTargetPath(), v, capability); err != nil {
+		if attachedNow {
+			n.detachAfterFailure(ctx, id)
+		}
 		return nil, fmt.Errorf("stage volume %s: %w", id, err)
 	}
 	return &csi.NodeStageVolumeResponse{}, nil
 }
 
-// attach has the engine serve a volume, whose image nobody in this process has open meanwhile.
-func (n *node) attach(ctx context.Context, id string) (blockDevice, error) {
+// attach has the engine serve a volume, whose image nobody in this process has open meanwhile. now is false if
+// the volume was attached before.
+func (n *node) attach(ctx context.Context, id string) (device blockDevice, now bool, err error) {
 	letGo, err := n.images.claim(ctx, id)
 	if err != nil {
-		return blockDevice{}, err
+		return device, false, err
 	}
 	defer letGo()
+	before, err := n.attachments(ctx)
+	if err != nil {
+		return device, false, err
+	}
 	path, err := n.engine.Attach(ctx, id)
 	if err != nil {
-		return blockDevice{}, fmt.Errorf("attach volume %s: %w", id, err)
+		return device, false, fmt.Errorf("attach volume %s: %w", id, err)
 	}
-	return newBlockDevice(path)
+	device, err = newBlockDevice(path)
+	_, was := before[id]
+	return device, !was, err
 }
 
 // detachAfterFailure gives the volume back: nobody calls NodeUnstageVolume for a volume that was never staged.
@@ -102,15 +111,20 @@ func (n *node) detachAfterFailure(ctx context.Context, id string) {
 }
 
 // stageFileSystem makes sure that the device is mounted at path.
-func (n *node) stageFileSystem(device blockDevice, path string, v pool.Volume, c *csi.VolumeCapability) error {
+func (n *node) stageFileSystem(
+	ctx context.Context, device blockDevice, path string, v pool.Volume, c *csi.VolumeCapability,
+) error {
 	options, readOnly := mountOptions(c)
 	fsType := stagedFS(c, recordedParameters(v.Parameters))
-	staged, err := stagedMount(device, path)
+	staged, err := n.stagedMount(ctx, device, path)
 	if err != nil {
 		return err
 	}
 	switch {
 	case staged == nil:
+		if used, err := device.nodeMounts(); err != nil || len(used) > 0 {
+			return cmp.Or(err, fmt.Errorf("%w: the volume is in use as a block device", errPrecondition))
+		}
 		if err := os.MkdirAll(path, 0o750); err != nil {
 			return err
 		}
@@ -129,16 +143,13 @@ func (n *node) stageFileSystem(device blockDevice, path string, v pool.Volume, c
 
 // stagedMount returns the mount of a device at a staging path, or nil. Mounts whose device died, with the
 // engine, are removed.
-func stagedMount(device blockDevice, path string) (*mountPoint, error) {
+func (n *node) stagedMount(ctx context.Context, device blockDevice, path string) (*mountPoint, error) {
 	for {
 		m, err := mountAt(path)
 		if err != nil || m == nil || m.dev == device.rdev {
 			return m, err
 		}
-		if !isLoop(m.dev) {
-			return nil, fmt.Errorf("%w: %s is the mount point of a file system that is not the volume's", errPrecondition, path)
-		}
-		if err := unmountStale(path); err != nil {
+		if err := n.unmountStale(ctx, *m); err != nil {
 			return nil, err
 		}
 	}

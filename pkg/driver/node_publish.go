@@ -46,9 +46,9 @@ func (n *node) NodePublishVolume(
 		pub.readOnly = true
 	}
 	if capability.GetBlock() != nil {
-		err = n.publishBlock(pub, oneTarget(capability))
+		err = n.publishBlock(ctx, pub, oneTarget(capability))
 	} else {
-		err = n.publishFileSystem(pub, req.GetStagingTargetPath(), oneTarget(capability))
+		err = n.publishFileSystem(ctx, pub, req.GetStagingTargetPath(), oneTarget(capability))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("publish volume %s: %w", id, err)
@@ -79,7 +79,7 @@ type publication struct {
 	readOnly bool
 }
 
-func (n *node) publishFileSystem(pub publication, staging string, alone bool) error {
+func (n *node) publishFileSystem(ctx context.Context, pub publication, staging string, alone bool) error {
 	staged, err := mountAt(staging)
 	if err != nil {
 		return err
@@ -92,7 +92,7 @@ func (n *node) publishFileSystem(pub publication, staging string, alone bool) er
 		return err
 	}
 	others := withoutPath(all, staged.path)
-	done, err := pub.existing(others, alone, func(m mountPoint) bool { return m.dev == pub.device.rdev })
+	done, err := n.published(ctx, pub, others, alone, func(m mountPoint) bool { return m.dev == pub.device.rdev })
 	if err != nil || done {
 		return err
 	}
@@ -102,15 +102,23 @@ func (n *node) publishFileSystem(pub publication, staging string, alone bool) er
 	return n.bind(staging, pub)
 }
 
-func (n *node) publishBlock(pub publication, alone bool) error {
+func (n *node) publishBlock(ctx context.Context, pub publication, alone bool) error {
 	all, err := pub.device.nodeMounts()
 	if err != nil {
 		return err
 	}
-	done, err := pub.existing(all, alone, func(m mountPoint) bool { return m.isNodeOf(pub.device) })
-	if err != nil || done {
+	done, err := n.published(ctx, pub, all, alone, func(m mountPoint) bool { return m.isNodeOf(pub.device) })
+	if err == nil && !done {
+		err = n.bindNode(pub)
+	}
+	if err != nil {
 		return err
 	}
+	return protect(pub.device) // also when a call before came only as far as the bind
+}
+
+// bindNode binds the device's node onto a file, which it makes.
+func (n *node) bindNode(pub publication) error {
 	if err := os.MkdirAll(filepath.Dir(pub.target), 0o750); err != nil {
 		return err
 	}
@@ -118,15 +126,17 @@ func (n *node) publishBlock(pub publication, alone bool) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(file.Close(), n.bind(pub.device.path, pub)); err != nil {
+	if err := file.Close(); err != nil {
 		return err
 	}
-	return protect(pub.device)
+	return n.bind(pub.device.path, pub)
 }
 
-// existing looks at what is published already: done if it is this. A mount at the target whose device died is
+// published looks at what is published already: done if it is this. A mount at the target whose device died is
 // removed. alone is for access modes that allow one target.
-func (pub publication) existing(mounts []mountPoint, alone bool, isOurs func(mountPoint) bool) (done bool, err error) {
+func (n *node) published(
+	ctx context.Context, pub publication, mounts []mountPoint, alone bool, isOurs func(mountPoint) bool,
+) (done bool, err error) {
 	at, err := mountAt(pub.target)
 	if err != nil {
 		return false, err
@@ -140,7 +150,7 @@ func (pub publication) existing(mounts []mountPoint, alone bool, isOurs func(mou
 		return false, fmt.Errorf("%w: the volume is published at %s, and its access mode allows one target",
 			errPrecondition, mounts[0].path)
 	case at != nil:
-		return false, unmountStale(pub.target)
+		return false, n.unmountStale(ctx, *at)
 	}
 	return false, nil
 }

@@ -67,6 +67,43 @@ func TestStageRefuses(t *testing.T) {
 	r.wantEmpty()
 }
 
+// TestForeignMounts: what is mounted at our paths and is not ours is left alone.
+func TestForeignMounts(t *testing.T) {
+	r := newRig(t)
+	ctx := t.Context()
+	one, two := r.create("one", 16*mib, mountCapability(fsExt4)), r.create("two", 16*mib, mountCapability(fsExt4))
+	path := one.publish("pod")
+	must(t, os.WriteFile(filepath.Join(path, "file"), nil, 0o600))
+	stage := two.stageRequest()
+	stage.StagingTargetPath = one.stagingPath()
+	wantCode(t, codes.FailedPrecondition)(r.NodeStageVolume(ctx, stage))
+	two.stage()
+	publish := two.publishRequest("pod")
+	publish.TargetPath = path
+	wantCode(t, codes.FailedPrecondition)(r.NodePublishVolume(ctx, publish))
+	if _, err := os.Stat(filepath.Join(path, "file")); err != nil {
+		t.Errorf("a pod lost its volume: %v", err)
+	}
+	must(t, os.MkdirAll(two.target("pod"), 0o700))
+	run(t, "mount", "-t", "tmpfs", "tmpfs", two.target("pod"))
+	wantCode(t, codes.FailedPrecondition)(r.NodePublishVolume(ctx, two.publishRequest("pod")))
+	run(t, "umount", two.target("pod"))
+	one.unstage("pod")
+	two.unstage("pod")
+
+	two.capability = blockCapability(writer)
+	two.publish("vm")
+	two.capability = mountCapability(fsExt4)
+	wantCode(t, codes.FailedPrecondition)(r.NodeStageVolume(ctx, two.stageRequest()))
+	if list, err := r.client.List(ctx); err != nil || len(list) != 1 {
+		t.Errorf("a pod lost its device: %v, %v", list, err)
+	}
+	two.unstage("vm")
+	one.delete()
+	two.delete()
+	r.wantEmpty()
+}
+
 // TestPublishRefuses: what is not staged is not published, a single writer gets one target, and unpublishing never
 // removes what a pod's directory holds.
 func TestPublishRefuses(t *testing.T) {

@@ -14,7 +14,7 @@ type page struct {
 }
 
 // newPage reads max_entries and starting_token; kind keeps the tokens of different listings apart. A token that
-// this listing did not make is errBusy: ABORTED tells the caller to start again.
+// this listing did not make is errToken, which tells the caller to start again.
 func newPage(kind string, maxEntries int32, token string) (page, error) {
 	if maxEntries < 0 {
 		return page{}, invalid("max_entries is %d", maxEntries)
@@ -26,7 +26,7 @@ func newPage(kind string, maxEntries int32, token string) (page, error) {
 	raw, err := base64.RawURLEncoding.DecodeString(token)
 	after, ok := strings.CutPrefix(string(raw), kind+":")
 	if err != nil || !ok {
-		return page{}, fmt.Errorf("%w: starting_token %q is not from this listing; start again without", errBusy, token)
+		return page{}, fmt.Errorf("%w: %q", errToken, token)
 	}
 	p.after = after
 	return p, nil

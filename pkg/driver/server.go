@@ -128,9 +128,15 @@ func statusCodes(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle g
 func recoverPanics(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
 	defer func() {
 		if fault := recover(); fault != nil {
-			err = fmt.Errorf("%w: %v", errPanic, fault)
-			klog.FromContext(ctx).Error(err, "A call panicked", "stack", string(debug.Stack()))
+			err = panicked(ctx, fault)
 		}
 	}()
 	return handle(ctx, req)
+}
+
+// panicked logs where a fault is and returns it as an error.
+func panicked(ctx context.Context, fault any) error {
+	err := fmt.Errorf("%w: %v", errPanic, fault)
+	klog.FromContext(ctx).Error(err, "Panic", "stack", string(debug.Stack()))
+	return err
 }
