@@ -30,7 +30,13 @@ mounts_before=$(mounts)
 
 go vet "${packages[@]}"
 status=0
-TMPDIR=$tmp go test -race -p 2 -timeout 15m "${packages[@]}" || status=$?
+report=$tmp.sanity # csi-sanity's count, which go test hides when all is well
+TMPDIR=$tmp CSI_SANITY_REPORT=$report go test -race -p 2 -timeout 15m "${packages[@]}" || status=$?
+
+if [[ -e $report ]]; then
+	cat "$report"
+	rm "$report"
+fi
 
 # The kernel frees a loop device a moment after its last user has gone.
 for _ in {1..20}; do

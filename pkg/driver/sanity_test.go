@@ -2,6 +2,7 @@ package driver
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -49,9 +50,15 @@ func TestSanity(t *testing.T) {
 			t.Errorf("%d tests were skipped because: %s", n, reason)
 		}
 	}
-	fmt.Printf("csi-sanity: %d passed, %d skipped\n", passed, total)
-	for reason, n := range skipped {
-		fmt.Printf("csi-sanity: skipped %d: %s\n", n, reason)
+	reportSanity(t, fmt.Sprintf("csi-sanity: %d passed, %d skipped: their capabilities are not declared", passed, total))
+}
+
+// reportSanity prints the count where people see it: go test hides what a test prints when it passes.
+func reportSanity(t *testing.T, line string) {
+	t.Helper()
+	t.Log(line)
+	if file := os.Getenv("CSI_SANITY_REPORT"); file != "" {
+		must(t, os.WriteFile(file, []byte(line+"\n"), 0o600))
 	}
 }
 
