@@ -62,7 +62,7 @@ func childRaces(t *testing.T, p *Pool, id string) {
 	say("ready")
 	awaitEndOfInput(t)
 	proof := filepath.Join(p.Dir(), "proof")
-	for won := 0; won < 200; {
+	for won := 0; won < 50; {
 		l, err := p.Lock(id)
 		if errors.Is(err, ErrInUse) {
 			continue

@@ -11,8 +11,6 @@ import (
 	"path/filepath"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -125,33 +123,6 @@ func tree(t *testing.T, path string) []string {
 		return err
 	}))
 	return found
-}
-
-// mountTmpfs mounts an empty tmpfs; unmount takes it away before the test ends.
-func mountTmpfs(t *testing.T, dir, options string) (unmount func()) {
-	t.Helper()
-	must(t, unix.Mount("pool-test", dir, "tmpfs", 0, options))
-	mounted := true
-	unmount = func() {
-		if mounted {
-			mounted = false
-			must(t, unix.Unmount(dir, 0))
-		}
-	}
-	t.Cleanup(unmount)
-	return unmount
-}
-
-// mountImage mounts a new file system on a loop device, which goes with the mount.
-func mountImage(t *testing.T, size int64, mkfs ...string) (dir string) {
-	t.Helper()
-	image := filepath.Join(t.TempDir(), "fs")
-	must(t, os.WriteFile(image, nil, 0o600), os.Truncate(image, size))
-	runTool(t, append(mkfs, image)...)
-	dir = t.TempDir()
-	runTool(t, "mount", "-o", "loop", image, dir)
-	t.Cleanup(func() { must(t, unix.Unmount(dir, 0)) })
-	return dir
 }
 
 // Environment of a process that plays a part in a test: this program again, running TestChild.

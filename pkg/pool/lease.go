@@ -41,8 +41,8 @@ func (p *Pool) lease(id string, mode lockMode) (*Lease, error) {
 	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	l := &Lease{pool: p, dir: d, lock: lock}
-	if err := l.verify(id); err != nil {
+	l := &Lease{pool: p, id: id, dir: d, lock: lock}
+	if err := l.verify(); err != nil {
 		return nil, errors.Join(err, l.Unlock())
 	}
 	return l, nil
@@ -51,6 +51,7 @@ func (p *Pool) lease(id string, mode lockMode) (*Lease, error) {
 // Lease is the right to open and change one volume. It is safe for concurrent use.
 type Lease struct {
 	pool *Pool
+	id   string
 	dir  dir
 	lock dirLock
 
@@ -60,8 +61,8 @@ type Lease struct {
 
 // verify reads the volume, having made sure that what is locked is still the volume: it may have been
 // removed just before it was locked.
-func (l *Lease) verify(id string) error {
-	now, err := l.pool.openVolume(id)
+func (l *Lease) verify() error {
+	now, err := l.pool.openVolume(l.id)
 	if err != nil {
 		return err
 	}
@@ -75,9 +76,9 @@ func (l *Lease) verify(id string) error {
 		return err
 	}
 	if !os.SameFile(path, locked) {
-		return fmt.Errorf("%w: %s was replaced", ErrNotFound, id)
+		return fmt.Errorf("%w: %s was replaced", ErrNotFound, l.id)
 	}
-	l.volume, err = readVolume(l.dir, id)
+	l.volume, err = readVolume(l.dir, l.id)
 	return err
 }
 
@@ -106,7 +107,7 @@ func (l *Lease) openFile(readOnly bool) (qcow2.File, error) {
 	if err := l.dir.expect(imageFile, 0); err != nil {
 		return nil, err
 	}
-	f, err := qcow2.OpenFile(l.pool.ImagePath(l.volume.ID), readOnly)
+	f, err := qcow2.OpenFile(l.pool.ImagePath(l.id), readOnly)
 	if errors.Is(err, qcow2.ErrInUse) {
 		return nil, fmt.Errorf("%w: %w", ErrInUse, err)
 	}
@@ -120,9 +121,9 @@ func (l *Lease) Update(change func(*Volume)) error {
 	defer l.mu.Unlock()
 	v := clone(l.volume)
 	change(&v)
-	v.ID, v.Name = l.volume.ID, l.volume.Name
+	v.ID, v.Name = l.id, l.volume.Name
 	if err := writeVolume(l.dir, v); err != nil {
-		return fmt.Errorf("update volume %s: %w", v.ID, noSpace(err))
+		return fmt.Errorf("update volume %s: %w", l.id, noSpace(err))
 	}
 	l.volume = clone(v)
 	return nil
@@ -131,17 +132,16 @@ func (l *Lease) Update(change func(*Volume)) error {
 // Remove removes the whole volume; Unlock after. ErrInUse while its image is open, here or in QEMU. Once the
 // volume is out of sight it is gone, also if an error says that its space is not: Clean goes on then.
 func (l *Lease) Remove() error {
-	id := l.volume.ID
 	root, err := l.pool.enter()
 	if err != nil {
 		return err
 	}
 	defer root.Close()
 	if err := l.hide(root); err != nil {
-		return fmt.Errorf("remove volume %s: %w", id, err)
+		return fmt.Errorf("remove volume %s: %w", l.id, err)
 	}
-	if err := errors.Join(root.RemoveAll(removingDir+"/"+id), syncSub(root, removingDir)); err != nil {
-		return fmt.Errorf("remove volume %s: %w", id, err)
+	if err := errors.Join(root.RemoveAll(removingDir+"/"+l.id), syncSub(root, removingDir)); err != nil {
+		return fmt.Errorf("remove volume %s: %w", l.id, err)
 	}
 	return nil
 }
@@ -154,7 +154,7 @@ func (l *Lease) hide(root dir) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	from, to := volumesDir+"/"+l.volume.ID, removingDir+"/"+l.volume.ID
+	from, to := volumesDir+"/"+l.id, removingDir+"/"+l.id
 	if err := root.RemoveAll(to); err != nil {
 		return err
 	}

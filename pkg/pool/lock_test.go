@@ -66,11 +66,11 @@ func TestLockOfAVolumeJustRemoved(t *testing.T) {
 	late, err := lockDir(d, tryExclusive) // as Lock would
 	must(t, err)
 	defer late.Close()
-	stale := &Lease{pool: p, dir: d, lock: late}
-	want(t, "removed", stale.verify(id), ErrNotFound)
+	stale := &Lease{pool: p, id: id, dir: d, lock: late}
+	want(t, "removed", stale.verify(), ErrNotFound)
 
 	must(t, p.Create(t.Context(), Volume{ID: id, Name: "v"}, fillQCOW2)) // even if there is one again
-	want(t, "replaced", stale.verify(id), ErrNotFound)
+	want(t, "replaced", stale.verify(), ErrNotFound)
 }
 
 func TestManyRemoveOneVolume(t *testing.T) {

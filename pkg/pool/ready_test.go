@@ -37,12 +37,12 @@ func wantNotReady(t *testing.T, p *Pool, id string) {
 
 func TestUnmountedPoolLosesAndCreatesNothing(t *testing.T) {
 	path := t.TempDir()
-	unmount := mountTmpfs(t, path, "")
+	unmount := mountOver(t, path)
 	p := poolIn(t, path)
 	id := create(t, p, "v")
 
 	// Another mount on top hides the pool and keeps it, as a disk that is gone does.
-	uncover := mountTmpfs(t, path, "")
+	uncover := mountOver(t, path)
 	wantNotReady(t, p, id)
 	want(t, "Open", errOf(Open(path)), ErrNotReady)
 	if got := tree(t, path); len(got) != 0 {
@@ -73,13 +73,13 @@ func TestUnmountedPoolLosesAndCreatesNothing(t *testing.T) {
 // A disk cannot be taken away below a lease, unless by force; and then the lease changes nothing but the disk.
 func TestLeaseKeepsItsDisk(t *testing.T) {
 	path := t.TempDir()
-	mountTmpfs(t, path, "")
+	mountOver(t, path)
 	p := poolIn(t, path)
 	id := create(t, p, "v")
 	l := lock(t, p, id)
 	want(t, "unmount", unix.Unmount(path, 0), unix.EBUSY)
 
-	uncover := mountTmpfs(t, path, "")
+	uncover := mountOver(t, path)
 	must(t, l.Update(func(v *Volume) { v.Tombstone = true }))
 	want(t, "remove", l.Remove(), ErrNotReady)
 	if img, err := l.Open(false); err == nil {
@@ -99,11 +99,11 @@ func TestLeaseKeepsItsDisk(t *testing.T) {
 // The pool goes away while an image is being written.
 func TestCreateIsCoveredMidway(t *testing.T) {
 	path := t.TempDir()
-	mountTmpfs(t, path, "")
+	mountOver(t, path)
 	p := poolIn(t, path)
 	var uncover func()
 	err := p.Create(t.Context(), newVolume(p, "v"), func(ctx context.Context, image string) error {
-		uncover = mountTmpfs(t, path, "")
+		uncover = mountOver(t, path)
 		return fillQCOW2(ctx, image)
 	})
 	if err == nil {

@@ -3,6 +3,7 @@ package pool
 import (
 	"encoding/binary"
 	"io"
+	"math"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -54,7 +55,8 @@ func (s *Space) add(all dir, id string, v Volume) {
 	if v.Tombstone {
 		return // nobody writes to it any more
 	}
-	s.Promised += max(0, max(size, v.Size)-allocated)
+	open := max(0, max(size, v.Size)-allocated)
+	s.Promised += min(open, math.MaxInt64-s.Promised) // of hostile sizes, no negative sum
 }
 
 // measure returns how many bytes an image occupies, and its virtual size; zeros for what is not to be found out.

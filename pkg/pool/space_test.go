@@ -3,8 +3,10 @@ package pool
 import (
 	"context"
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -20,9 +22,7 @@ func space(t *testing.T, p *Pool) Space {
 }
 
 func TestSpace(t *testing.T) {
-	path := t.TempDir()
-	mountTmpfs(t, path, "size=256m")
-	p := poolIn(t, path)
+	p := poolIn(t, mountDetached(t, "tmpfs", "size", "256m"))
 	empty := space(t, p)
 	if empty.Total != 256<<20 || empty.Used != 0 || empty.Promised != 0 || empty.Free > empty.Total || empty.Free < 250<<20 {
 		t.Errorf("an empty pool: %+v", empty)
@@ -80,17 +80,27 @@ func TestSpaceOfAVolumeInTheMaking(t *testing.T) {
 
 func TestSpaceOfHostileImages(t *testing.T) {
 	p := newPool(t)
-	for i, image := range []string{"", "QFI\xfb", "QFI\xfb" + string(make([]byte, 20)) + "\xff\xff\xff\xff\xff\xff\xff\xff", "not an image, but long enough for a head"} {
-		v := newVolume(p, string(rune('a'+i)))
-		must(t, p.Create(t.Context(), v, func(_ context.Context, path string) error {
+	put := func(name, image string) {
+		must(t, p.Create(t.Context(), newVolume(p, name), func(_ context.Context, path string) error {
 			return os.WriteFile(path, []byte(image), 0o600)
 		}))
+	}
+	head := "QFI\xfb" + strings.Repeat("\x00", 20)
+	for name, image := range map[string]string{
+		"empty": "", "magic": "QFI\xfb", "negative": head + strings.Repeat("\xff", 8), "foreign": "not an image, but long enough",
+	} {
+		put(name, image)
 	}
 	v := newVolume(p, "directory")
 	must(t, p.Create(t.Context(), v, fillQCOW2))
 	must(t, os.Remove(p.ImagePath(v.ID)), os.Mkdir(p.ImagePath(v.ID), 0o700))
 	if got := space(t, p); got.Promised < 4*testSize || got.Promised > 5*testSize {
 		t.Errorf("promised: %d, want what volume.json says", got.Promised)
+	}
+	put("largest", head+"\x7f"+strings.Repeat("\xff", 7))
+	put("as large", head+"\x7f"+strings.Repeat("\xff", 7))
+	if got := space(t, p); got.Promised != math.MaxInt64 {
+		t.Errorf("promised: %d", got.Promised)
 	}
 }
 
@@ -105,7 +115,7 @@ func TestDeletingOnAFullFileSystem(t *testing.T) {
 		"btrfs": {128 << 20, []string{"mkfs.btrfs", "-q"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := poolIn(t, filepath.Join(mountImage(t, fs.size, fs.mkfs...), "pool"))
+			p := poolIn(t, filepath.Join(mountImage(t, name, fs.size, fs.mkfs...), "pool"))
 			tombstone, gone := create(t, p, "tombstone"), create(t, p, "gone")
 			fillUp(t, filepath.Join(p.Dir(), "ballast"))
 

@@ -196,7 +196,7 @@ func TestOSFileClosed(t *testing.T) {
 
 // A full file system is told apart from other failures, with the file and the offset.
 func TestOSFileNoSpace(t *testing.T) {
-	dir := mountTmpfs(t, "size=1m")
+	dir := mountTmpfs(t, "1m")
 	f, err := CreateFile(filepath.Join(dir, "file"))
 	if err != nil {
 		t.Fatal(err)
@@ -245,7 +245,7 @@ func TestOSFileCloneRange(t *testing.T) {
 		return dst, c.CloneRange(src, 4096, 1<<20, n-4096)
 	}
 	t.Run("xfs", func(t *testing.T) {
-		dst, err := clone(t, mountImage(t, "mkfs.xfs", "-q", "-m", "reflink=1"))
+		dst, err := clone(t, mountImage(t, "xfs", "mkfs.xfs", "-q", "-m", "reflink=1"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -258,7 +258,7 @@ func TestOSFileCloneRange(t *testing.T) {
 		}
 	})
 	t.Run("tmpfs", func(t *testing.T) {
-		if _, err := clone(t, mountTmpfs(t, "size=32m")); !errors.Is(err, errors.ErrUnsupported) {
+		if _, err := clone(t, mountTmpfs(t, "32m")); !errors.Is(err, errors.ErrUnsupported) {
 			t.Fatalf("%v, want errors.ErrUnsupported", err)
 		}
 	})
