@@ -41,20 +41,44 @@ func (m *model) snapshot(name string) int {
 
 // modelParams is what a history starts with.
 type modelParams struct {
-	clusterSize int64
-	version     int
-	size        int64
-	ops         int
+	CreateOptions
+	size       int64
+	ops        int
+	most       int64 // bytes of a large request
+	compressed bool  // QEMU makes the image, of compressed clusters
+	zstd       bool
 }
 
 func randomParams(rng *rand.Rand) modelParams {
-	p := modelParams{clusterSize: 512 << rng.IntN(13), version: 3 - rng.IntN(4)/3, ops: 30 + rng.IntN(50)}
-	g := newGeometry(uint(9+log2(p.clusterSize/512)), 4, false)
-	p.size = min(3*g.l2Coverage, 64*p.clusterSize) + rng.Int64N(3*p.clusterSize)
-	if rng.IntN(8) == 0 {
-		p.size = g.l2Coverage + 20*p.clusterSize // a second L2 table, far away with large clusters
+	p := modelParams{ops: 30 + rng.IntN(50)}
+	p.ClusterSize, p.Version, p.RefcountBits = 512<<rng.IntN(13), 3-rng.IntN(4)/3, 16
+	if p.Version == 3 {
+		p.RefcountBits = []int{16, 16, 16, 1, 2, 4, 8, 32, 64}[rng.IntN(9)]
+		p.ExtendedL2 = p.ClusterSize >= 16<<10 && rng.IntN(3) == 0
+		p.zstd = rng.IntN(2) == 0
 	}
+	p.compressed = p.RefcountBits >= 16 && rng.IntN(4) == 0
+	c, g := p.ClusterSize, p.geometry()
+	p.most = 4 * c
+	switch {
+	case c > 256<<10: // they cost time
+		p.ops /= 2
+		p.size = 12 * c
+	case rng.IntN(8) == 0 && !p.compressed: // a second L2 table, far away with large clusters
+		p.size = g.l2Coverage + 20*c
+	case c <= 1024 && rng.IntN(4) == 0: // many refcount blocks, sometimes a larger refcount table
+		p.size = []int64{10 << 20, 1 << 20, 1 << 20}[rng.IntN(3)]
+		p.most = p.size / 20
+	default:
+		p.size = 64 * c
+		p.most = 40 * min(c, 4096)
+	}
+	p.size += rng.Int64N(3 * c)
 	return p
+}
+
+func (p modelParams) geometry() geometry {
+	return newGeometry(uint(log2(p.ClusterSize)), uint(log2(int64(p.RefcountBits))), p.ExtendedL2)
 }
 
 func log2(n int64) int {
@@ -82,23 +106,50 @@ type history struct {
 func newHistory(t testing.TB, seed uint64) *history {
 	rng := rand.New(rand.NewPCG(seed, 0))
 	p := randomParams(rng)
-	h := &history{t: t, rng: rng, p: p, file: newMemFile(fmt.Sprintf("seed-%d", seed)), g: newGeometry(uint(9+log2(p.clusterSize/512)), 4, false)}
+	h := &history{t: t, rng: rng, p: p, file: newMemFile(fmt.Sprintf("seed-%d", seed)), g: p.geometry()}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("seed %d, %+v:\n%s", seed, p, strings.Join(h.log, "\n"))
 		}
 	})
-	must(t, Create(h.file, p.size, CreateOptions{ClusterSize: p.clusterSize, Version: p.version}))
 	h.model.active = newSparse()
+	if p.compressed {
+		h.file, h.model.active = compressedImage(t, p)
+	} else {
+		must(t, Create(h.file, p.size, p.CreateOptions))
+	}
 	h.model.active.size = wholeSectors(p.size)
 	h.open()
 	return h
 }
 
+// compressedImage lets qemu-img compress a disk that compresses well and begins and ends with data.
+func compressedImage(t testing.TB, p modelParams) (*memFile, *sparse) {
+	t.Helper()
+	content := newSparse()
+	size := wholeSectors(p.size)
+	for off := int64(0); off < size; off += 3 * p.ClusterSize {
+		n := min(size-off, 2*p.ClusterSize)
+		content.writeAt(bytes.Repeat([]byte{byte(off/p.ClusterSize) | 1, 2, 3}, int(n)/3+1)[:n], off)
+	}
+	content.size = size
+	raw, path := filepath.Join(t.TempDir(), "raw"), tempImage(t)
+	(&memFile{content: content}).save(t, raw)
+	options := fmt.Sprintf("cluster_size=%d,refcount_bits=%d,compat=%s", p.ClusterSize, p.RefcountBits, map[int]string{2: "0.10", 3: "1.1"}[p.Version])
+	if p.ExtendedL2 {
+		options += ",extended_l2=on"
+	}
+	if p.zstd {
+		options += ",compression_type=zstd"
+	}
+	qemuImg(t, "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
+	return loadMemFile(t, path), content
+}
+
 func (h *history) open() {
 	h.t.Helper()
 	// A tiny cache: tables are written back and read again.
-	img, err := Open(h.file.reopen(), OpenOptions{L2CacheSize: 2 * h.p.clusterSize})
+	img, err := Open(h.file.reopen(), OpenOptions{L2CacheSize: 2 * h.p.ClusterSize})
 	must(h.t, err)
 	h.img = img
 }
@@ -172,6 +223,9 @@ func (h *history) span() (off, n int64) {
 	if n > 256<<10 && h.rng.IntN(8) != 0 {
 		n = 1 + h.rng.Int64N(8<<10)
 	}
+	if h.rng.IntN(6) == 0 {
+		n = 1 + h.rng.Int64N(h.p.most)
+	}
 	h.last = off
 	return off, min(n, size-off)
 }
@@ -218,6 +272,9 @@ func (h *history) createSnapshot() {
 	h.note("%d: snapshot %s", h.count, name)
 	cuts := 0
 	s, err := h.img.CreateSnapshot(name, func() { cuts++ })
+	if h.tooNarrow(err) {
+		return
+	}
 	must(h.t, err)
 	if cuts != 1 || s.Name != name || s.DiskSize != h.model.active.size {
 		h.t.Fatalf("%d cuts, snapshot %+v", cuts, s)
@@ -226,6 +283,11 @@ func (h *history) createSnapshot() {
 	if _, err := h.img.CreateSnapshot(name, nil); !errors.Is(err, ErrExists) {
 		h.t.Fatalf("the same name again: %v", err)
 	}
+}
+
+// tooNarrow tells whether a refcount would not have fit: nothing has changed then.
+func (h *history) tooNarrow(err error) bool {
+	return h.p.RefcountBits < 8 && errors.Is(err, ErrLimit)
 }
 
 // choose picks a snapshot and one of the ways to name it.
@@ -245,7 +307,11 @@ func (h *history) gotoSnapshot() {
 		return
 	}
 	h.note("%d: goto %s", h.count, selector)
-	must(h.t, h.img.GotoSnapshot(selector))
+	err := h.img.GotoSnapshot(selector)
+	if h.tooNarrow(err) {
+		return
+	}
+	must(h.t, err)
 	h.model.active = h.model.snaps[i].content.clone()
 }
 
@@ -271,7 +337,7 @@ func (h *history) resize() {
 	}
 	h.note("%d: resize %#x", h.count, size)
 	err := h.img.Resize(size)
-	if h.p.version == 2 && len(h.model.snaps) > 0 {
+	if h.p.Version == 2 && len(h.model.snaps) > 0 {
 		if !errors.Is(err, ErrUnsupported) {
 			h.t.Fatalf("resize of a version 2 image with snapshots: %v", err)
 		}
