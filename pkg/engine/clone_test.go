@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -101,56 +102,78 @@ func TestCloneRefusals(t *testing.T) {
 // A repeated call joins the clone that runs, also after its first caller has left.
 func TestCloneJoins(t *testing.T) {
 	r := newRig(t)
-	id := r.newVolume("a", 256*mib)
-	device := r.attach(id)
-	for off := int64(0); off < 64*mib; off += 8 * mib {
-		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
-	}
+	id := r.newFilledVolume("a")
 	target := filepath.Join(r.dir, "target")
 	ctx, cancel := context.WithCancel(t.Context())
-	var callers sync.WaitGroup
 	left := make(chan error, 1)
-	callers.Go(func() { left <- r.client.Clone(ctx, id, "", target, 0) })
-	r.eventually("the clone runs", func() bool {
-		_, err := os.Stat(target + partSuffix)
-		_, whole := os.Stat(target)
-		return err == nil || whole == nil
-	})
+	go func() { left <- r.client.Clone(ctx, id, "", target, 0) }()
+	running := awaitClone(t, target)
 	cancel()
-	callers.Wait()
 	if err := <-left; err != nil {
 		wantErr(t, err, context.Canceled)
 	}
+	var callers sync.WaitGroup
+	var good atomic.Int32
 	for range 3 {
 		callers.Go(func() {
-			// Who comes after the result was collected finds the target.
-			if err := r.client.Clone(t.Context(), id, "", target, 0); err != nil && !errors.Is(err, qcow2.ErrExists) {
+			err := r.client.Clone(t.Context(), id, "", target, 0)
+			switch {
+			case err == nil:
+				good.Add(1)
+			case !errors.Is(err, qcow2.ErrExists): // for those who come after the success was told
 				t.Error(err)
 			}
 		})
 	}
 	callers.Wait()
+	if good.Load() == 0 {
+		t.Error("nobody was told that the clone is made")
+	}
+	whole, err := os.Stat(target)
+	must(t, err)
+	if !os.SameFile(running, whole) {
+		t.Error("the clone was begun again")
+	}
+	wantErr(t, r.client.Clone(t.Context(), id, "", target, 0), qcow2.ErrExists)
 	wantImage(t, target, 0, mib, 1)
 	wantImage(t, target, 56*mib, mib, 57)
 	checkImage(t, target)
 }
 
+// newFilledVolume makes a volume, attaches it and fills 64 MiB of it.
+func (r *rig) newFilledVolume(name string) string {
+	r.t.Helper()
+	id := r.newVolume(name, 256*mib)
+	device := r.attach(id)
+	for off := int64(0); off < 64*mib; off += 8 * mib {
+		fillDevice(r.t, device, off, 8*mib, byte(off/mib+1))
+	}
+	return id
+}
+
+// awaitClone waits until a clone to target runs, and returns its file.
+func awaitClone(t *testing.T, target string) (file os.FileInfo) {
+	t.Helper()
+	eventually(t, "the clone runs", func() bool {
+		for _, path := range []string{target + partSuffix, target} {
+			var err error
+			if file, err = os.Stat(path); err == nil {
+				return true
+			}
+		}
+		return false
+	})
+	return file
+}
+
 // Detach does not wait for a clone, it ends it, and nothing of it stays.
 func TestDetachDuringClone(t *testing.T) {
 	r := newRig(t)
-	id := r.newVolume("a", 256*mib)
-	device := r.attach(id)
-	for off := int64(0); off < 64*mib; off += 8 * mib {
-		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
-	}
+	id := r.newFilledVolume("a")
 	target := filepath.Join(r.dir, "target")
 	done := make(chan error)
 	go func() { done <- r.client.Clone(t.Context(), id, "", target, 0) }()
-	r.eventually("the clone runs", func() bool {
-		_, err := os.Stat(target + partSuffix)
-		_, whole := os.Stat(target)
-		return err == nil || whole == nil
-	})
+	awaitClone(t, target)
 	r.detach(id)
 	if err := <-done; err != nil {
 		t.Logf("the clone ended with: %v", err)
@@ -168,20 +191,12 @@ func TestDetachDuringClone(t *testing.T) {
 // The worker dies during a clone.
 func TestKillWorkerDuringClone(t *testing.T) {
 	r := newRig(t)
-	id := r.newVolume("a", 256*mib)
-	device := r.attach(id)
-	for off := int64(0); off < 64*mib; off += 8 * mib {
-		fillDevice(t, device, off, 8*mib, byte(off/mib+1))
-	}
+	id := r.newFilledVolume("a")
 	target := filepath.Join(r.dir, "target")
 	pid := r.find(id).WorkerPID
 	done := make(chan error)
 	go func() { done <- r.client.Clone(t.Context(), id, "", target, 0) }()
-	r.eventually("the clone runs", func() bool {
-		_, err := os.Stat(target + partSuffix)
-		_, whole := os.Stat(target)
-		return err == nil || whole == nil
-	})
+	awaitClone(t, target)
 	must(t, unix.Kill(pid, unix.SIGKILL))
 	if err := <-done; err != nil {
 		wantErr(t, err, ErrUnavailable)

@@ -7,6 +7,7 @@ package engine
 
 import (
 	"strings"
+	"time"
 )
 
 // devicePrefix begins the name of each of our loop devices; the volume ID, at most 58 bytes, follows.
@@ -36,7 +37,8 @@ type Options struct {
 	hooks hooks
 }
 
-// hooks let tests stop the supervisor at places where it can be killed.
+// hooks let tests stop the supervisor at places where it can be killed, and be less patient.
 type hooks struct {
-	frozen func() // after FIFREEZE
+	frozen         func()        // after FIFREEZE
+	orphanPatience time.Duration // if not 0
 }

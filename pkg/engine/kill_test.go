@@ -8,8 +8,11 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
 // flushingWriter writes blocks to a device, one after the other with a flush behind each, until an error.
@@ -176,6 +179,70 @@ func TestKillSupervisorRepeatedly(t *testing.T) {
 		r.kill()
 		r.start()
 	}
+}
+
+// orphan kills the engine, and stands in for a worker of it that has not ended: it holds the volume and
+// its device until release is called.
+func (r *rig) orphan(id, device string) (release func()) {
+	r.t.Helper()
+	f := openDirect(r.t, device)
+	r.kill()
+	var lease *pool.Lease
+	r.eventually("the real worker ends", func() bool {
+		var err error
+		lease, err = r.pool.Lock(id)
+		return err == nil
+	})
+	must(r.t, os.Remove(r.socket))
+	return sync.OnceFunc(func() {
+		must(r.t, f.Close())
+		must(r.t, lease.Unlock())
+	})
+}
+
+// An engine that starts waits for the workers of a dead one.
+func TestOrphanEnds(t *testing.T) {
+	r := newRig(t)
+	id := r.newVolume("a", 8*mib)
+	device := r.attach(id)
+	fillDevice(t, device, 0, mib, 1)
+	release := r.orphan(id, device)
+	defer release()
+	r.launch()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for range 50 {
+		<-tick.C
+		if _, err := os.Stat(r.socket); err == nil {
+			t.Fatal("the engine did not wait")
+		}
+	}
+	release()
+	r.awaitProbe(nil)
+	if a := r.find(id); a != nil {
+		t.Errorf("listed as %+v", a)
+	}
+	wantDevice(t, r.attach(id), 0, mib, 1)
+}
+
+// A worker of a dead engine that does not end keeps its volume, and nothing else.
+func TestOrphanDoesNotEnd(t *testing.T) {
+	r := newRig(t)
+	id, other := r.newVolume("a", 8*mib), r.newVolume("other", 8*mib)
+	device := r.attach(id)
+	fillDevice(t, device, 0, mib, 1)
+	r.attach(other)
+	release := r.orphan(id, device)
+	defer release()
+	r.start("--orphan-patience", "100ms")
+	if a := r.find(id); a == nil || a.Failure == "" {
+		t.Errorf("listed as %+v", a)
+	}
+	_, err := r.client.Attach(testContext(t), id)
+	wantErr(t, err, pool.ErrInUse)
+	r.attach(other)
+	release()
+	wantDevice(t, r.attach(id), 0, mib, 1)
 }
 
 // A dead device that is still mounted is listed by the next engine.

@@ -52,6 +52,7 @@ func runTestSupervisor(args []string) error {
 	flags.StringVar(&o.Listen, "listen", "", "")
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	hang := flags.String("hang-frozen", "", "a file to create when a file system is frozen; it stays so")
+	flags.DurationVar(&o.hooks.orphanPatience, "orphan-patience", 0, "")
 	_ = flags.Parse(args)
 	if *hang != "" {
 		o.hooks.frozen = func() {

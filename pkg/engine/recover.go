@@ -24,8 +24,8 @@ const (
 
 // recoverPool puts away what a dead engine left: file systems that it had frozen, devices that nobody
 // serves any more. It returns the volumes whose device is still there, with the reason.
-func recoverPool(ctx context.Context, p *pool.Pool) map[string]*attachment {
-	ctx, cancel := context.WithTimeout(ctx, orphanPatience)
+func recoverPool(ctx context.Context, p *pool.Pool, patience time.Duration) map[string]*attachment {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	failed := map[string]*attachment{}
 	devices, err := blockdev.Find(devicePrefix)

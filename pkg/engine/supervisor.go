@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -71,7 +72,7 @@ func (s *supervisor) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	failed := recoverPool(ctx, p)
+	failed := recoverPool(ctx, p, cmp.Or(s.options.hooks.orphanPatience, orphanPatience))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.pool, s.lockFile, s.attached = p, lock, failed
