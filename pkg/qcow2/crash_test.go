@@ -79,17 +79,29 @@ type crashHistory struct {
 	first crashState
 	state crashState // after all ops, nothing pending
 	count int
+	most  int64 // sectors of a large request
 }
 
 func newCrashHistory(t testing.TB, seed uint64) *crashHistory {
 	rng := rand.New(rand.NewPCG(seed, 3))
 	h := &crashHistory{t: t, rng: rng, file: newMemFile(fmt.Sprintf("crash-%d", seed))}
-	clusterSize := int64([]int{512, 512, 1024, 4096, 65536}[rng.IntN(5)])
-	h.g = newGeometry(uint(9+log2(clusterSize/512)), 4, false)
-	size := min(3*h.g.l2Coverage, 40*clusterSize, max(40<<10, 6*clusterSize))
-	must(t, Create(h.file, size, CreateOptions{ClusterSize: clusterSize, Version: 3 - rng.IntN(4)/3}))
+	p := modelParams{zstd: rng.IntN(2) == 0, compressed: rng.IntN(3) == 0}
+	p.ClusterSize = int64([]int{512, 512, 1024, 4096, 65536}[rng.IntN(5)])
+	p.Version, p.RefcountBits = 3-rng.IntN(4)/3, 16
+	p.zstd = p.zstd && p.Version == 3
+	p.ExtendedL2 = p.Version == 3 && p.ClusterSize >= 16<<10
+	h.g = p.geometry()
+	p.size = max(40<<10, 6*p.ClusterSize)
+	if p.ClusterSize == 512 && rng.IntN(2) == 0 {
+		p.size, h.most = 400<<10, 300 // more than one refcount block counts
+	}
 	h.state.durable = newSparse()
-	h.state.durable.size = size
+	if p.compressed {
+		h.file, h.state.durable = compressedImage(t, p)
+	} else {
+		must(t, Create(h.file, p.size, p.CreateOptions))
+	}
+	h.state.durable.size = p.size
 	h.open()
 	h.log = h.file.record()
 	h.ops = nil
@@ -147,6 +159,9 @@ func (h *crashHistory) guest() {
 	n := (1 + h.rng.Int64N(min(3*perCluster, 40))) * sectorSize
 	if h.rng.IntN(3) == 0 {
 		n = h.g.clusterSize * (1 + h.rng.Int64N(3))
+	}
+	if h.most > 0 && h.rng.IntN(4) == 0 {
+		n = (1 + h.rng.Int64N(h.most)) * sectorSize
 	}
 	n = min(n, size-off)
 	switch h.rng.IntN(5) {
