@@ -23,7 +23,7 @@ type Backend interface {
 	Discard(off, n int64) error
 	// Flush makes all completed writes durable.
 	Flush() error
-	// Size returns the length in bytes, a multiple of the logical block size.
+	// Size returns the length in bytes, a multiple of the logical block size, at once.
 	Size() int64
 }
 

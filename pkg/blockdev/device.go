@@ -67,7 +67,8 @@ func (d *Device) bind(o Options) error {
 // Path returns the device's path, /dev/loopN.
 func (d *Device) Path() string { return loopPath(d.loop.number) }
 
-// Resize tells the kernel that the backend's size has changed. The device works meanwhile.
+// Resize tells the kernel that the backend's size has changed. The device works meanwhile, and must be able
+// to: the kernel asks the server, which has no thread to answer when the backend blocks them all.
 func (d *Device) Resize() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
