@@ -68,8 +68,8 @@ func (d dir) readFile(name string, limit int64) ([]byte, error) {
 	}
 }
 
-// readOnce also tells whether the file that was read still is the one of that name: one that
-// has been replaced is overwritten by the next replacement.
+// readOnce also tells whether the file still is the one of that name: one that has been replaced is
+// overwritten by the next replacement, which waits for the lock of those who read it.
 func (d dir) readOnce(name string, limit int64) (data []byte, current bool, err error) {
 	if err := d.expect(name, 0); err != nil {
 		return nil, false, err
@@ -79,22 +79,30 @@ func (d dir) readOnce(name string, limit int64) (data []byte, current bool, err 
 		return nil, false, err
 	}
 	defer f.Close()
-	data, err = io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
+	if err := flock(f, unix.LOCK_SH); err != nil {
 		return nil, false, err
 	}
-	if int64(len(data)) > limit {
-		return nil, false, fmt.Errorf("%s has more than %d bytes", f.Name(), limit)
+	if current, err = d.isAt(name, f); err != nil || !current {
+		return nil, false, err
 	}
+	data, err = io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = fmt.Errorf("%s has more than %d bytes", f.Name(), limit)
+	}
+	return data, true, err
+}
+
+// isAt tells whether an open file is the one of that name.
+func (d dir) isAt(name string, f *os.File) (bool, error) {
 	opened, err := f.Stat()
 	if err != nil {
-		return nil, false, err
+		return false, err
 	}
 	now, err := d.Lstat(name)
 	if err != nil {
-		return nil, false, err
+		return false, err
 	}
-	return data, os.SameFile(opened, now), nil
+	return os.SameFile(opened, now), nil
 }
 
 // replaceFile gives a file its content, durably: after a crash it has the old or the new one.
@@ -103,7 +111,15 @@ func (d dir) readOnce(name string, limit int64) (data []byte, current bool, err 
 // replaced, replacing it by up to 4 KiB takes no space. A volume must become a tombstone on a full file system too.
 func (d dir) replaceFile(name string, data []byte) error {
 	spare := name + ".spare"
-	if err := d.overwrite(spare, data); err != nil {
+	f, err := d.openReserved(spare)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := flock(f, unix.LOCK_EX); err != nil { // see readOnce
+		return err
+	}
+	if err := overwrite(f, data); err != nil {
 		return err
 	}
 	if err := d.exchange(spare, name); err != nil {
@@ -112,42 +128,46 @@ func (d dir) replaceFile(name string, data []byte) error {
 	return d.sync()
 }
 
-func (d dir) overwrite(name string, data []byte) error {
-	if err := d.expect(name, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// overwrite gives an open file its content, durably, in the blocks that it has.
+func overwrite(f *os.File, data []byte) error {
+	if _, err := f.WriteAt(data, 0); err != nil { // not truncated before: that would give the blocks away
 		return err
 	}
-	f, err := d.openReserved(name)
-	if err != nil {
+	if err := f.Truncate(int64(len(data))); err != nil {
 		return err
 	}
-	_, err = f.WriteAt(data, 0) // not truncated before: that would give the blocks away
-	if err == nil {
-		err = f.Truncate(int64(len(data)))
-	}
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
+	return f.Sync()
 }
 
 // openReserved opens a file that, when it is new, gets reservedBytes of blocks to be overwritten in place.
 func (d dir) openReserved(name string) (*os.File, error) {
-	f, err := d.OpenFile(name, os.O_WRONLY, 0)
-	if !errors.Is(err, fs.ErrNotExist) {
-		return f, err
+	switch err := d.expect(name, 0); {
+	case err == nil:
+		return d.OpenFile(name, os.O_WRONLY|unix.O_NONBLOCK, 0)
+	case !errors.Is(err, fs.ErrNotExist):
+		return nil, err
 	}
-	f, err = d.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := d.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	// The flag makes btrfs overwrite in place, and exists there alone. Nor can every file system
-	// reserve: then, replacing takes space like any writing.
-	_ = control(f, func(fd int) error { return unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, fsNoCOW) })
-	err = control(f, func(fd int) error { return unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, 0, reservedBytes) })
-	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+	if err := control(f, reserve); err != nil {
 		return nil, errors.Join(&fs.PathError{Op: "fallocate", Path: f.Name(), Err: err}, f.Close())
 	}
 	return f, nil
+}
+
+// reserve does what the file system can do: elsewhere, replacing takes space like any writing.
+func reserve(fd int) error {
+	// Only btrfs, and only as long as the file is empty, lets itself be told to overwrite in place.
+	if flags, err := unix.IoctlGetUint32(fd, unix.FS_IOC_GETFLAGS); err == nil {
+		_ = unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, int(flags)|fsNoCOW)
+	}
+	err := unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, 0, reservedBytes)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return nil
+	}
+	return err
 }
 
 // exchange swaps two names; where b does not exist, or the file system cannot swap, a becomes b.

@@ -74,7 +74,11 @@ func initialise(root dir) error {
 	if err != nil {
 		return err
 	}
-	if err := root.overwrite(unfinishedFile, append(data, '\n')); err != nil {
+	f, err := root.openReserved(unfinishedFile)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(overwrite(f, append(data, '\n')), f.Close()); err != nil {
 		return err
 	}
 	for _, sub := range []string{volumesDir, creatingDir, removingDir} {

@@ -66,8 +66,11 @@ func (l dirLock) outwaitReaders() error {
 	}
 }
 
-func (l dirLock) flock(how int) error {
-	err := control(l.f, func(fd int) error { return unix.Flock(fd, how) })
+func (l dirLock) flock(how int) error { return flock(l.f, how) }
+
+// flock is flock(2). ErrInUse instead of EWOULDBLOCK.
+func flock(f *os.File, how int) error {
+	err := control(f, func(fd int) error { return unix.Flock(fd, how) })
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return ErrInUse
 	}

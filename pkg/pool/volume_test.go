@@ -1,12 +1,18 @@
 package pool
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -184,28 +190,79 @@ func TestUpdateCrashStates(t *testing.T) {
 	}
 }
 
-// Readers without a lock see the old volume or the new one while it is updated.
+// Readers without a lock see the old volume or the new one while it is updated, also when they are so slow that
+// the file they have opened is the spare, is overwritten, and is back in its place.
 func TestReadersDuringUpdates(t *testing.T) {
 	p := newPool(t)
 	id := create(t, p, "v")
 	l := lock(t, p, id)
-	done := make(chan error, 1)
-	go func() {
-		var err error
-		for i := 0; i < 100 && err == nil; i++ {
-			err = l.Update(func(v *Volume) { v.Parameters["round"] = strings.Repeat("r", i*37%500) })
-		}
-		done <- err
-	}()
-	for {
-		if _, err := p.Volume(id); err != nil {
-			t.Error(err)
-		}
+	ctx, stop := context.WithCancel(t.Context())
+	var readers sync.WaitGroup
+	for range 3 {
+		readers.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := p.Volume(id); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for i := range 30 {
+		must(t, l.Update(func(v *Volume) { v.Parameters["round"] = strings.Repeat("r", i*37%500) }))
+	}
+	stop()
+	readers.Wait()
+}
+
+// What is open for reading is not overwritten.
+func TestReplacingWaitsForReaders(t *testing.T) {
+	p := newPool(t)
+	id := create(t, p, "v")
+	d, err := p.openVolume(id)
+	must(t, err)
+	defer d.Close()
+	reader, err := d.Open(volumeFile + ".spare") // it was volume.json when the reader opened it
+	must(t, err, flock(reader, unix.LOCK_SH))
+	before, err := os.ReadFile(reader.Name())
+	must(t, err)
+
+	l := lock(t, p, id)
+	updated := make(chan error, 1)
+	go func() { updated <- l.Update(func(v *Volume) { v.Tombstone = true }) }()
+	for !flockIsAwaited(t, reader) {
 		select {
-		case err := <-done:
-			must(t, err, l.Unlock())
-			return
+		case err := <-updated:
+			t.Fatalf("Update did not wait: %v", err)
 		default:
+			runtime.Gosched()
 		}
 	}
+	after, err := io.ReadAll(reader)
+	must(t, err)
+	if !bytes.Equal(before, after) {
+		t.Error("a file was overwritten while it was read")
+	}
+	must(t, reader.Close(), <-updated)
+	if v, err := p.Volume(id); err != nil || !v.Tombstone {
+		t.Errorf("volume: %+v, %v", v, err)
+	}
+}
+
+// flockIsAwaited tells whether somebody waits for the lock on a file, as /proc/locks has it.
+func flockIsAwaited(t *testing.T, f *os.File) bool {
+	t.Helper()
+	st, err := f.Stat()
+	must(t, err)
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		t.Fatal("no inode number")
+	}
+	locks, err := os.ReadFile("/proc/locks")
+	must(t, err)
+	for line := range strings.Lines(string(locks)) {
+		if strings.Contains(line, "-> FLOCK") && strings.Contains(line, fmt.Sprintf(":%d ", sys.Ino)) {
+			return true
+		}
+	}
+	return false
 }
