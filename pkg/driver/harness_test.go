@@ -57,9 +57,11 @@ func newRig(t *testing.T) *rig {
 	return r
 }
 
-// newIdleRig makes an empty directory where the pool is to be.
+// newIdleRig makes an empty directory where the pool is to be. The test then runs beside others: each waits for disks
+// most of the time.
 func newIdleRig(t *testing.T) *rig {
 	t.Helper()
+	t.Parallel()
 	//nolint:usetesting // a short path, for sockets; it says whose it is, for removeLeftovers
 	base, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", basePrefix, os.Getpid()))
 	must(t, err)

@@ -14,7 +14,7 @@ import (
 // TestFileSystemLife plays what a user's objects cause: write, snapshot while writing, restore, compare, expand, delete
 // the source, restore from what it left, clean up.
 func TestFileSystemLife(t *testing.T) {
-	for _, fsType := range []string{fsExt4, fsXFS, fsExt3} {
+	for _, fsType := range []string{fsExt4, fsXFS} {
 		t.Run(fsType, func(t *testing.T) {
 			r := newRig(t)
 			source := r.create("pvc-source", 512*mib, mountCapability(fsType))

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -88,22 +89,20 @@ func removeLeftovers() {
 			continue // its test is running
 		}
 		cleanUnder(dir)
+		_ = unix.Unmount(filepath.Join(dir, "pool"), unix.MNT_DETACH)
 		_ = os.RemoveAll(dir)
 	}
 }
 
-// cleanUnder unmounts what is mounted under a test's directory, and clears the devices of its pool.
+// cleanUnder unmounts what is mounted under a test's directory, except its pool, and clears the pool's devices.
 func cleanUnder(dir string) {
-	p, poolErr := pool.Open(filepath.Join(dir, "pool"))
+	poolDir := filepath.Join(dir, "pool")
+	p, poolErr := pool.Open(poolDir)
 	devices, _ := blockdev.Find("csiq:")
-	for {
-		infos, _ := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
-		if len(infos) == 0 {
-			break
-		}
-		last := infos[len(infos)-1].Mountpoint
-		if unix.Unmount(last, unix.MNT_DETACH) != nil {
-			break
+	infos, _ := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	for _, m := range slices.Backward(infos) {
+		if m.Mountpoint != poolDir {
+			_ = unix.Unmount(m.Mountpoint, unix.MNT_DETACH)
 		}
 	}
 	for _, d := range devices {
