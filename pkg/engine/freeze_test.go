@@ -315,3 +315,20 @@ func TestFreezeLost(t *testing.T) {
 	}
 	m.unmount(t)
 }
+
+// A mistake of ours while a file system is frozen: it is thawed, and the engine goes on.
+func TestPanicWhileFrozen(t *testing.T) {
+	r := newRig(t)
+	r.inProcess(func() { panic("in a test") })
+	m := r.mountedFS("ext4")
+	_, err := r.client.CreateSnapshot(testContext(t), m.volume, "s", m.handle)
+	if err == nil {
+		t.Error("the snapshot was made")
+	}
+	if m.isFrozen(t) {
+		t.Error("the file system is still frozen")
+	}
+	_, err = r.client.CreateSnapshot(testContext(t), m.volume, "s", nil)
+	must(t, err)
+	m.unmount(t)
+}

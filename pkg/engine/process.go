@@ -23,7 +23,7 @@ const (
 	// stopPatience is how long a worker may take to flush and exit before it is killed.
 	stopPatience = time.Minute
 	// statusPatience is how long a worker may take to say how it is.
-	statusPatience = 5 * time.Second
+	statusPatience = 10 * time.Second
 	// maxMessage bounds a gRPC message: the list of the 65,536 snapshots that an image can have is longer
 	// than the default of 4 MiB.
 	maxMessage = 64 << 20

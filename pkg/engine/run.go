@@ -58,7 +58,7 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 		return err
 	}
 	ctx, stop := context.WithCancelCause(parent)
-	server := newServer(supervisorLogLevel)
+	server := newServer(supervisorLogLevel, recoverPanic)
 	api.RegisterEngineServer(server, &service{supervisor: s})
 	var helpers sync.WaitGroup
 	helpers.Go(func() { s.fds.serve(fds) })
@@ -85,12 +85,12 @@ func (s *supervisor) awaitPool(ctx context.Context) error {
 	defer tick.Stop()
 	for {
 		err := s.open(ctx)
-		if err != nil && !errors.Is(err, pool.ErrNotReady) {
-			return err
-		}
 		if err == nil {
 			<-ctx.Done()
 			return nil
+		}
+		if !errors.Is(err, pool.ErrNotReady) {
+			return err
 		}
 		klog.V(2).InfoS("Waiting for the pool", "reason", err)
 		select {

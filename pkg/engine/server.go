@@ -2,9 +2,12 @@ package engine
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"math"
 	"net"
 	"path"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -26,10 +29,14 @@ const (
 	quietLogLevel      klog.Level = 4
 )
 
+// errPanic is the answer of a call that ran into a mistake of ours.
+var errPanic = errors.New("panic")
+
 // newServer makes a gRPC server whose calls are logged and whose errors arrive as the same sentinels.
-func newServer(level klog.Level) *grpc.Server {
+func newServer(level klog.Level, interceptors ...grpc.UnaryServerInterceptor) *grpc.Server {
 	return grpc.NewServer(
 		grpc.UnaryInterceptor(logCalls(level)),
+		grpc.ChainUnaryInterceptor(interceptors...),
 		grpc.WaitForHandlers(true),
 		// No keepalive: a peer on this machine is there or its socket is closed, and a supervisor that was
 		// stopped for a while must not cost its workers their connection.
@@ -60,6 +67,18 @@ func logCalls(level klog.Level) grpc.UnaryServerInterceptor {
 		}
 		return nil, toStatus(err)
 	}
+}
+
+// recoverPanic keeps a supervisor alive, since its workers end with it. A worker, whose image may be in any
+// state then, ends.
+func recoverPanic(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (reply any, err error) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			klog.ErrorS(nil, "Panic", "method", path.Base(info.FullMethod), "fault", fault, "stack", string(debug.Stack()))
+			err = fmt.Errorf("%s: %w: %v", info.FullMethod, errPanic, fault)
+		}
+	}()
+	return handle(ctx, req)
 }
 
 // sendCut tells the caller of CreateSnapshot that the instant of the snapshot has come.

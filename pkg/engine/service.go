@@ -215,6 +215,7 @@ func (s *service) frozenSnapshot(
 	if err != nil {
 		return nil, err
 	}
+	defer func() { _ = f.thaw() }() // whatever happens
 	if s.options.hooks.frozen != nil {
 		s.options.hooks.frozen()
 	}

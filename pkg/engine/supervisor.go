@@ -61,7 +61,13 @@ func newSupervisor(o Options) *supervisor {
 func (s *supervisor) open(ctx context.Context) error {
 	s.opening.Lock()
 	defer s.opening.Unlock()
-	if s.openedPool() != nil {
+	s.mu.Lock()
+	opened, closing := s.pool != nil, s.closing
+	s.mu.Unlock()
+	switch {
+	case closing:
+		return errClosing
+	case opened:
 		return nil
 	}
 	p, err := pool.Open(s.options.PoolDir)
@@ -210,9 +216,11 @@ func (s *supervisor) lost(id string, a *attachment) {
 
 // shutDown detaches every volume, and aborts those that are in use. A second call finds nothing to do.
 func (s *supervisor) shutDown(ctx context.Context) {
+	s.opening.Lock()
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
+	s.opening.Unlock()
 	var volumes sync.WaitGroup
 	for id := range s.attachments() {
 		volumes.Go(func() { s.shutDownVolume(ctx, id) })
