@@ -58,6 +58,9 @@ func Run(ctx context.Context, o Options) error {
 	if o.NodeID == "" || len(o.NodeID) > 256 {
 		return fmt.Errorf("%w: node ID of %d bytes", errInvalid, len(o.NodeID))
 	}
+	if o.Engine == nil {
+		return fmt.Errorf("%w: no engine", errInvalid)
+	}
 	if o.Overcommit == 0 {
 		o.Overcommit = DefaultOvercommit
 	}

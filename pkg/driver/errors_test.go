@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/go-logr/logr/funcr"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
@@ -52,6 +56,25 @@ func TestErrorCodes(t *testing.T) {
 		}
 		if got := status.Code(toStatus(wrapped)); got != c.code {
 			t.Errorf("%v: %v, want %v", c.err, got, c.code)
+		}
+	}
+}
+
+func TestSecretsAreNotLogged(t *testing.T) {
+	var lines []string
+	logger := funcr.New(func(_, args string) { lines = append(lines, args) }, funcr.Options{Verbosity: 9})
+	ctx := klog.NewContext(t.Context(), logger)
+	info := &grpc.UnaryServerInfo{FullMethod: "/csi.v1.Controller/CreateVolume"}
+	req := &csi.CreateVolumeRequest{Name: "pvc-1", Secrets: map[string]string{"password": "hunter2"}}
+	for _, result := range []error{nil, status.Error(codes.Internal, "a fault")} {
+		_, _ = logCalls(ctx, req, info, func(context.Context, any) (any, error) { return &csi.CreateVolumeResponse{}, result })
+	}
+	if len(lines) != 2 {
+		t.Errorf("logged %d lines", len(lines))
+	}
+	for _, line := range lines {
+		if !strings.Contains(line, "pvc-1") || strings.Contains(line, "hunter2") {
+			t.Errorf("logged: %s", line)
 		}
 	}
 }

@@ -182,7 +182,9 @@ func TestReadOnlyPublish(t *testing.T) {
 	wantCode(t, codes.AlreadyExists)(r.NodePublishVolume(t.Context(), v.publishRequest("reader")))
 	wantCode(t, codes.FailedPrecondition)(r.NodeUnstageVolume(t.Context(),
 		&csi.NodeUnstageVolumeRequest{VolumeId: v.id, StagingTargetPath: v.stagingPath()}))
-	v.unstage("reader", "writer")
+	must(t, os.WriteFile(filepath.Join(rw, "still-there"), nil, 0o644))
+	ok[*csi.NodePublishVolumeResponse](t)(r.NodePublishVolume(t.Context(), v.publishRequest("third"))) // it is staged
+	v.unstage("reader", "writer", "third")
 
 	disk := r.create("disk", 16*mib, blockCapability(csi.VolumeCapability_AccessMode_SINGLE_NODE_MULTI_WRITER))
 	disk.stage()

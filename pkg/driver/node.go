@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -168,6 +169,11 @@ func (n *node) NodeUnstageVolume(
 		return nil, err
 	}
 	defer release()
+	if device, err := n.attachedDevice(ctx, id); err == nil {
+		if err := checkUnpublished(device, path); err != nil {
+			return nil, fmt.Errorf("unstage volume %s: %w", id, err)
+		}
+	}
 	if err := n.unmountAll(path); err != nil {
 		return nil, err
 	}
@@ -178,4 +184,24 @@ func (n *node) NodeUnstageVolume(
 		return nil, fmt.Errorf("detach volume %s: %w", id, err)
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil
+}
+
+// checkUnpublished is errPrecondition while a device is mounted anywhere but at its staging path.
+func checkUnpublished(device blockDevice, staging string) error {
+	fileSystem, err := device.fileSystemMounts()
+	if err != nil {
+		return err
+	}
+	nodes, err := device.nodeMounts()
+	if err != nil {
+		return err
+	}
+	staged, err := resolve(staging)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if at := withoutPath(append(fileSystem, nodes...), staged); len(at) > 0 {
+		return fmt.Errorf("%w: the volume is published at %s", errPrecondition, at[0].path)
+	}
+	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/moby/sys/mountinfo"
 	"google.golang.org/grpc/codes"
 )
 
@@ -101,6 +102,27 @@ func TestForeignMounts(t *testing.T) {
 	two.unstage("vm")
 	one.delete()
 	two.delete()
+	r.wantEmpty()
+}
+
+// TestSymlinkedPaths: kubelet's directory may be a symbolic link; mountinfo shows where it leads.
+func TestSymlinkedPaths(t *testing.T) {
+	r := newRig(t)
+	must(t, os.Mkdir(filepath.Join(r.base, "real"), 0o700))
+	for _, link := range []string{"staging", "pods"} {
+		must(t, os.Symlink("real", filepath.Join(r.base, link)))
+	}
+	v := r.create("data", 16*mib, mountCapability(fsExt4))
+	path := v.publish("pod")
+	must(t, os.WriteFile(filepath.Join(path, "file"), nil, 0o600))
+	v.publish("pod") // again
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(filepath.Join(r.base, "real")))
+	must(t, err)
+	if len(infos) != 2 {
+		t.Errorf("%d mounts, want the staged and the published one", len(infos))
+	}
+	v.unstage("pod")
+	v.delete()
 	r.wantEmpty()
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 )
 
@@ -67,21 +68,26 @@ func TestKilledPlugin(t *testing.T) {
 	}
 }
 
-// TestKilledEngine: the volume is staged and published again over what the dead engine left, and holds what
+// TestKilledEngine: the volume is staged and published again over what a dead engine or worker left, and holds what
 // was flushed.
 func TestKilledEngine(t *testing.T) {
-	for _, fsType := range []string{fsExt4, fsXFS} {
-		t.Run(fsType, func(t *testing.T) {
-			r := newRig(t)
+	for _, c := range []struct {
+		name, fsType string
+		kill         func(*testing.T, *rig)
+	}{
+		{"engine/ext4", fsExt4, killEngine},
+		{"engine/xfs", fsXFS, killEngine},
+		{"worker/ext4", fsExt4, killWorker},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r, fsType := newRig(t), c.fsType
 			v := r.create("data", 512*mib, mountCapability(fsType))
 			path := v.publish("pod")
 			writeTree(t, filepath.Join(path, "tree"), "flushed", 20)
 			want := digest(t, filepath.Join(path, "tree"))
 
-			r.engine.kill()
-			wantCode(t, codes.Unavailable)(r.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: v.id}))
-			wantCode(t, codes.Unavailable)(r.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: v.id}))
-			r.startEngine()
+			c.kill(t, r)
+			wantCode(t, codes.FailedPrecondition)(r.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: v.id}))
 			eventually(t, "the volume is staged again", func() bool {
 				_, err := r.NodeStageVolume(t.Context(), v.stageRequest())
 				return err == nil
@@ -96,6 +102,34 @@ func TestKilledEngine(t *testing.T) {
 			r.wantEmpty()
 		})
 	}
+}
+
+// killEngine kills the engine and starts another.
+func killEngine(t *testing.T, r *rig) {
+	t.Helper()
+	r.engine.kill()
+	wantCode(t, codes.Unavailable)(r.ListSnapshots(t.Context(), &csi.ListSnapshotsRequest{}))
+	wantCode(t, codes.Unavailable)(r.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: r.volumeIDs()[0]}))
+	if ready := ok[*csi.ProbeResponse](t)(r.Probe(t.Context(), &csi.ProbeRequest{})).GetReady().GetValue(); ready {
+		t.Error("ready without an engine")
+	}
+	r.startEngine()
+	eventually(t, "the plugin is ready", func() bool {
+		return ok[*csi.ProbeResponse](t)(r.Probe(t.Context(), &csi.ProbeRequest{})).GetReady().GetValue()
+	})
+}
+
+// killWorker kills the worker of the only volume.
+func killWorker(t *testing.T, r *rig) {
+	t.Helper()
+	list, err := r.client.List(t.Context())
+	must(t, err)
+	must(t, unix.Kill(list[0].WorkerPID, unix.SIGKILL))
+	eventually(t, "the engine knows", func() bool {
+		list, err := r.client.List(t.Context())
+		must(t, err)
+		return list[0].Failure != ""
+	})
 }
 
 // TestShutdownEndsCopies: a copy ends with the plugin, leaves nothing, and the next plugin makes it anew.
