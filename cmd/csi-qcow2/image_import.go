@@ -23,7 +23,8 @@ multiple of 512. Zeros take no space.`,
 		Example: `  csi-qcow2 image import disk.raw disk.qcow2`,
 		Args:    takes("RAW", "FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			raw, err := os.Open(args[0])
+			// Without O_NONBLOCK, opening a FIFO would wait for its other end.
+			raw, err := os.OpenFile(args[0], os.O_RDONLY|unix.O_NONBLOCK, 0)
 			if err != nil {
 				return err
 			}

@@ -19,7 +19,8 @@ func newPoolInitCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "init DIR",
 		Short: "Make a directory a pool",
-		Long: `Make an existing directory a pool by writing pool.json into it. What is a pool already is left as it is.
+		Long: `Make a directory, which is empty or does not exist yet, a pool by writing pool.json into it. What is a pool
+already is left as it is.
 
 The engine and the CSI plugin work only in a directory that has this file: the mount point of a disk that is
 not mounted is just an empty directory, in which no volume is missed and none created.`,

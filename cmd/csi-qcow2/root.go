@@ -65,7 +65,7 @@ func exitStatus(ctx context.Context, w io.Writer, err error) int {
 	case errors.As(err, &status):
 		return int(status)
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
-		fmt.Fprintln(w, "csi-qcow2: interrupted")
+		fmt.Fprintf(w, "csi-qcow2: interrupted: %v\n", err)
 		return 1
 	}
 	fmt.Fprintf(w, "csi-qcow2: %v\n", err)

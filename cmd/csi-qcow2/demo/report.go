@@ -1,6 +1,8 @@
 package demo
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -39,7 +41,11 @@ func (r *report) step(what string, do func() (string, error)) {
 	result, err := do()
 	took := time.Since(start).Seconds()
 	if err != nil {
-		fmt.Fprintf(r.w, " %6.2f s  FAILED\n", took)
+		how := "FAILED"
+		if errors.Is(err, context.Canceled) {
+			how = "interrupted"
+		}
+		fmt.Fprintf(r.w, " %6.2f s  %s\n", took, how)
 		r.err = fmt.Errorf("step %d, %s: %w", r.steps, what, err)
 		return
 	}

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"encoding/binary"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestCheckStatus compares the exit status with that of qemu-img check.
+func TestCheckStatus(t *testing.T) {
+	for name, tt := range map[string]struct {
+		damage func(t *testing.T, image *os.File)
+		status int
+		says   string
+	}{
+		"clean":      {func(*testing.T, *os.File) {}, 0, "The image is clean."},
+		"leak":       {leak, 3, "1 clusters are leaked"},
+		"no count":   {func(t *testing.T, f *os.File) { setCount(t, f, 0, 0) }, 2, "The image is corrupt"},
+		"no image":   {func(t *testing.T, f *os.File) { writeAt(t, f, []byte("none"), 0) }, 1, "not a qcow2 image"},
+		"huge table": {func(t *testing.T, f *os.File) { writeAt(t, f, []byte{0xff, 0xff, 0xff, 0xff}, 36) }, 1, "L1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			image := filepath.Join(t.TempDir(), "x.qcow2")
+			mustRun(t, "image", "create", image, "64M")
+			qemuIO(t, image, "write -P 1 0 1M")
+			f, err := os.OpenFile(image, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tt.damage(t, f)
+			f.Close()
+			r := run(t, "image", "check", image)
+			if r.status != tt.status || !strings.Contains(r.stdout+r.stderr, tt.says) {
+				t.Errorf("exit status %d, want %d and %q: %s%s", r.status, tt.status, tt.says, r.stdout, r.stderr)
+			}
+			check := exec.CommandContext(t.Context(), "qemu-img", "check", "-f", "qcow2", image)
+			if _ = check.Run(); check.ProcessState.ExitCode() != r.status {
+				t.Errorf("exit status %d, that of qemu-img is %d", r.status, check.ProcessState.ExitCode())
+			}
+		})
+	}
+}
+
+// leak adds a cluster that nothing refers to.
+func leak(t *testing.T, f *os.File) {
+	t.Helper()
+	stat, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cluster := (stat.Size() + 64<<10 - 1) / (64 << 10)
+	if err := f.Truncate((cluster + 1) * 64 << 10); err != nil {
+		t.Fatal(err)
+	}
+	setCount(t, f, cluster, 1)
+}
+
+// setCount sets the reference count of a cluster of a small image made by us.
+func setCount(t *testing.T, f *os.File, cluster int64, count uint16) {
+	t.Helper()
+	var entry [8]byte
+	if _, err := f.ReadAt(entry[:], 64<<10); err != nil { // the refcount table
+		t.Fatal(err)
+	}
+	writeAt(t, f, binary.BigEndian.AppendUint16(nil, count), int64(binary.BigEndian.Uint64(entry[:]))+2*cluster)
+}
+
+func writeAt(t *testing.T, f *os.File, data []byte, off int64) {
+	t.Helper()
+	if _, err := f.WriteAt(data, off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCheckJSON(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "x.qcow2")
+	mustRun(t, "image", "create", image, "64M")
+	qemuIO(t, image, "write -P 1 0 1M")
+	var theirs, ours map[string]any
+	decode(t, qemu(t, "qemu-img", "check", "--output=json", image), &theirs)
+	decode(t, mustRun(t, "image", "check", "-o", "json", image), &ours)
+	contains(t, "check", theirs, ours)
+}
+
+func TestCheckRepairs(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "x.qcow2")
+	mustRun(t, "image", "create", image, "64M")
+	for flag, want := range map[string]string{"all": "does not repair images yet", "leaks": "does not repair images yet", "some": "leaks or all"} {
+		if r := run(t, "image", "check", image, "--repair", flag); r.status != 1 || !strings.Contains(r.stderr, want) {
+			t.Errorf("--repair %s: %+v", flag, r)
+		}
+	}
+}

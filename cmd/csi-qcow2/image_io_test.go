@@ -1,0 +1,67 @@
+package main
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestIO(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "x.qcow2")
+	mustRun(t, "image", "create", image, "64M")
+	out := mustRunWith(t, `
+# a comment
+write 0 4M 0xaa
+write 1000 3 66
+read 998 7
+snapshot before the change
+write 0 64K 1
+zero 64K 64K
+discard 1M 1M
+  flush
+read 0 64K 1
+read 64K 64K 0
+read 1M 1M 0
+snapshot after
+goto before the change
+read 1M 1M 0xaa
+goto after
+delete before the change`, "image", "io", image)
+	if want := "000003e6  aa aa 42 42 42 aa aa                             |..BBB..|\n"; out != want {
+		t.Errorf("read shows\n%swant\n%s", out, want)
+	}
+	qemuIO(t, image, "read -P 1 0 64K", "read -P 0 64K 64K", "read -P 0xaa 128K 896K", "read -P 0 1M 1M", "read -P 0xaa 2M 2M")
+	if list := qemu(t, "qemu-img", "snapshot", "-l", image); strings.Contains(list, "before") || !strings.Contains(list, "after") {
+		t.Errorf("snapshots:\n%s", list)
+	}
+	verify(t, image)
+}
+
+func TestIOErrors(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "x.qcow2")
+	mustRun(t, "image", "create", image, "1M")
+	for script, want := range map[string]string{
+		"write 0 4K 1\nread 0 4K 2": "line 2: read: the byte at 0 (0x0) is 0x01, not 0x02",
+		"\n#\nwrite 0 1K":           "line 3: write: wants OFF LEN BYTE",
+		"write 0 1K 1 1":            "line 1: write: wants OFF LEN BYTE",
+		"zero 0 1K 1":               "line 1: zero: wants OFF LEN",
+		"write 0 1K 256":            `line 1: write: "256" is not a byte`,
+		"write 0 -1 1":              `line 1: write: "-1" is not a size`,
+		"write 1M 1 1":              "line 1: write: 1 bytes at 1048576: out of range",
+		"read 0 8E 1":               `line 1: read: "8E" is not a size`,
+		"read 1 0x7fffffffffffffff": "out of range",
+		"discard 1M 1":              "line 1: discard: ",
+		"flush now":                 "line 1: flush: takes no argument",
+		"erase 0 1":                 "line 1: erase: no such command",
+		"snapshot":                  "line 1: snapshot: wants NAME",
+		"goto nothing":              "line 1: goto: snapshot nothing: not found",
+		"snapshot a\nsnapshot a":    "line 2: snapshot: ",
+	} {
+		r := runWith(t, script, "image", "io", image)
+		if r.status != 1 || !strings.Contains(r.stderr, want) {
+			t.Errorf("%q: exit status %d, %q; want 1, %q", script, r.status, r.stderr, want)
+		}
+	}
+	verify(t, image)
+	qemuIO(t, image, "read -P 1 0 4K") // what was done before the line that failed stays
+}
