@@ -103,7 +103,7 @@ func TestDetachKeepsPageCache(t *testing.T) {
 	want := make([]byte, 64<<10)
 	stamp(want, 0, 9)
 	b := newBackend(t, int64(len(want)))
-	for range 100 {
+	for range 60 {
 		must(t, b.file.Truncate(0))
 		b.grow(t, int64(len(want)))
 		d := attach(t, b, Options{})

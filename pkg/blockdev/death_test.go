@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -108,6 +109,27 @@ func TestServerKilled(t *testing.T) {
 	if len(found) != 0 {
 		t.Errorf("still there: %v", found)
 	}
+}
+
+// TestServerKilledUnderFileSystem: everything that touches the file system ends, and so does the device.
+func TestServerKilledUnderFileSystem(t *testing.T) {
+	cmd, path := startHelper(t)
+	run(t, "mkfs.ext4", "-q", path)
+	dir := t.TempDir()
+	mount(t, path, dir, "ext4")
+	f, err := os.Create(filepath.Join(dir, "file"))
+	must(t, err)
+	_, err = f.Write(make([]byte, 64<<10))
+	must(t, err)
+	must(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	if err := f.Sync(); err == nil {
+		t.Error("a file was synced to a dead server's device")
+	}
+	f.Close()
+	wantErr(t, "clear while mounted", Clear(path), ErrBusy)
+	must(t, unix.Unmount(dir, 0))
+	must(t, Clear(path))
 }
 
 // TestClearUnused: nobody has the dead server's device open.

@@ -271,6 +271,29 @@ func (before inventory) compare(t *testing.T) {
 	})
 }
 
+// TestStaticDev: where /dev is a copy, new device nodes are missing; what else bears the name is refused.
+func TestStaticDev(t *testing.T) {
+	ctl, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	must(t, err)
+	t.Cleanup(func() { ctl.Close() })
+	number := 1000 + os.Getpid()%1000 // nobody asks for so many
+	must(t, unix.IoctlSetInt(int(ctl.Fd()), unix.LOOP_CTL_ADD, number))
+	t.Cleanup(func() {
+		_ = os.Remove(loopPath(number))
+		must(t, unix.IoctlSetInt(int(ctl.Fd()), unix.LOOP_CTL_REMOVE, number))
+	})
+	must(t, os.Remove(loopPath(number)))
+	fd, err := openLoop(number, os.O_RDONLY)
+	must(t, err)
+	must(t, unix.Close(fd))
+	must(t, os.Remove(loopPath(number)))
+	must(t, os.WriteFile(loopPath(number), nil, 0o600))
+	if fd, err := openLoop(number, os.O_RDONLY); err == nil {
+		unix.Close(fd)
+		t.Error("a regular file was taken for a loop device")
+	}
+}
+
 // TestInvisible: no process sees a FUSE mount, and our own mount namespace is what it was.
 func TestInvisible(t *testing.T) {
 	before, err := os.Readlink("/proc/self/ns/mnt")

@@ -131,6 +131,9 @@ func (l loopDevice) verify(name string, size int64) error {
 	if got := unix.ByteSliceToString(info.File_name[:]); got != name {
 		return fmt.Errorf("%s is named %q, not %q", loopPath(l.number), got, name)
 	}
+	if l.filePath != "/"+name { // Find, and seeing that the device is gone, need it
+		return fmt.Errorf("%s has file %q in /sys, not %q", loopPath(l.number), l.filePath, "/"+name)
+	}
 	if info.Flags&unix.LO_FLAGS_DIRECT_IO == 0 {
 		return fmt.Errorf("%s does no direct I/O: kernel refused it", loopPath(l.number))
 	}
