@@ -62,7 +62,7 @@ func newRig(t *testing.T) *rig {
 func newIdleRig(t *testing.T) *rig {
 	t.Helper()
 	t.Parallel()
-	//nolint:usetesting // a short path, for sockets; it says whose it is, for removeLeftovers
+	// A short path, for sockets, which says whose it is, for removeLeftovers.
 	base, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", basePrefix, os.Getpid()))
 	must(t, err)
 	r := &rig{t: t, base: base, dir: filepath.Join(base, "pool")}
