@@ -39,6 +39,13 @@ func (img *Image) lock(c chunk, exclusive bool) (unlock func()) {
 
 // readL2 reads the L2 table at off.
 func readL2(f File, g geometry, off int64) (table, error) {
+	length, err := f.Size()
+	if err != nil {
+		return table{}, err
+	}
+	if off >= length {
+		return table{}, fmt.Errorf("%w: L2 table at file offset %#x, beyond the end of the file", ErrCorrupt, off)
+	}
 	t := g.newTable()
 	if err := readPadded(f, t.b, off); err != nil {
 		return table{}, fmt.Errorf("read the L2 table at file offset %#x: %w", off, err)

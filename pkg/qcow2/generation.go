@@ -61,6 +61,9 @@ func (n *generation) ownBlock(i int64) (counts, error) {
 	if b, ok := n.blocks[i]; ok {
 		return b, nil
 	}
+	if i >= maxRefcountTableBytes/8 {
+		return counts{}, fmt.Errorf("%w: refcount block %d; the refcount table would exceed %d MiB", ErrLimit, i, maxRefcountTableBytes>>20)
+	}
 	live, err := n.block(i)
 	if err != nil {
 		return counts{}, err

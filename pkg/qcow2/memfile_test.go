@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -260,11 +261,17 @@ func (f *memFile) begin(c fileCall) error {
 	if c.off < 0 || c.n < 0 {
 		return fmt.Errorf("%s: %s: negative", f.name, c)
 	}
+	if (c.kind == callWrite || c.kind == callTruncate) && c.off+c.n > maxMemFile {
+		return fmt.Errorf("%s: %s: %w", f.name, c, syscall.EFBIG)
+	}
 	if f.fault != nil {
 		return f.fault(c)
 	}
 	return nil
 }
+
+// maxMemFile is what ext4 allows.
+const maxMemFile = 16 << 40
 
 // done records a call that changed the file. The caller holds mu.
 func (f *memFile) done(c fileCall) {

@@ -26,7 +26,14 @@ type refBlock struct {
 const refBlockCacheBytes = 8 << 20
 
 func loadRefcounts(f File, g geometry, h *header) (*refcounts, error) {
+	length, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
 	b := make([]byte, h.refTableClusters<<g.clusterBits)
+	if h.refTableOffset+int64(len(b)) > g.clusters(length)<<g.clusterBits {
+		return nil, fmt.Errorf("%w: the refcount table, %d bytes at file offset %#x, reaches beyond the end of the file", ErrCorrupt, len(b), h.refTableOffset)
+	}
 	if err := readPadded(f, b, h.refTableOffset); err != nil {
 		return nil, fmt.Errorf("read the refcount table: %w", err)
 	}
@@ -34,7 +41,7 @@ func loadRefcounts(f File, g geometry, h *header) (*refcounts, error) {
 	table := make([]int64, len(b)/8)
 	for i := range table {
 		e := binary.BigEndian.Uint64(b[i*8:])
-		if e >= maxHostOffset || !g.aligned(int64(e)) {
+		if e >= maxHostOffset || !g.aligned(int64(e)) || int64(e) >= g.clusters(length)<<g.clusterBits {
 			return nil, fmt.Errorf("%s: %w: refcount table entry %d (file offset %#x) is %#x",
 				f.Name(), ErrCorrupt, i, h.refTableOffset+int64(i)*8, e)
 		}
