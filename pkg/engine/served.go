@@ -107,11 +107,12 @@ func (s *served) failure() error {
 	}
 }
 
-// backend is the image as the device sees it. It remembers the first error that says that the image is
-// damaged or lost.
+// backend is the image as the device sees it. It remembers the error after which the image serves nothing
+// more. Damage that is met at one place is an I/O error there: the rest goes on.
 type backend struct {
 	*qcow2.Image
-	failed atomic.Pointer[error]
+	failed    atomic.Pointer[error]
+	corrupted atomic.Bool // and said so
 }
 
 func (b *backend) ReadAt(p []byte, off int64) (int, error) {
@@ -132,9 +133,14 @@ func (b *backend) note(err error) error {
 	if err == nil {
 		return nil // the usual way: no errors.Is
 	}
-	if errors.Is(err, qcow2.ErrFailed) || errors.Is(err, qcow2.ErrCorrupt) {
+	switch {
+	case errors.Is(err, qcow2.ErrFailed):
 		if b.failed.CompareAndSwap(nil, &err) {
 			klog.ErrorS(err, "Image failed")
+		}
+	case errors.Is(err, qcow2.ErrCorrupt):
+		if b.corrupted.CompareAndSwap(false, true) {
+			klog.ErrorS(err, "Image is corrupt")
 		}
 	}
 	return err
