@@ -120,9 +120,9 @@ func total(spans []span) (n int64) {
 // TestFio lets fio write with checksums and read them back.
 func TestFio(t *testing.T) {
 	d := attach(t, newBackend(t, 64<<20), Options{})
-	run(t, "fio", "--name=verify", "--filename="+d.Path(), "--direct=1", "--ioengine=libaio", "--iodepth=32",
+	run(t, "fio", "--name=verify", "--verify_state_save=0", "--filename="+d.Path(), "--direct=1", "--ioengine=libaio", "--iodepth=32",
 		"--rw=randwrite", "--bsrange=512-1m", "--bs_unaligned=0", "--blockalign=512", "--size=64m", "--verify=crc32c", "--verify_fatal=1",
 		"--do_verify=1", "--serialize_overlap=1", "--fsync=64")
-	run(t, "fio", "--name=mixed", "--filename="+d.Path(), "--direct=1", "--ioengine=libaio", "--iodepth=16",
+	run(t, "fio", "--name=mixed", "--verify_state_save=0", "--filename="+d.Path(), "--direct=1", "--ioengine=libaio", "--iodepth=16",
 		"--rw=randrw", "--bs=4k", "--size=32m", "--verify=crc32c", "--verify_fatal=1", "--numjobs=2", "--offset_increment=32m")
 }

@@ -32,7 +32,11 @@ func Find(prefix string) ([]Info, error) {
 			continue
 		}
 		// The served file has the device's name and is in the root of its file system.
-		name, ours := strings.CutPrefix(backingFile(number), "/")
+		file, err := backingFile(number)
+		if err != nil {
+			return nil, fmt.Errorf("find %q: %w", prefix, err)
+		}
+		name, ours := strings.CutPrefix(file, "/")
 		if !ours || !strings.HasPrefix(name, prefix) {
 			continue
 		}
@@ -81,7 +85,11 @@ func Clear(path string) error {
 	if err := clearLoop(number, func(int) error { return nil }); err != nil {
 		return fmt.Errorf("clear: %w", err)
 	}
-	if !waitUntil(func() bool { return backingFile(number) == "" }) {
+	free := func() bool {
+		file, err := backingFile(number)
+		return err == nil && file == ""
+	}
+	if !waitUntil(free) {
 		return fmt.Errorf("clear %s: %w", path, ErrBusy)
 	}
 	return nil

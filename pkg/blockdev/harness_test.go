@@ -1,6 +1,7 @@
 package blockdev
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -218,11 +219,16 @@ func aligned(n int) []byte {
 	return b[skip:][:n]
 }
 
-// stamp fills p with a pattern that no other offset or seed has, in each 512 bytes.
+// stamp fills p, whole blocks of 512 bytes, with a pattern that no other offset or seed has.
 func stamp(p []byte, off int64, seed byte) {
-	for i := range p {
-		at := off + int64(i)
-		p[i] = byte(at) ^ byte(at>>9) ^ byte(at>>17) ^ seed
+	block := make([]byte, 512)
+	for i := range block {
+		block[i] = byte(i) ^ seed
+	}
+	for ; len(p) > 0; p, off = p[512:], off+512 {
+		copy(p, block)
+		binary.NativeEndian.PutUint64(p, uint64(off))
+		binary.NativeEndian.PutUint64(p[504:], ^uint64(off))
 	}
 }
 

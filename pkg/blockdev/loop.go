@@ -87,12 +87,25 @@ func configureLoop(number int, config *unix.LoopConfig) (loopDevice, error) {
 	if err := unix.IoctlLoopConfigure(fd, config); err != nil {
 		return loopDevice{}, fmt.Errorf("configure %s: %w", loopPath(number), err)
 	}
-	info, err := unix.IoctlLoopGetStatus64(fd)
+	l, err := identify(fd, number)
 	if err != nil {
 		_ = unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0)
+		return loopDevice{}, err
+	}
+	return l, nil
+}
+
+// identify describes the open, bound device.
+func identify(fd, number int) (loopDevice, error) {
+	info, err := unix.IoctlLoopGetStatus64(fd)
+	if err != nil {
 		return loopDevice{}, fmt.Errorf("status of %s: %w", loopPath(number), err)
 	}
-	return loopDevice{number: number, fileDev: info.Device, fileInode: info.Inode, filePath: backingFile(number)}, nil
+	path, err := backingFile(number)
+	if err != nil {
+		return loopDevice{}, err
+	}
+	return loopDevice{number: number, fileDev: info.Device, fileInode: info.Inode, filePath: path}, nil
 }
 
 // openLoop opens a loop device. It makes the device node where /dev is a static copy.
@@ -195,7 +208,7 @@ func (l loopDevice) release() error {
 	if err != nil {
 		return err
 	}
-	if waitUntil(func() bool { return !l.bound() }) {
+	if waitUntil(l.gone) {
 		return nil
 	}
 	if err := l.setAutoclear(false); errors.Is(err, errUnbound) {
@@ -262,9 +275,12 @@ func clearLoop(number int, check func(fd int) error) error {
 	return nil
 }
 
-// bound tells if the device is, or at least seems, still bound to our file. It does not open the device:
-// that would make it the user that it looks for.
-func (l loopDevice) bound() bool { return backingFile(l.number) == l.filePath }
+// gone tells if the device is no longer bound to our file. It does not open the device: that would make
+// it the user that it looks for. In doubt the answer is no.
+func (l loopDevice) gone() bool {
+	path, err := backingFile(l.number)
+	return err == nil && path != l.filePath
+}
 
 // waitUntil waits, for a bounded time, until free says yes.
 func waitUntil(free func() bool) bool {
@@ -280,10 +296,13 @@ func waitUntil(free func() bool) bool {
 }
 
 // backingFile returns the path of a loop device's file in its own file system, "" if it is not bound.
-func backingFile(number int) string {
+func backingFile(number int) (string, error) {
 	b, err := os.ReadFile(loopSysfs(number, "loop/backing_file"))
-	if err != nil {
-		return ""
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
+		return "", nil
 	}
-	return strings.TrimSuffix(string(b), "\n")
+	if err != nil {
+		return "", fmt.Errorf("file of %s: %w", loopPath(number), err)
+	}
+	return strings.TrimSuffix(string(b), "\n"), nil
 }

@@ -32,7 +32,7 @@ func TestKilledPlugin(t *testing.T) {
 	plugin := r.startPluginProcess()
 	v := r.create("disk", 64*mib, blockCapability(writer))
 	path := v.publish("vm")
-	fio := exec.Command("fio", "--name=verify", "--filename="+path, "--rw=randwrite", "--bs=4k", "--size=64m", "--io_size=256m",
+	fio := exec.Command("fio", "--name=verify", "--verify_state_save=0", "--filename="+path, "--rw=randwrite", "--bs=4k", "--size=64m", "--io_size=256m",
 		"--direct=1", "--ioengine=libaio", "--iodepth=8", "--fsync=64", "--verify=crc32c", "--time_based", "--runtime=4")
 	out := make(chan error, 1)
 	var text []byte
