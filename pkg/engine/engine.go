@@ -41,4 +41,5 @@ type Options struct {
 type hooks struct {
 	frozen         func()        // after FIFREEZE
 	orphanPatience time.Duration // if not 0
+	maxFrozen      time.Duration // if not 0
 }

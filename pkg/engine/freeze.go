@@ -45,8 +45,9 @@ type freeze struct {
 	lost error
 }
 
-// freezeFS freezes the file system of dir, which must be mounted from device. The caller calls thaw.
-func freezeFS(p *pool.Pool, volume, device string, dir *os.File) (*freeze, error) {
+// freezeFS freezes the file system of dir, which must be mounted from device, for at most limit. The caller
+// calls thaw.
+func freezeFS(p *pool.Pool, volume, device string, dir *os.File, limit time.Duration) (*freeze, error) {
 	fsType, err := fsTypeOn(device, dir)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrFreeze, err)
@@ -71,8 +72,8 @@ func freezeFS(p *pool.Pool, volume, device string, dir *os.File) (*freeze, error
 		return nil, fmt.Errorf("%w: FIFREEZE: %w", ErrFreeze, err)
 	default:
 		f.since = time.Now()
-		f.limit = time.AfterFunc(maxFrozen, func() {
-			f.end(fmt.Errorf("%w: no snapshot within %v", ErrFreeze, maxFrozen))
+		f.limit = time.AfterFunc(limit, func() {
+			f.end(fmt.Errorf("%w: no snapshot within %v", ErrFreeze, limit))
 		})
 	}
 	return f, nil

@@ -254,7 +254,7 @@ func TestKillSupervisorWhileFrozen(t *testing.T) {
 }
 
 // inProcess replaces the rig's engine by one in this process, whose hook the test sets.
-func (r *rig) inProcess(frozen func()) {
+func (r *rig) inProcess(h hooks) {
 	r.t.Helper()
 	r.stop()
 	self, err := os.Executable()
@@ -263,7 +263,7 @@ func (r *rig) inProcess(frozen func()) {
 	var engine sync.WaitGroup
 	engine.Go(func() {
 		err := Run(ctx, Options{
-			Listen: "unix://" + r.socket, PoolDir: r.dir, WorkerCommand: []string{self, "worker"}, hooks: hooks{frozen: frozen},
+			Listen: "unix://" + r.socket, PoolDir: r.dir, WorkerCommand: []string{self, "worker"}, hooks: h,
 		})
 		if err != nil {
 			r.t.Errorf("engine: %v", err)
@@ -280,11 +280,11 @@ func (r *rig) inProcess(frozen func()) {
 func TestKillWorkerWhileFrozen(t *testing.T) {
 	r := newRig(t)
 	var m *mountedFS
-	r.inProcess(func() {
+	r.inProcess(hooks{frozen: func() {
 		if err := unix.Kill(r.find(m.volume).WorkerPID, unix.SIGKILL); err != nil {
 			t.Error(err)
 		}
-	})
+	}})
 	m = r.mountedFS("ext4")
 	_, err := r.client.CreateSnapshot(testContext(t), m.volume, "s", m.handle)
 	wantErr(t, err, ErrUnavailable)
@@ -295,31 +295,45 @@ func TestKillWorkerWhileFrozen(t *testing.T) {
 	must(t, unix.Unmount(m.dir, unix.MNT_DETACH))
 }
 
-// Somebody thaws the file system before the snapshot: there is none then.
+// The file system is thawed before the snapshot, by somebody else or because it took too long: there is
+// none then.
 func TestFreezeLost(t *testing.T) {
-	r := newRig(t)
-	ctx := testContext(t)
-	var m *mountedFS
-	r.inProcess(func() {
-		if err := unix.IoctlSetInt(int(m.handle.Fd()), fiThaw, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	m = r.mountedFS("ext4")
-	_, err := r.client.CreateSnapshot(ctx, m.volume, "s", m.handle)
-	wantErr(t, err, ErrFreeze)
-	list, err := r.client.ListSnapshots(ctx, m.volume)
-	must(t, err)
-	if len(list) > 0 {
-		t.Errorf("a snapshot is left: %+v", list)
+	for name, thawed := range map[string]func(t *testing.T, m *mountedFS){
+		"thawed by another": func(t *testing.T, m *mountedFS) {
+			if err := unix.IoctlSetInt(int(m.handle.Fd()), fiThaw, 0); err != nil {
+				t.Error(err)
+			}
+		},
+		"too long": func(t *testing.T, m *mountedFS) {
+			eventually(t, "thawed", func() bool { return !m.isFrozen(t) })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			ctx := testContext(t)
+			var m *mountedFS
+			h := hooks{frozen: func() { thawed(t, m) }}
+			if name == "too long" {
+				h.maxFrozen = 100 * time.Millisecond
+			}
+			r.inProcess(h)
+			m = r.mountedFS("ext4")
+			_, err := r.client.CreateSnapshot(ctx, m.volume, "s", m.handle)
+			wantErr(t, err, ErrFreeze)
+			list, err := r.client.ListSnapshots(ctx, m.volume)
+			must(t, err)
+			if len(list) > 0 {
+				t.Errorf("a snapshot is left: %+v", list)
+			}
+			m.unmount(t)
+		})
 	}
-	m.unmount(t)
 }
 
 // A mistake of ours while a file system is frozen: it is thawed, and the engine goes on.
 func TestPanicWhileFrozen(t *testing.T) {
 	r := newRig(t)
-	r.inProcess(func() { panic("in a test") })
+	r.inProcess(hooks{frozen: func() { panic("in a test") }})
 	m := r.mountedFS("ext4")
 	_, err := r.client.CreateSnapshot(testContext(t), m.volume, "s", m.handle)
 	if err == nil {

@@ -97,6 +97,8 @@ func (r *rig) launch(args ...string) {
 	e := &testEngine{cmd: exec.Command(self, args...), done: make(chan struct{})}
 	e.cmd.Stderr = r.t.Output()
 	e.cmd.WaitDelay = 10 * time.Second
+	_, err = e.cmd.StdinPipe() // ends, and the engine with it, when this process does
+	must(r.t, err)
 	must(r.t, e.cmd.Start())
 	go func() {
 		defer close(e.done)

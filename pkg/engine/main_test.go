@@ -4,6 +4,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"strconv"
@@ -60,6 +61,10 @@ func runTestSupervisor(args []string) error {
 			select {}
 		}
 	}
+	go func() { // the test that holds the other end has died
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(2)
+	}()
 	ctx, stop := signal.NotifyContext(mainContext(), syscall.SIGTERM)
 	defer stop()
 	return Run(ctx, o)

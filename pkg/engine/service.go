@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -211,7 +212,7 @@ func (s *service) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReque
 func (s *service) frozenSnapshot(
 	ctx context.Context, w *process, device, name string, dir *os.File,
 ) (*api.Snapshot, error) {
-	f, err := freezeFS(s.openedPool(), w.volume, device, dir)
+	f, err := freezeFS(s.openedPool(), w.volume, device, dir, cmp.Or(s.options.hooks.maxFrozen, maxFrozen))
 	if err != nil {
 		return nil, err
 	}
