@@ -19,7 +19,7 @@ import (
 func TestWholeDevice(t *testing.T) {
 	for _, blockSize := range []int{512, 4096} {
 		t.Run(fmt.Sprint(blockSize), func(t *testing.T) {
-			const size, granularity = 48<<20 + 4096, 1 << 16
+			const size, granularity = 10<<20 + 4096, 1 << 16
 			b := newBackend(t, size)
 			o := Options{Name: deviceName(t.Name()), LogicalBlockSize: blockSize, DiscardGranularity: granularity}
 			d := attach(t, b, o)

@@ -12,7 +12,7 @@ import (
 )
 
 func TestDiscardAndZeroes(t *testing.T) {
-	const size, granularity = 32 << 20, 1 << 16
+	const size, granularity = 12 << 20, 1 << 16
 	b := newBackend(t, size)
 	d := attach(t, b, Options{DiscardGranularity: granularity})
 	fill(t, d.Path(), size)
