@@ -44,10 +44,12 @@ func NewClient(endpoint string) (*Client, error) {
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithUnaryInterceptor(decodeErrors),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
-		// The default waits up to two minutes before it tries a restarted engine again.
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{
-			BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second,
-		}}),
+		// The default waits up to two minutes before it tries a restarted engine again. Without a time of its
+		// own, an attempt to connect would have only that delay to succeed.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second},
+			MinConnectTimeout: 10 * time.Second,
+		}),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("client of %s: %w", endpoint, err)
