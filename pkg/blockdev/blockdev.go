@@ -10,7 +10,8 @@ package blockdev
 
 import "errors"
 
-// Backend is what a device serves. All methods are called concurrently.
+// Backend is what a device serves. All methods are called concurrently. But the loop driver hands on
+// nothing else, not even a read, while it waits for a Flush, Discard or WriteZeroes: they should be quick.
 type Backend interface {
 	// ReadAt and WriteAt are those of io.ReaderAt and io.WriterAt. The buffer is page-aligned and
 	// belongs to the caller again on return. Offset and length are multiples of the logical block size.
