@@ -153,42 +153,38 @@ func (c *controller) DeleteSnapshot(
 	}
 	defer release()
 	if err := c.deleteSnapshot(ctx, p, id, volumeID); err != nil && !isNotFound(err) {
-		return nil, err
+		return nil, fmt.Errorf("delete snapshot %q: %w", id, err)
 	}
 	return &csi.DeleteSnapshotResponse{}, nil
 }
 
 func (c *controller) deleteSnapshot(ctx context.Context, p *pool.Pool, id, volumeID string) error {
-	s, err := c.findSnapshot(ctx, p, id)
-	if err == nil {
-		err = wherever(func() error {
-			return c.engine.DeleteSnapshot(ctx, volumeID, s.Name)
-		}, func() error {
-			return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error {
-				return changeImage(lease, func(image *qcow2.Image) error {
-					return image.DeleteSnapshot(qcow2.ByName(s.Name))
-				})
+	v, err := ownVolume(p, volumeID)
+	if err != nil {
+		return err
+	}
+	all, err := c.volumeSnapshots(ctx, p, v)
+	if err != nil {
+		return err
+	}
+	at := slices.IndexFunc(all, func(s snapshot) bool { return s.id() == id })
+	if v.Tombstone && len(all) <= 1 && (at >= 0 || len(all) == 0) {
+		// Without a change in the image, for which a full pool has no space. Also when the snapshot was gone: an
+		// earlier call may have come only so far.
+		return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error { return lease.Remove() })
+	}
+	if at < 0 {
+		return nil
+	}
+	return wherever(func() error {
+		return c.engine.DeleteSnapshot(ctx, volumeID, all[at].Name)
+	}, func() error {
+		return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error {
+			return changeImage(lease, func(image *qcow2.Image) error {
+				return image.DeleteSnapshot(qcow2.ByName(all[at].Name))
 			})
 		})
-	}
-	if err != nil && !isNotFound(err) {
-		return fmt.Errorf("delete snapshot %q: %w", id, err)
-	}
-	// Also when the snapshot was gone: an earlier call may have come only so far.
-	return c.removeTombstone(ctx, p, volumeID)
-}
-
-// removeTombstone removes a deleted volume whose last snapshot is gone.
-func (c *controller) removeTombstone(ctx context.Context, p *pool.Pool, volumeID string) error {
-	v, err := ownVolume(p, volumeID)
-	if err != nil || !v.Tombstone {
-		return err
-	}
-	left, err := c.volumeSnapshots(ctx, p, v)
-	if err != nil || len(left) > 0 {
-		return err
-	}
-	return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error { return lease.Remove() })
+	})
 }
 
 func (c *controller) GetSnapshot(ctx context.Context, req *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {

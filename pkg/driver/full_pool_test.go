@@ -45,6 +45,10 @@ func TestFullPool(t *testing.T) {
 	run(t, "dd", "if=/dev/urandom", "of="+keep.publish("vm"), "bs=1M", "count=8", "oflag=direct", "conv=notrunc", "status=none")
 	want := run(t, "sha256sum", "-b", keep.target("vm"))
 	keep.unstage("vm")
+	old := r.create("old", 32*mib, blockCapability(writer))
+	run(t, "dd", "if=/dev/urandom", "of="+old.publish("vm"), "bs=1M", "count=16", "oflag=direct", "conv=notrunc", "status=none")
+	old.unstage("vm")
+	oldSnapshot := old.snapshot("old")
 	big := r.create("big", gib, blockCapability(writer))
 	filler := filepath.Join(r.dir, "filler")
 	run(t, "fallocate", "-l", "64M", filler)
@@ -69,6 +73,14 @@ func TestFullPool(t *testing.T) {
 	wantCode(t, codes.ResourceExhausted)(r.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{
 		VolumeId: big.id, VolumePath: path, CapacityRange: &csi.CapacityRange{RequiredBytes: 2 * gib},
 	}))
+
+	// A volume that only has its snapshot left goes without needing space.
+	if _, err := r.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: old.id}); codeOfCall(err) != codes.ResourceExhausted.String() {
+		must(t, err)
+	}
+	r.deleteSnapshots(oldSnapshot)
+	old.delete()
+	run(t, "dd", "if=/dev/zero", "of="+path, "bs=1M", "count=4", "seek=300", "oflag=direct", "conv=notrunc", "status=none")
 
 	must(t, os.Remove(filler))
 	must(t, os.Remove(filepath.Join(r.dir, "last")))

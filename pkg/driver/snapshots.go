@@ -47,6 +47,9 @@ func (c *controller) snapshotsOf(
 			return engine.ErrNotAttached // most are not: that is not worth a question each
 		}
 		rows, err = c.engine.ListSnapshots(ctx, v.ID)
+		if errors.Is(err, engine.ErrUnavailable) { // perhaps only the worker, because the volume was detached just now
+			rows, err = c.engine.ListSnapshots(ctx, v.ID)
+		}
 		return err
 	}, func() error {
 		return c.images.read(ctx, p, v.ID, func(image *qcow2.Image) error {
