@@ -8,7 +8,7 @@ packages=("${@:-./...}")
 # The tests' temporary files: on a disk (/tmp may be memory), with a short name (the path of a socket ends
 # at 107 bytes). The tests' processes inherit the variable, so they can be told from all others.
 tmp=$(mktemp -d /var/tmp/q2.XXXX)
-trap 'rm -rf "$tmp"' EXIT
+trap 'rm -rf "$tmp" "$tmp".*' EXIT
 
 loops() { losetup --noheadings --output NAME,BACK-FILE | sort; }
 mounts() { cut -d' ' -f5 /proc/self/mountinfo | sort; }
@@ -29,14 +29,19 @@ loops_before=$(loops)
 mounts_before=$(mounts)
 
 go vet "${packages[@]}"
-status=0
-report=$tmp.sanity # csi-sanity's count, which go test hides when all is well
-TMPDIR=$tmp CSI_SANITY_REPORT=$report go test -race -p 2 -timeout 15m "${packages[@]}" || status=$?
 
-if [[ -e $report ]]; then
-	cat "$report"
-	rm "$report"
-fi
+# The race detector is for what runs concurrently. The command line's tests run the program often, each time
+# for one thing, and a program with the detector takes long to start.
+mapfile -t commands < <(go list "${packages[@]}" | grep /cmd/)
+mapfile -t libraries < <(go list "${packages[@]}" | grep -v /cmd/)
+export CSI_SANITY_REPORT=$tmp.sanity # csi-sanity's count, which go test hides when all is well
+status=0
+run() {
+	# Two at a time: the machine is small and the tests start processes of their own.
+	TMPDIR=$tmp go test -p 2 -timeout 15m "$@" 2>&1 | tee -a "$tmp.log" || status=1
+}
+((${#commands[@]})) && run "${commands[@]}"
+((${#libraries[@]})) && run -race "${libraries[@]}"
 
 # The kernel frees a loop device a moment after its last user has gone.
 for _ in {1..20}; do
@@ -48,4 +53,8 @@ if [[ $left ]]; then
 	printf 'The tests left behind:\n%s\n' "$left" >&2
 	status=1
 fi
+
+echo
+[[ ! -e $CSI_SANITY_REPORT ]] || cat "$CSI_SANITY_REPORT"
+grep -aE '^(ok|FAIL|---|panic:)' "$tmp.log"
 exit "$status"

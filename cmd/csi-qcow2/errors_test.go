@@ -14,6 +14,7 @@ import (
 
 // TestErrors checks that what cannot be done says so, with exit status 1, and changes nothing.
 func TestErrors(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }
 	mustRun(t, "image", "create", path("image"), "1M")
@@ -85,6 +86,7 @@ func TestErrors(t *testing.T) {
 
 // TestInUse checks that an image that QEMU has open for writing is refused.
 func TestInUse(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "1M")
 	holdWithQEMU(t, image)
@@ -129,6 +131,7 @@ func holdWithQEMU(t *testing.T, image string) {
 
 // TestNoSpace checks that a full disk is reported, and that no half image is left on it.
 func TestNoSpace(t *testing.T) {
+	t.Parallel()
 	small := t.TempDir()
 	if err := unix.Mount("csi-qcow2-test", small, "tmpfs", 0, "size=4M"); err != nil {
 		t.Fatal(err)
@@ -158,6 +161,7 @@ func TestNoSpace(t *testing.T) {
 
 // TestInterrupt checks that a signal ends work and leaves nothing half done.
 func TestInterrupt(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "64M")
 	cmd := program(t, "image", "io", image)

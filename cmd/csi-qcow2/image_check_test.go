@@ -11,6 +11,7 @@ import (
 
 // TestCheckStatus compares the exit status with that of qemu-img check.
 func TestCheckStatus(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		damage func(t *testing.T, image *os.File)
 		status int
@@ -76,6 +77,7 @@ func writeAt(t *testing.T, f *os.File, data []byte, off int64) {
 }
 
 func TestCheckJSON(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "64M")
 	qemuIO(t, image, "write -P 1 0 1M")
@@ -86,6 +88,7 @@ func TestCheckJSON(t *testing.T) {
 }
 
 func TestCheckRepairs(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "64M")
 	for flag, want := range map[string]string{"all": "does not repair images yet", "leaks": "does not repair images yet", "some": "leaks or all"} {

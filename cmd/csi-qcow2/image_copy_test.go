@@ -44,6 +44,7 @@ func occupied(t *testing.T, path string) int64 {
 }
 
 func TestImportExport(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	raw := filepath.Join(dir, "in.raw")
 	rawFile(t, raw, 40<<20+12345)
@@ -71,6 +72,7 @@ func TestImportExport(t *testing.T) {
 
 // TestImportSparse checks that zeros of a raw file, written or not, take no space in the image.
 func TestImportSparse(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	raw, image := filepath.Join(dir, "in.raw"), filepath.Join(dir, "x.qcow2")
 	if err := os.WriteFile(raw, make([]byte, 32<<20), 0o600); err != nil {
@@ -87,6 +89,7 @@ func TestImportSparse(t *testing.T) {
 }
 
 func TestExportSnapshot(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	image, out := filepath.Join(dir, "x.qcow2"), filepath.Join(dir, "out.raw")
 	mustRun(t, "image", "create", image, "8M")

@@ -7,6 +7,7 @@ import (
 )
 
 func TestIO(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "64M")
 	out := mustRunWith(t, `
@@ -38,6 +39,7 @@ delete before the change`, "image", "io", image)
 }
 
 func TestIOErrors(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "1M")
 	for script, want := range map[string]string{

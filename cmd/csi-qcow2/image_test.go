@@ -10,6 +10,7 @@ import (
 )
 
 func TestCreate(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		size  string
 		flags []string
@@ -40,6 +41,7 @@ func TestCreate(t *testing.T) {
 
 // TestInfo compares what this program and QEMU say about images, key by key.
 func TestInfo(t *testing.T) {
+	t.Parallel()
 	for name, options := range map[string]string{
 		"default": "compat=1.1",
 		"old":     "compat=0.10",
@@ -97,6 +99,7 @@ func decode(t *testing.T, data string, into any) {
 
 // TestMap compares the map of an image with QEMU's.
 func TestMap(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	qemu(t, "qemu-img", "create", "-f", "qcow2", image, "1G")
 	qemuIO(t, image, "write -P 1 0 256K", "write -z 128K 64K", "write -P 2 700M 128K", "discard 700M 64K",
@@ -157,6 +160,7 @@ func toJSON(t *testing.T, v any) string {
 }
 
 func TestSnapshots(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "64M")
 	qemuIO(t, image, "write -P 1 0 1M")
@@ -193,6 +197,7 @@ func TestSnapshots(t *testing.T) {
 }
 
 func TestResize(t *testing.T) {
+	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "1M", "--cluster-size", "512")
 	qemuIO(t, image, "write -P 7 0 1M")

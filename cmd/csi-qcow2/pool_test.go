@@ -7,6 +7,7 @@ import (
 )
 
 func TestPoolInit(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	first := mustRun(t, "pool", "init", dir)
 	if again := mustRun(t, "pool", "init", dir); again != first {

@@ -64,7 +64,7 @@ func exitStatus(ctx context.Context, w io.Writer, err error) int {
 		return 0
 	case errors.As(err, &status):
 		return int(status)
-	case ctx.Err() != nil && errors.Is(err, context.Canceled):
+	case ctx.Err() != nil:
 		fmt.Fprintf(w, "csi-qcow2: interrupted: %v\n", err)
 		return 1
 	}

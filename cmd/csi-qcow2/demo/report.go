@@ -7,6 +7,9 @@ import (
 	"io"
 	"strings"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // report shows the steps, each with its number, the time that it took and what it found. After a step
@@ -42,7 +45,7 @@ func (r *report) step(what string, do func() (string, error)) {
 	took := time.Since(start).Seconds()
 	if err != nil {
 		how := "FAILED"
-		if errors.Is(err, context.Canceled) {
+		if errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled {
 			how = "interrupted"
 		}
 		fmt.Fprintf(r.w, " %6.2f s  %s\n", took, how)
