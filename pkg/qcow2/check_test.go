@@ -72,7 +72,7 @@ func qemuImages(t testing.TB) map[string]func(path string) {
 }
 
 // damages is how often TestCheckQEMU damages each image.
-var damages = flag.Int("damages", 12, "random damages of each image for the checker")
+var damages = flag.Int("damages", 8, "random damages of each image for the checker")
 
 // TestCheckQEMU holds our verdict on QEMU's images against QEMU's, and so on each after many small damages.
 func TestCheckQEMU(t *testing.T) {

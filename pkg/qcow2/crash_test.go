@@ -13,7 +13,7 @@ import (
 // This file crashes images at every moment of random histories (C1, C2): each state that a crash may leave is
 // checked, opened and compared with what was promised; some are written on, by us and by QEMU.
 
-var crashHistories = flag.Int("crash-histories", 24, "random histories for TestCrash")
+var crashHistories = flag.Int("crash-histories", 16, "random histories for TestCrash")
 
 // crashState is what an image may be after a crash.
 type crashState struct {
@@ -335,7 +335,7 @@ func (s *crashState) mayHold(at int64, sector []byte) bool {
 		if at < p.off || at >= p.off+p.n {
 			continue
 		}
-		if p.data == nil && !slices.ContainsFunc(sector, func(b byte) bool { return b != 0 }) ||
+		if p.data == nil && isZero(sector) ||
 			p.data != nil && bytes.Equal(sector, p.data[at-p.off:at-p.off+sectorSize]) {
 			return true
 		}
