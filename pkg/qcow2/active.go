@@ -75,7 +75,28 @@ func (img *Image) activeTable(index int64) (*l2Table, error) {
 	return t, nil
 }
 
-// entries returns a copy of the checked entries of c.
+// owns tells whether a host cluster that is marked COPIED may be written in place. Called with mu held.
+func (img *Image) owns(host int64) bool {
+	if img.build == nil || !img.build.frozen {
+		return true
+	}
+	_, ok := img.build.own[host>>img.g.clusterBits]
+	return ok
+}
+
+// mapped notes for a running operation that an active table has changed, and that it maps host now, if that is not 0.
+// Called with mu held.
+func (img *Image) mapped(index, host int64) {
+	if img.build == nil {
+		return
+	}
+	img.build.dirty[index] = true
+	if host != 0 {
+		img.build.own[host>>img.g.clusterBits] = struct{}{}
+	}
+}
+
+// entries returns a copy of the checked entries of c. COPIED is set in those that may be written in place.
 func (img *Image) entries(c chunk) ([]l2Entry, error) {
 	es := make([]l2Entry, c.last-c.first+1)
 	img.mu.Lock()
@@ -88,6 +109,9 @@ func (img *Image) entries(c chunk) ([]l2Entry, error) {
 		es[i] = t.data.entry(c.first + int64(i))
 		if err := es[i].check(img.g, img.version); err != nil {
 			return nil, fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.first+int64(i), err)
+		}
+		if es[i].own() && !img.owns(es[i].offset()) {
+			es[i] = es[i].withCopied(false)
 		}
 	}
 	return es, nil
@@ -102,13 +126,14 @@ func (img *Image) ownTable(index int64) error {
 
 	img.mu.Lock()
 	old := img.l1[index]
+	own := old.copied() && img.owns(old.offset())
 	t, err := img.activeTable(index)
 	content := img.g.newTable()
 	if t != nil {
 		copy(content.b, t.data.b)
 	}
 	img.mu.Unlock()
-	if err != nil || old.copied() && t != nil {
+	if err != nil || own && t != nil {
 		return err
 	}
 
@@ -126,6 +151,7 @@ func (img *Image) ownTable(index int64) error {
 	img.l2.put(&l2Table{index: index, offset: off, data: content})
 	img.l1[index] = l1Entry(off) | flagCopied
 	img.l1Dirty.add(index * 8 / sectorSize)
+	img.mapped(index, off)
 	if t != nil {
 		img.barrier = true // the copy must be durable before L1 points at it
 		img.freed.add(run{old.offset() >> img.g.clusterBits, 1})
@@ -150,6 +176,11 @@ func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
 			continue
 		}
 		t.set(c.first+int64(i), e)
+		if e.own() {
+			img.mapped(c.table, e.offset())
+		} else {
+			img.mapped(c.table, 0)
+		}
 		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].reference() != e.reference() {
 			img.freed.add(run{first, n})
 		}

@@ -20,6 +20,7 @@ type allocator struct {
 
 	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
 	rc     *refcounts
+	build  *generation  // of a running operation: it holds free clusters, and follows each change of a count
 	next   int64        // no cluster below is free
 	ready  runs         // reserved
 	batch  int64        // clusters of the next reservation
@@ -99,18 +100,21 @@ func (a *allocator) reserve(n int64) error {
 // unclaim takes claim back in memory. On disk counts may stay, which leaks; blocks that nothing points at
 // are forgotten.
 func (a *allocator) unclaim(got runs, newBlocks []int64) {
-	for _, k := range newBlocks {
-		a.rc.forget(k)
-	}
 	for _, r := range got {
 		a.next = min(a.next, r.first)
 		_ = a.g.eachBlock(r, func(k, i, n int64) error {
 			if b := a.rc.blocks[k]; b != nil {
-				_, err := a.rc.add(run{k<<a.g.blockBits + i, n}, -1)
+				_, err := a.add(run{k<<a.g.blockBits + i, n}, -1)
 				return err
 			}
 			return nil
 		})
+	}
+	for _, k := range newBlocks {
+		if a.build != nil {
+			_ = a.build.mirror(run{a.rc.table[k] >> a.g.clusterBits, 1}, -1)
+		}
+		a.rc.forget(k)
 	}
 }
 
@@ -121,9 +125,13 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 		if c, err = a.rc.nextFree(c); err != nil {
 			return got, newBlocks, err
 		}
+		if !a.free(c) {
+			c++
+			continue
+		}
 		k := c >> a.g.blockBits
 		if k >= int64(len(a.rc.table)) {
-			if err := a.growTable(k); err != nil {
+			if err := a.growTable(); err != nil {
 				return got, newBlocks, err
 			}
 			newBlocks = nil // the new table points at them
@@ -134,7 +142,7 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 			return got, newBlocks, err
 		}
 		if b == nil {
-			if err := a.newBlock(k); err != nil {
+			if err := a.newBlock(k, c); err != nil {
 				return got, newBlocks, err
 			}
 			newBlocks = append(newBlocks, k)
@@ -142,14 +150,14 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 		}
 		i := c & (a.g.blockCounts - 1)
 		end := i
-		for end < a.g.blockCounts && end-i < n && b.counts.get(end) == 0 {
+		for end < a.g.blockCounts && end-i < n && b.counts.get(end) == 0 && a.free(c+end-i) {
 			end++
 		}
 		r := run{c, end - i}
 		if err := a.check(r); err != nil {
 			return got, newBlocks, err
 		}
-		if _, err := a.rc.add(r, 1); err != nil {
+		if _, err := a.add(r, 1); err != nil {
 			return got, newBlocks, err
 		}
 		got.add(r)
@@ -159,19 +167,34 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 	return got, newBlocks, nil
 }
 
-// newBlock makes refcount block k, in the first cluster that it counts itself.
-func (a *allocator) newBlock(k int64) error {
-	r := run{k << a.g.blockBits, 1}
+// free tells that no running operation holds a cluster whose count is 0.
+func (a *allocator) free(c int64) bool { return a.build == nil || !a.build.holds(c) }
+
+// add changes live counts, and with them those of a generation that is being built.
+func (a *allocator) add(r run, delta int) (zero runs, err error) {
+	zero, err = a.rc.add(r, delta)
+	if err == nil && a.build != nil {
+		err = a.build.mirror(r, delta)
+	}
+	return zero, err
+}
+
+// newBlock makes refcount block k in cluster c, a free one that it counts itself.
+func (a *allocator) newBlock(k, c int64) error {
+	r := run{c, 1}
 	if err := a.check(r); err != nil {
 		return err
 	}
 	b := &refBlock{counts: a.g.newCounts(1)}
-	b.counts.set(0, 1)
+	b.counts.set(c&(a.g.blockCounts-1), 1)
 	for s := range a.g.clusterSize / sectorSize {
 		b.dirty.add(s)
 	}
 	a.rc.setBlock(k, r.first<<a.g.clusterBits)
 	a.rc.keep(k, b)
+	if a.build != nil {
+		return a.build.mirror(r, 1)
+	}
 	return nil
 }
 
@@ -235,7 +258,7 @@ func (a *allocator) release(rs runs) error {
 
 func (a *allocator) releaseLocked(rs runs) error {
 	for _, r := range rs {
-		zero, err := a.rc.add(r, -1)
+		zero, err := a.add(r, -1)
 		if err != nil {
 			return err
 		}

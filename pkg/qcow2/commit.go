@@ -35,7 +35,19 @@ func (img *Image) commit() error {
 	if err != nil {
 		return fmt.Errorf("%s: flush: %w", img.f.Name(), err)
 	}
-	if err := img.alloc.release(w.freed); err != nil {
+	return img.retire(w.freed)
+}
+
+// retire releases what is durably no longer referenced, or leaves it to a running operation: what it builds may
+// still need it.
+func (img *Image) retire(rs runs) error {
+	img.mu.Lock()
+	if img.build != nil {
+		img.build.deferred = append(img.build.deferred, rs...)
+		rs = nil
+	}
+	img.mu.Unlock()
+	if err := img.alloc.release(rs); err != nil {
 		return img.fail(err)
 	}
 	return nil

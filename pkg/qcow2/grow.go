@@ -5,11 +5,16 @@ import (
 	"fmt"
 )
 
-// growTable makes room in the refcount table for block k, the first that it cannot hold. The new table and
-// the blocks that count it go to the first clusters that the old table does not reach, so that they describe
-// themselves; one header write switches; then the old table is free. Called with mu held.
-func (a *allocator) growTable(k int64) error {
-	first := k << a.g.blockBits
+// growTable makes room in the refcount table, whose entries are all in use. The new table and the blocks that count it
+// go behind the end of the file, where the old table does not reach, so that they describe themselves; one header
+// write switches; then the old table is free. Called with mu held.
+func (a *allocator) growTable() error {
+	first := max(int64(len(a.rc.table))<<a.g.blockBits, a.g.clusters(a.length.Load()))
+	if a.build != nil {
+		first = max(first, a.build.next)
+	}
+	k := (first + a.g.blockCounts - 1) >> a.g.blockBits
+	first = k << a.g.blockBits
 	entries, tableClusters, newBlocks := k, int64(0), int64(0)
 	for need := k + max(k/2, 1); entries < need; {
 		tableClusters = a.g.clusters(need * 8)
@@ -55,6 +60,11 @@ func (a *allocator) growTable(k int64) error {
 		h.refTableOffset, h.refTableClusters = at.first<<a.g.clusterBits, at.n
 	}); err != nil {
 		return err
+	}
+	if a.build != nil {
+		if err := a.build.mirror(used, 1); err != nil {
+			return err
+		}
 	}
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)

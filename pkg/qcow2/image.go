@@ -34,7 +34,11 @@ type Image struct {
 	alloc    *allocator // nil if read-only
 	failure  atomic.Pointer[error]
 
-	// Locks are taken in this order. gate: guest requests hold it shared, whatever needs them to stop
+	// Locks are taken in this order. changeMu: held by the running operation on snapshots or size.
+	changeMu sync.Mutex
+	closing  atomic.Bool // such an operation is to end early
+
+	// gate: guest requests hold it shared, whatever needs them to stop
 	// (snapshots, resize, close) exclusively. It guards closed and the header's size.
 	gate   sync.RWMutex
 	closed bool
@@ -43,7 +47,7 @@ type Image struct {
 	tableMu  sync.Mutex // held while the active state gets an L2 table of its own
 	commitMu sync.Mutex // held by the running commit
 
-	mu        sync.Mutex // guards all below
+	mu        sync.Mutex // guards all below; the allocator's is taken before it
 	l1        []l1Entry  // the active L1 table
 	l1Dirty   sectorSet
 	l2        *l2Cache
@@ -55,6 +59,7 @@ type Image struct {
 	rows      []snapshotRow
 	rowBytes  int64          // length of the snapshot table
 	views     map[string]int // open views by snapshot ID
+	build     *generation    // of the running operation, nil if there is none
 
 	hdrMu sync.Mutex // held while the header is switched
 	hdr   atomic.Pointer[header]
@@ -194,8 +199,11 @@ func (img *Image) Info() Info {
 	}
 }
 
-// Close flushes, returns what was reserved and closes the file. After a failure it only closes the file.
+// Close ends a running operation on snapshots early, flushes, returns what was reserved and closes the file. After a failure it only closes the file.
 func (img *Image) Close() error {
+	img.closing.Store(true)
+	img.changeMu.Lock()
+	defer img.changeMu.Unlock()
 	img.gate.Lock()
 	defer img.gate.Unlock()
 	if img.closed {

@@ -82,6 +82,15 @@ func (s *sectorSet) add(i int64) {
 	(*s)[i/64] |= 1 << (i % 64)
 }
 
+// allSectors is the set of all sectors of a table.
+func (g geometry) allSectors() sectorSet {
+	var s sectorSet
+	for i := range g.clusterSize / sectorSize {
+		s.add(i)
+	}
+	return s
+}
+
 func (s *sectorSet) addAll(o sectorSet) {
 	for w, b := range o {
 		for ; b != 0; b &= b - 1 {

@@ -40,59 +40,78 @@ func (img *Image) findRow(s Selector) (snapshotRow, error) {
 }
 
 // CreateSnapshot takes a snapshot of the active disk: of all requests that completed before the call and none that
-// comes after it returns. cut, if not nil, is called once when the instant has come: a frozen file system may
-// be thawed. ErrExists if the name is taken, ErrLimit if a limit of the format is reached. If it fails nothing
-// has changed.
+// comes after it returns. Guests wait only for the instant itself, however large the disk is. cut, if not nil, is
+// called once at that instant: a frozen file system may be thawed. ErrExists if the name is taken, ErrLimit if a
+// limit of the format is reached. If it fails nothing has changed.
 func (img *Image) CreateSnapshot(name string, cut func()) (Snapshot, error) {
 	if name == "" || len(name) > maxSnapshotName {
 		return Snapshot{}, fmt.Errorf("%w: a snapshot name has 1 to %d bytes, this one %d", ErrLimit, maxSnapshotName, len(name))
 	}
 	var row snapshotRow
-	err := img.switchGeneration(func(n *generation) error {
-		if _, err := findSnapshot(n.row, ByName(name)); err == nil {
-			return fmt.Errorf("snapshot %q: %w", name, ErrExists)
-		}
-		if len(n.row) >= maxSnapshots {
-			return fmt.Errorf("%w: %d snapshots", ErrLimit, len(n.row))
-		}
-		if cut != nil {
-			cut()
-		}
-		now := time.Now()
-		row = snapshotRow{
-			id: newSnapshotID(n.row), name: name, l1Size: int64(len(n.l1)), diskSize: n.h.size,
-			dateSec: uint32(now.Unix()), dateNsec: uint32(now.Nanosecond()), icount: unknownIcount,
-		}
-		return n.create(&row)
+	var l1 []l1Entry
+	err := img.change(operation{
+		begin: func(n *generation) error {
+			if _, err := findSnapshot(n.row, ByName(name)); err == nil {
+				return fmt.Errorf("snapshot %q: %w", name, ErrExists)
+			}
+			if len(n.row) >= maxSnapshots {
+				return fmt.Errorf("%w: %d snapshots", ErrLimit, len(n.row))
+			}
+			l1 = img.activeL1()
+			now := time.Now()
+			row = snapshotRow{
+				id: newSnapshotID(n.row), name: name, l1Size: int64(len(l1)), diskSize: n.h.size,
+				dateSec: uint32(now.Unix()), dateNsec: uint32(now.Nanosecond()), icount: unknownIcount,
+			}
+			n.frozen = true
+			// A VM's state lies beyond the disk. It belongs to the snapshot alone from now on.
+			n.l1Keep = min(n.g.l1Entries(n.h.size), n.l1Keep)
+			if cut != nil {
+				cut()
+			}
+			return nil
+		},
+		build: func(n *generation) error { return n.create(&row, l1) },
 	})
 	return row.snapshot(), err
 }
 
-// create makes row a snapshot of the active state. The snapshot gets the L2 tables; the active state gets new
-// ones, in which nothing is COPIED.
-func (n *generation) create(row *snapshotRow) error {
-	frozen := make([]l1Entry, len(n.l1))
-	for i, e := range n.l1 {
-		frozen[i] = e &^ flagCopied
+// activeL1 returns a copy of the active L1 table with COPIED cleared.
+func (img *Image) activeL1() []l1Entry {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	l1 := make([]l1Entry, len(img.l1))
+	for i, e := range img.l1 {
+		l1[i] = e &^ flagCopied
 	}
-	var err error
-	if row.l1Offset, err = n.place(encodeL1(frozen)); err != nil {
+	return l1
+}
+
+// create makes row a snapshot of the state that l1 maps. The snapshot gets its L2 tables; the active state gets new
+// ones, in which nothing that it shares is COPIED.
+func (n *generation) create(row *snapshotRow, l1 []l1Entry) error {
+	err := n.locked(func() (err error) {
+		row.l1Offset, err = n.place(encodeL1(l1))
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	n.row = append(n.row, *row)
-
-	// A VM's state lies beyond the disk. It belongs to the snapshot alone from now on.
-	disk := max(n.g.l1Entries(n.h.size), 1)
-	clear(n.l1[min(disk, int64(len(n.l1))):])
-	if err := n.reference(n.l1, 1); err != nil {
-		return err
-	}
-	return n.flag()
+	return n.img.eachTable(l1[:n.l1Keep], func(i, off int64, t table) error {
+		changed := n.sawChange(i) // then its flags wait for what it has become
+		return n.locked(func() error {
+			if err := n.referenceTable(off, t, 1); err != nil || changed {
+				return err
+			}
+			return n.flagTable(i, t)
+		})
+	})
 }
 
-// GotoSnapshot makes the active disk what it was when the snapshot was taken, its size too. ErrNotFound.
+// GotoSnapshot makes the active disk what it was when the snapshot was taken, its size too. Guests wait. ErrNotFound.
 func (img *Image) GotoSnapshot(s Selector) error {
-	return img.switchGeneration(func(n *generation) error {
+	return img.change(operation{stop: true, begin: nothing, build: func(n *generation) error {
 		i, err := findSnapshot(n.row, s)
 		if err != nil {
 			return err
@@ -103,7 +122,7 @@ func (img *Image) GotoSnapshot(s Selector) error {
 			return err
 		}
 		// The old state goes first: narrow refcounts may have no room for both.
-		if err := n.reference(n.l1, -1); err != nil {
+		if err := n.reference(img.activeL1(), -1); err != nil {
 			return err
 		}
 		if err := n.reference(l1, 1); err != nil {
@@ -112,54 +131,59 @@ func (img *Image) GotoSnapshot(s Selector) error {
 		entries := max(n.g.l1Entries(row.diskSize), int64(len(l1)), 1)
 		n.l1 = append(l1, make([]l1Entry, entries-int64(len(l1)))...)
 		n.h.size = row.diskSize
-		return n.flag()
-	})
+		return n.flag(n.l1)
+	}})
 }
 
-// DeleteSnapshot removes a snapshot and frees what nothing else needs. ErrNotFound; ErrInUse while a View of it is
-// open.
+func nothing(*generation) error { return nil }
+
+// DeleteSnapshot removes a snapshot and frees what nothing else needs. Guests go on; the snapshot is listed until it
+// is gone. ErrNotFound; ErrInUse while a View of it is open.
 func (img *Image) DeleteSnapshot(s Selector) error {
-	return img.switchGeneration(func(n *generation) error {
-		i, err := findSnapshot(n.row, s)
-		if err != nil {
-			return err
-		}
-		row := n.row[i]
-		if img.viewed(row.id) {
-			return fmt.Errorf("snapshot %q is open: %w", row.name, ErrInUse)
-		}
-		l1, err := img.snapshotL1(&row)
-		if err != nil {
-			return err
-		}
-		if err := n.reference(l1, -1); err != nil {
-			return err
-		}
-		if err := n.dropBytes(row.l1Offset, snapshotL1Bytes(&row)); err != nil {
-			return err
-		}
-		n.row = slices.Delete(n.row, i, i+1)
-		return n.flag()
+	var at int
+	return img.change(operation{
+		begin: func(n *generation) (err error) {
+			if at, err = findSnapshot(n.row, s); err != nil {
+				return err
+			}
+			if row := &n.row[at]; img.viewed(row.id) {
+				return fmt.Errorf("snapshot %q is open: %w", row.name, ErrInUse)
+			}
+			n.deleting = n.row[at].id
+			return nil
+		},
+		build: func(n *generation) error {
+			row := n.row[at]
+			l1, err := img.snapshotL1(&row)
+			if err != nil {
+				return err
+			}
+			if err := n.reference(l1, -1); err != nil {
+				return err
+			}
+			if err := n.locked(func() error { return n.drop(row.l1Offset, row.l1Size*8) }); err != nil {
+				return err
+			}
+			n.row = slices.Delete(n.row, at, at+1)
+			return n.flag(img.activeL1())
+		},
 	})
 }
 
-// DropActive makes the active disk read as zeros and frees what no snapshot needs.
+// DropActive makes the active disk read as zeros and frees what no snapshot needs. Guests wait.
 func (img *Image) DropActive() error {
-	return img.switchGeneration(func(n *generation) error {
-		if err := n.reference(n.l1, -1); err != nil {
-			return err
-		}
-		clear(n.l1)
-		return nil
-	})
+	return img.change(operation{stop: true, begin: nothing, build: func(n *generation) error {
+		n.l1 = make([]l1Entry, max(n.l1Keep, 1))
+		return n.reference(img.activeL1(), -1)
+	}})
 }
 
-// Resize makes the active disk size bytes large, rounded up to sectors; what is added reads as zeros. It does not shrink: ErrUnsupported.
+// Resize makes the active disk size bytes large, rounded up to sectors; what is added reads as zeros. Guests wait. It
+// does not shrink: ErrUnsupported.
 func (img *Image) Resize(size int64) error {
-	return img.switchGeneration(func(n *generation) error {
-		have := n.g.l1Entries(n.h.size)
-		size = roundToSectors(size)
-		need := n.g.l1Entries(size)
+	size = roundToSectors(size)
+	return img.change(operation{stop: true, begin: nothing, build: func(n *generation) error {
+		have, need := n.g.l1Entries(n.h.size), n.g.l1Entries(size)
 		switch {
 		case size < n.h.size:
 			return fmt.Errorf("%w: shrink from %d to %d bytes", ErrUnsupported, n.h.size, size)
@@ -168,34 +192,18 @@ func (img *Image) Resize(size int64) error {
 		case n.h.version < 3 && len(n.row) > 0:
 			return fmt.Errorf("%w: resize of a version 2 image with snapshots", ErrUnsupported)
 		}
-		// What lies beyond the disk, a VM's state, must not become part of it.
+		n.h.size = size
+		n.l1 = img.activeL1()
 		if have < int64(len(n.l1)) {
+			// What lies beyond the disk, a VM's state, must not become part of it.
 			if err := n.reference(n.l1[have:], -1); err != nil {
 				return err
 			}
 			clear(n.l1[have:])
 		}
 		n.l1 = append(n.l1, make([]l1Entry, max(need-int64(len(n.l1)), 0))...)
-		n.h.size = size
 		return nil
-	})
-}
-
-// switchGeneration stops guest requests, commits, and replaces the metadata by what change makes of it.
-func (img *Image) switchGeneration(change func(*generation) error) error {
-	img.gate.Lock()
-	defer img.gate.Unlock()
-	if err := img.usable(true); err != nil {
-		return err
-	}
-	if err := img.commitMapping(); err != nil {
-		return err // data may wait for the sync before the switch
-	}
-	n := img.newGeneration()
-	if err := change(n); err != nil {
-		return n.abort(err)
-	}
-	return n.commit()
+	}})
 }
 
 // snapshotL1 reads a snapshot's L1 table, COPIED flags cleared: QEMU leaves them set.
@@ -209,6 +217,3 @@ func (img *Image) snapshotL1(row *snapshotRow) ([]l1Entry, error) {
 	}
 	return l1, nil
 }
-
-// snapshotL1Bytes is the length of a snapshot's L1 table.
-func snapshotL1Bytes(row *snapshotRow) int64 { return row.l1Size * 8 }

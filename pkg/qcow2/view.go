@@ -46,6 +46,9 @@ func (img *Image) OpenSnapshot(s Selector) (*View, error) {
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
+	if img.build != nil && img.build.deleting == row.id {
+		return nil, fmt.Errorf("%s: snapshot %q is being deleted: %w", img.f.Name(), row.name, ErrInUse)
+	}
 	img.views[row.id]++
 	return &View{img: img, size: row.diskSize, row: &row, l1: l1, l2: newL2Cache(viewCacheBytes, img.g)}, nil
 }

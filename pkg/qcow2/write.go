@@ -1,6 +1,9 @@
 package qcow2
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // WriteAt writes p to the active disk at off: all of it, or an error and how much came before. It is durable
 // after the next Flush.
@@ -26,10 +29,27 @@ func (img *Image) writeChunk(c chunk, p []byte) error {
 	}
 	unlock := img.lock(c, true)
 	defer unlock()
-	if err := img.writeMapping(c, p); err != nil {
+	if err := img.withSpace(func() error { return img.writeMapping(c, p) }); err != nil {
 		return err
 	}
 	return img.relieve()
+}
+
+// withSpace calls fn again when it met a full disk and an operation on snapshots could be given up for it.
+func (img *Image) withSpace(fn func() error) error {
+	err := fn()
+	if !errors.Is(err, ErrNoSpace) {
+		return err
+	}
+	img.mu.Lock()
+	n := img.build
+	img.mu.Unlock()
+	if n == nil {
+		return err
+	}
+	n.cancel(fmt.Errorf("given up for a guest's write: %w", err))
+	<-n.done
+	return fn()
 }
 
 // writeInPlace writes to clusters that the active state owns: the mapping stays as it is. It does nothing if one

@@ -32,7 +32,7 @@ func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error 
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.wholeClusters(c, img.Size()) {
-			if err := img.zeroPart(part, replace); err != nil {
+			if err := img.withSpace(func() error { return img.zeroPart(part, replace) }); err != nil {
 				return err
 			}
 		}
