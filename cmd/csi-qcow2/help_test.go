@@ -19,7 +19,7 @@ func TestHelp(t *testing.T) {
 				t.Errorf("its short help is %q", c.Short)
 			case c.Args == nil || c.Args(c, arguments) != nil:
 				t.Errorf("it does not take the arguments of %q", c.Use)
-			case c.Args(c, append(arguments, "")) == nil:
+			case c.Args(c, make([]string, len(arguments)+1)) == nil:
 				t.Errorf("it takes more arguments than those of %q", c.Use)
 			}
 			for line := range strings.Lines(c.Long + "\n" + c.Example) {

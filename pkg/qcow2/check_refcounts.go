@@ -187,7 +187,7 @@ func (c *checker) compareRefcounts() {
 	for _, number := range slices.Sorted(maps.Keys(c.groups)) {
 		k := c.groups[number]
 		first := number * groupClusters
-		for i := range int64(min(groupClusters, max(0, c.clusters-first))) {
+		for i := range min(groupClusters, max(0, c.clusters-first)) {
 			stored, refs := k.stored[i], k.refs[i]
 			if stored|refs != 0 {
 				c.result.ImageEnd = (first + i + 1) << c.g.clusterBits

@@ -18,9 +18,8 @@ type CreateOptions struct {
 	ExtendedL2 bool
 }
 
-// Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
-// it. It does not close f.
-func Create(f File, size int64, o CreateOptions) error {
+// geometry fills in what is not given and checks the rest.
+func (o *CreateOptions) geometry() (geometry, error) {
 	if o.ClusterSize == 0 {
 		o.ClusterSize = DefaultClusterSize
 	}
@@ -33,21 +32,32 @@ func Create(f File, size int64, o CreateOptions) error {
 	clusterBits := uint(bits.TrailingZeros64(uint64(o.ClusterSize)))
 	switch {
 	case o.ClusterSize != 1<<clusterBits || clusterBits < minClusterBits || clusterBits > maxClusterBits:
-		return fmt.Errorf("%w: cluster size %d; a power of two from %d to %d", ErrUnsupported, o.ClusterSize, 1<<minClusterBits, 1<<maxClusterBits)
+		return geometry{}, fmt.Errorf("%w: cluster size %d; a power of two from %d to %d", ErrUnsupported, o.ClusterSize, 1<<minClusterBits, 1<<maxClusterBits)
 	case o.Version != 2 && o.Version != 3:
-		return fmt.Errorf("%w: version %d; 2 or 3", ErrUnsupported, o.Version)
+		return geometry{}, fmt.Errorf("%w: version %d; 2 or 3", ErrUnsupported, o.Version)
 	case bits.OnesCount(uint(o.RefcountBits)) != 1 || o.RefcountBits > 64 || o.Version < 3 && o.RefcountBits != 16:
-		return fmt.Errorf("%w: refcounts of %d bits in version %d; a power of two from 1 to 64, 16 in version 2", ErrUnsupported, o.RefcountBits, o.Version)
+		return geometry{}, fmt.Errorf("%w: refcounts of %d bits in version %d; a power of two from 1 to 64, 16 in version 2", ErrUnsupported, o.RefcountBits, o.Version)
 	case o.ExtendedL2 && (o.Version < 3 || clusterBits < minExtendedClusterBits):
-		return fmt.Errorf("%w: extended L2 entries with clusters of %d bytes in version %d; they need 16 KiB and version 3", ErrUnsupported, o.ClusterSize, o.Version)
-	case size < 0:
+		return geometry{}, fmt.Errorf("%w: extended L2 entries with clusters of %d bytes in version %d; they need 16 KiB and version 3", ErrUnsupported, o.ClusterSize, o.Version)
+	}
+	return newGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits))), o.ExtendedL2), nil
+}
+
+// Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
+// it. It does not close f.
+func Create(f File, size int64, o CreateOptions) error {
+	g, err := o.geometry()
+	if err != nil {
+		return err
+	}
+	if size < 0 {
 		return fmt.Errorf("%w: size %d", ErrOutOfRange, size)
 	}
 	if err := requireEmpty(f); err != nil {
 		return err
 	}
 	size = roundToSectors(size)
-	l, err := newLayout(newGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits))), o.ExtendedL2), o.Version, size, 0, 0)
+	l, err := newLayout(g, o.Version, size, 0, 0)
 	if err == nil {
 		err = l.writeRefcounts(f)
 	}

@@ -132,7 +132,7 @@ func TestFaults(t *testing.T) {
 			t.Run(test.name+"/"+op.name, func(t *testing.T) {
 				calls := 0
 				for _, fault := range []error{syscall.EIO, ErrNoSpace} {
-					if test.only != "" && fault != syscall.EIO {
+					if test.only != "" && !errors.Is(fault, syscall.EIO) {
 						continue // it is slow
 					}
 					for n := 0; faultOnce(t, base, op, n, fault); n++ {
@@ -170,7 +170,7 @@ func faultOnce(t *testing.T, base faultBase, op faultOp, n int, fault error) boo
 	}
 
 	var failed fileCall
-	happened := f.failOnce(n, func(k callKind) bool { return fault == syscall.EIO || k == callWrite || k == callTruncate }, fault)
+	happened := f.failOnce(n, func(k callKind) bool { return errors.Is(fault, syscall.EIO) || k == callWrite || k == callTruncate }, fault)
 	inject := f.fault
 	f.setFault(func(c fileCall) error {
 		err := inject(c)

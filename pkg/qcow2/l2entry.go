@@ -27,7 +27,7 @@ const (
 	subZero      subBitmap = subAllocated << subclusters
 )
 
-// subMask selects the allocated bits of the subclusters that bytes from to to of a cluster, to excluded, touch.
+// subMask selects the allocated bits of the subclusters that the bytes [from, to) of a cluster touch.
 func (g geometry) subMask(from, to int64) subBitmap {
 	if !g.extended {
 		return subAllocated

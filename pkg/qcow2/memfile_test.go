@@ -448,7 +448,7 @@ func TestMemFile(t *testing.T) {
 		if n, err := f.ReadAt(p, 5000); n != 6 || err != nil || string(p) != "world\x00" {
 			t.Errorf("read %q, %d, %v", p, n, err)
 		}
-		if n, err := f.ReadAt(p, 8997); n != 3 || err != io.EOF {
+		if n, err := f.ReadAt(p, 8997); n != 3 || err != io.EOF { //nolint:errorlint // io.ReaderAt demands io.EOF itself
 			t.Errorf("read at the end: %d, %v", n, err)
 		}
 		if _, err := f.ReadAt(p, 100); err != nil || string(p[:5]) != "\x00\x00\x00\x00\x00" {

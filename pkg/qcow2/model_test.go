@@ -36,10 +36,6 @@ type modelSnapshot struct {
 	content  *sparse
 }
 
-func (m *model) snapshot(name string) int {
-	return slices.IndexFunc(m.snaps, func(s modelSnapshot) bool { return s.name == name })
-}
-
 // modelParams is what a history starts with.
 type modelParams struct {
 	CreateOptions

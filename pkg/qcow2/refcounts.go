@@ -37,7 +37,7 @@ func loadRefcounts(f File, g geometry, h *header) (*refcounts, error) {
 	if err := readPadded(f, b, h.refTableOffset); err != nil {
 		return nil, fmt.Errorf("read the refcount table: %w", err)
 	}
-	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: int(max(refBlockCacheBytes>>g.clusterBits, 4))}
+	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: max(refBlockCacheBytes>>g.clusterBits, 4)}
 	table := make([]int64, len(b)/8)
 	for i := range table {
 		e := binary.BigEndian.Uint64(b[i*8:])
