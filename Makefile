@@ -26,6 +26,7 @@ test: ## run every test: units, QEMU's tools as oracle, csi-sanity, kill and res
 
 lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint
+	$(GO) mod tidy -diff
 	$(TOOL) golangci-lint run
 	shellcheck hack/*.sh .ci/run
 
