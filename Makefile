@@ -27,7 +27,7 @@ test: ## run every test: units, QEMU's tools as oracle, csi-sanity, kill and res
 lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint
 	$(GO) mod tidy -diff
-	$(TOOL) golangci-lint run
+	$(TOOL) golangci-lint run --allow-parallel-runners
 	shellcheck hack/*.sh .ci/run
 
 fmt: ## format the Go code
