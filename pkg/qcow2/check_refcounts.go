@@ -106,8 +106,10 @@ func (c *checker) reference(from origin, off, n, times int64) bool {
 			if sum := int64(k.refs[i]) + times; sum <= math.MaxUint16 {
 				k.refs[i] = uint16(sum)
 			} else {
-				c.corrupt(1, "%s: the cluster at %#x has more references than a refcount can hold", from, (cluster+i-first)<<c.g.clusterBits)
-				k.refs[i] = math.MaxUint16
+				k.refs[i] = math.MaxUint16 // as storeCounts cuts what is stored
+				if c.g.refcountOrder <= 4 {
+					c.corrupt(1, "%s: the cluster at %#x has more references than a refcount can hold", from, (cluster+i-first)<<c.g.clusterBits)
+				}
 			}
 			switch {
 			case k.use[i] == useNothing:
@@ -166,7 +168,7 @@ func (c *checker) loadRefcountBlock(index int64, entry uint64) error {
 }
 
 // storeCounts notes the counts in b for the clusters from first on, as far as they can be in use. More than 16 bits
-// are cut to the largest number of 16: no image can have so many references.
+// are cut to the largest number of 16, beyond which wrong counts are not found.
 func (c *checker) storeCounts(first int64, b counts) {
 	perWord := int64(64) >> c.g.refcountOrder
 	n := min(b.len(), c.clusters+1-first)

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -194,5 +195,37 @@ func TestCheckEndsWithContext(t *testing.T) {
 	cancel()
 	if _, err := checkFile(ctx, loadMemFile(t, path)); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// TestCheckSharedTables reads a table once however many paths lead to it: an L1 of a million entries that all point at
+// one L2 table, whose entries all point at one cluster, takes no time, and each path is counted.
+func TestCheckSharedTables(t *testing.T) {
+	for _, refcountBits := range []int{16, 64} {
+		f := newMemFile("shared")
+		const entries = 1 << 20
+		must(t, Create(f, entries*64*512, CreateOptions{ClusterSize: 512, RefcountBits: refcountBits}))
+		end := f.content.size
+		data, l2 := end, end+512
+		for i := range int64(64) {
+			put64(f, l2+8*i, uint64(data))
+		}
+		entry := binary.BigEndian.AppendUint64(nil, uint64(l2))
+		f.content.writeAt(bytes.Repeat(entry, entries), l1At(f))
+		reads := 0
+		f.setFault(func(c fileCall) error {
+			if c.kind == callRead {
+				reads += int(c.n)
+			}
+			return nil
+		})
+		r, err := checkFile(t.Context(), f)
+		must(t, err)
+		if r.Corruptions == 0 {
+			t.Errorf("%d bits: clusters with a count of 0 are referenced, but all is well: %+v", refcountBits, r)
+		}
+		if limit := 3 * int(f.content.size); reads > limit {
+			t.Errorf("%d bits: %d bytes read of a file of %d", refcountBits, reads, f.content.size)
+		}
 	}
 }
