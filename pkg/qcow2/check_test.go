@@ -63,6 +63,13 @@ func qemuImages(t testing.TB) map[string]func(path string) {
 			qemuIO(t, path, "write -P 3 0 6000")
 			qemuImg(t, "snapshot", "-c", "two", path)
 		},
+		"1 bit counts": func(path string) {
+			create(path, "cluster_size=4K,refcount_bits=1", "1M")
+			qemuIO(t, path, "write -P 1 0 100000", "write -z 8192 8192")
+		},
+		"4 bit counts":  func(path string) { create(path, "cluster_size=4K,refcount_bits=4", "1M"); snapshots(path, 1<<20) },
+		"64 bit counts": func(path string) { create(path, "cluster_size=4K,refcount_bits=64", "1M"); snapshots(path, 1<<20) },
+		"subclusters":   func(path string) { create(path, "cluster_size=64K,extended_l2=on", "4M"); snapshots(path, 4<<20) },
 		"bitmaps": func(path string) {
 			create(path, "cluster_size=4K", "4M")
 			qemuImg(t, "bitmap", "--add", "-g", "512", path, "first")
