@@ -13,7 +13,7 @@ import (
 // This file crashes images at every moment of random histories (C1, C2): each state that a crash may leave is
 // checked, opened and compared with what was promised; some are written on, by us and by QEMU.
 
-var crashHistories = flag.Int("crash-histories", 16, "random histories for TestCrash")
+var crashHistories = flag.Int("crash-histories", 10, "random histories for TestCrash")
 
 // crashState is what an image may be after a crash.
 type crashState struct {
@@ -366,7 +366,7 @@ func (h *crashHistory) crash(t *testing.T) {
 		if !synced && rng.IntN(3) > 0 {
 			return -1
 		}
-		return 2
+		return 1 + rng.IntN(2)
 	}) {
 		forQEMU := c.file.clone()
 		goOn := c.file.clone()

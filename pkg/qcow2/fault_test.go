@@ -130,6 +130,7 @@ func TestFaults(t *testing.T) {
 				continue
 			}
 			t.Run(test.name+"/"+op.name, func(t *testing.T) {
+				t.Parallel()
 				calls := 0
 				for _, fault := range []error{syscall.EIO, ErrNoSpace} {
 					if test.only != "" && !errors.Is(fault, syscall.EIO) {
@@ -204,7 +205,7 @@ func faultOnce(t *testing.T, base faultBase, op faultOp, n int, fault error) boo
 		if base.state.durable.size > 1<<20 {
 			return 0
 		}
-		return 2
+		return 1
 	}) {
 		acceptable(t, what+", then a crash", c.file, allowed)
 	}
