@@ -53,7 +53,7 @@ func (img *Image) Check(ctx context.Context, progress func(done, total int64)) (
 }
 
 // checker recomputes from the mappings how often each host cluster is referenced and holds that against
-// the counts in the image. It needs 5 bytes of memory per host cluster in use, reads each table once
+// the counts in the image. It needs about a byte of memory per host cluster in use, reads each table once
 // however many paths lead to it, and never follows a reference out of the file; so neither loops nor
 // claims of size can make it work longer than the file is.
 type checker struct {
@@ -63,12 +63,11 @@ type checker struct {
 	g      geometry
 	length int64 // of the file, rounded up to sectors
 
-	clusters int64                   // host clusters: in the file, or the one behind it that a reference begins in
-	groups   map[int64]*clusterGroup // see check_refcounts.go
-	recent   *clusterGroup           // the group used last
-	l1       []l1Region              // L1 tables to walk, the active one first
-	l2       []l2Region              // L2 tables found in them
-	progress func(done, _ int64)     // never nil
+	clusterMap
+	clusters int64               // host clusters: in the file, or the one behind it that a reference begins in
+	l1       []l1Region          // L1 tables to walk, the active one first
+	l2       []l2Region          // L2 tables found in them
+	progress func(done, _ int64) // never nil
 	result   CheckResult
 }
 
@@ -84,7 +83,7 @@ func checkImage(ctx context.Context, f File, h header, progress func(done, total
 		progress = func(_, _ int64) {}
 	}
 	c := &checker{
-		ctx: ctx, file: f, h: &h, g: h.geometry(), progress: progress, groups: map[int64]*clusterGroup{},
+		ctx: ctx, file: f, h: &h, g: h.geometry(), progress: progress, clusterMap: newClusterMap(),
 		length: (size + sectorSize - 1) &^ (sectorSize - 1),
 	}
 	c.clusters = c.g.clusters(c.length)

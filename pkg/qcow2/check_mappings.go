@@ -48,7 +48,7 @@ func (c *checker) walkL1Tables() error {
 		}
 		for i := range c.l2 {
 			k, at := c.group(c.l2[i].offset >> c.g.clusterBits)
-			c.l2[i].times = int64(k.refs[at])
+			c.l2[i].times = int64(k.refs.get(at))
 			if active {
 				c.l2[i].active = c.l2[i].times
 			}
@@ -75,7 +75,7 @@ func (c *checker) checkL1Entry(e l1Entry, from origin, active bool) {
 	known := false
 	if off>>c.g.clusterBits < c.clusters {
 		k, i := c.group(off >> c.g.clusterBits)
-		known = k.use[i] == useL2
+		known = k.use(i) == useL2
 	}
 	if c.reference(from, off, c.g.clusterSize, 1) && !known {
 		c.l2 = append(c.l2, l2Region{offset: off})

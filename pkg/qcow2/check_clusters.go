@@ -1,0 +1,141 @@
+package qcow2
+
+import (
+	"fmt"
+	"iter"
+	"maps"
+	"slices"
+)
+
+// clusterUse is what a host cluster holds.
+type clusterUse uint8
+
+const (
+	useNothing clusterUse = iota
+	useHeader
+	useRefcountTable
+	useRefcountBlock
+	useSnapshotTable
+	useBitmapDirectory
+	useBitmapTable
+	useBitmapData
+	useL1
+	useSnapshotL1
+	useL2         // several L1 tables may share it
+	useData       // several L2 tables may share it
+	useCompressed // several L2 entries may share it
+)
+
+func (u clusterUse) String() string {
+	return [...]string{
+		"nothing", "the header", "the refcount table", "a refcount block", "the snapshot table", "the bitmap directory",
+		"a bitmap table", "bitmap data", "the active L1 table", "a snapshot's L1 table", "an L2 table", "data", "compressed data",
+	}[u]
+}
+
+// mayShare tells whether a cluster may be referenced for both uses.
+func (u clusterUse) mayShare(with clusterUse) bool {
+	return u == useL2 && with == useL2 || u >= useData && with >= useData
+}
+
+// origin is where a reference comes from: entry index of the table at offset table, or for useSnapshotL1 the
+// snapshot table's row.
+type origin struct {
+	use          clusterUse
+	table, index int64
+}
+
+func (o origin) String() string {
+	switch o.use {
+	case useRefcountBlock, useBitmapData, useL2, useData, useCompressed:
+		return fmt.Sprintf("%s (entry %d of the table at %#x)", o.use, o.index, o.table)
+	case useSnapshotL1, useBitmapTable:
+		return fmt.Sprintf("%s (number %d)", o.use, o.index)
+	}
+	return o.use.String()
+}
+
+// clusterMap is what is known about an image's host clusters. Those that are counted or referenced take about a byte of
+// memory each, more where counts are large.
+type clusterMap struct {
+	groups map[int64]*clusterGroup
+	recent *clusterGroup // the group used last
+}
+
+// clusterGroup is what is known about groupClusters consecutive host clusters. Groups in which nothing is counted
+// or referenced do not exist.
+type clusterGroup struct {
+	number int64
+	stored tally // counts in the refcount blocks
+	refs   tally // references found
+	uses   tally
+}
+
+const groupClusters = 4096
+
+func newClusterMap() clusterMap { return clusterMap{groups: make(map[int64]*clusterGroup)} }
+
+// group returns the group that cluster lies in, and its index there.
+func (m *clusterMap) group(cluster int64) (*clusterGroup, int64) {
+	number, i := cluster/groupClusters, cluster%groupClusters
+	if m.recent == nil || m.recent.number != number {
+		m.recent = m.groups[number]
+		if m.recent == nil {
+			m.recent = &clusterGroup{number: number}
+			m.groups[number] = m.recent
+		}
+	}
+	return m.recent, i
+}
+
+// inOrder yields the groups from the first cluster on.
+func (m *clusterMap) inOrder() iter.Seq[*clusterGroup] {
+	return func(yield func(*clusterGroup) bool) {
+		for _, number := range slices.Sorted(maps.Keys(m.groups)) {
+			if !yield(m.groups[number]) {
+				return
+			}
+		}
+	}
+}
+
+// first is the number of the group's first cluster.
+func (k *clusterGroup) first() int64 { return k.number * groupClusters }
+
+func (k *clusterGroup) use(i int64) clusterUse       { return clusterUse(k.uses.get(i)) }
+func (k *clusterGroup) setUse(i int64, u clusterUse) { k.uses.set(i, uint64(u)) }
+
+// tally holds a number for each cluster of a group, in as many bits as the largest needs. The zero value is all 0.
+type tally struct{ numbers counts }
+
+func (t *tally) get(i int64) uint64 {
+	if t.numbers.none() {
+		return 0
+	}
+	return t.numbers.get(i)
+}
+
+func (t *tally) set(i int64, v uint64) {
+	for t.numbers.none() || v > t.numbers.max() {
+		if v == 0 {
+			return
+		}
+		t.widen()
+	}
+	t.numbers.set(i, v)
+}
+
+// widen doubles the bits of each number, of which there are 2 at first.
+func (t *tally) widen() {
+	wide := counts{order: 1}
+	if !t.numbers.none() {
+		wide.order = t.numbers.order + 1
+	}
+	wide.b = make([]byte, groupClusters<<wide.order>>3)
+	for i := range int64(groupClusters) {
+		if v := t.get(i); v != 0 {
+			wide.set(i, v)
+		}
+	}
+	t.numbers = wide
+}
