@@ -83,7 +83,7 @@ type capacity struct {
 	overcommit float64
 
 	mu      sync.Mutex
-	pending int64 // bytes promised to volumes that the pool does not count yet, guarded by mu
+	pending map[string]int64 // sizes that volumes are about to have, by ID; guarded by mu
 }
 
 // available returns how many bytes can be promised to new volumes.
@@ -95,33 +95,34 @@ func (c *capacity) available(p *pool.Pool) (int64, error) {
 
 // availableLocked: (free − reserve) × the overcommit ratio − what is promised and not yet written.
 func (c *capacity) availableLocked(p *pool.Pool) (int64, error) {
-	space, err := p.Space()
+	space, err := p.Space(c.pending)
 	if err != nil {
 		return 0, fmt.Errorf("space of the pool: %w", err)
 	}
 	usable := float64(max(space.Free-c.reserve, 0)) * c.overcommit
-	left := int64(min(usable, math.MaxInt64/2)) - space.Promised - c.pending
+	left := int64(min(usable, math.MaxInt64/2)) - space.Promised
 	return max(left, 0) &^ (sizeUnit - 1), nil
 }
 
-// promise takes n bytes out of what is available until the pool counts them itself, which counted says. It may
-// be called twice. errExhausted if they do not fit.
-func (c *capacity) promise(p *pool.Pool, n int64) (counted func(), err error) {
+// promise takes what a volume needs to grow from one size to another, a new one from 0, out of what is available.
+// done says that it has that size, as the pool sees for itself, or will not get it.
+// errExhausted if the growth does not fit.
+func (c *capacity) promise(p *pool.Pool, id string, from, to int64) (done func(), err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	left, err := c.availableLocked(p)
 	if err != nil {
 		return nil, err
 	}
-	if n > left {
-		return nil, fmt.Errorf("%w: %d bytes do not fit in the pool, which can promise %d more", errExhausted, n, left)
+	if to-from > left {
+		return nil, fmt.Errorf("%w: %d bytes do not fit in the pool, which can promise %d more", errExhausted, to-from, left)
 	}
-	c.pending += n
-	return sync.OnceFunc(func() {
+	c.pending[id] = to
+	return func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.pending -= n
-	}), nil
+		delete(c.pending, id)
+	}, nil
 }
 
 // GetCapacity says what a CreateVolume now would be granted.

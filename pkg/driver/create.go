@@ -69,17 +69,16 @@ func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeReq
 	if err != nil {
 		return pool.Volume{}, err
 	}
-	counted, err := c.capacity.promise(p, size)
-	if err != nil {
-		return pool.Volume{}, err
-	}
-	defer counted()
 	v := pool.Volume{
 		ID: p.NewID(r.name), Name: r.name, Size: size, Parameters: r.parameters.record(),
 		Created: time.Now().UTC(), Source: r.source.String(),
 	}
+	done, err := c.capacity.promise(p, v.ID, 0, size)
+	if err != nil {
+		return pool.Volume{}, err
+	}
+	defer done()
 	return v, p.Create(ctx, v, func(ctx context.Context, path string) error {
-		counted()
 		if r.source.kind == noSource {
 			return createImage(path, size, r.parameters.clusterSize)
 		}

@@ -90,7 +90,7 @@ func newDriver(work context.Context, o Options) *Driver {
 		nodeID: o.NodeID, segment: topologySegment(o.NodeID), version: o.Version,
 		engine:   o.Engine,
 		images:   newImages(),
-		capacity: &capacity{reserve: o.Reserve, overcommit: o.Overcommit},
+		capacity: &capacity{reserve: o.Reserve, overcommit: o.Overcommit, pending: map[string]int64{}},
 		creating: newCreations(work),
 		busy:     newKeyedLock(),
 		poolDir:  o.PoolDir,

@@ -66,11 +66,11 @@ func (n *node) expandDevice(ctx context.Context, v pool.Volume, device blockDevi
 	if err != nil {
 		return 0, err
 	}
-	counted, err := n.capacity.promise(p, target-size)
+	done, err := n.capacity.promise(p, v.ID, size, target)
 	if err != nil {
 		return 0, err
 	}
-	defer counted()
+	defer done()
 	return n.engine.Resize(ctx, v.ID, target)
 }
 

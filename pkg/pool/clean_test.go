@@ -43,7 +43,7 @@ func TestCrashStatesAreCleaned(t *testing.T) {
 				want(t, "Volume", errOf(p.Volume(dead)), ErrNotFound)
 				want(t, "Lock", errOf(p.Lock(dead)), ErrNotFound)
 				want(t, "FindByName", errOf(p.FindByName("v")), ErrNotFound)
-				must(t, errOf(p.Space()))
+				must(t, errOf(p.Space(nil)))
 				must(t, p.Clean(), p.Clean())
 				wantEmpty(t, p, part)
 				if got := tree(t, filepath.Join(p.Dir(), volumesDir)); !slices.Equal(got, before) {

@@ -25,7 +25,7 @@ func wantNotReady(t *testing.T, p *Pool, id string) {
 		"Clean":      p.Clean(),
 		"Lock":       errOf(p.Lock(id)),
 		"Snapshots":  errOf(p.Snapshots(id)),
-		"Space":      errOf(p.Space()),
+		"Space":      errOf(p.Space(nil)),
 		"Mark":       p.Mark(id, Frozen, nil),
 		"Unmark":     p.Unmark(id, Frozen),
 	} {

@@ -20,8 +20,9 @@ type Space struct {
 // few system calls and one small read for each of them. Nothing is locked: all of it is changing meanwhile.
 //
 // Promised is an estimate from below: a volume with snapshots, or one that shares blocks with another, can come
-// to occupy more than its size.
-func (p *Pool) Space() (Space, error) {
+// to occupy more than its size. sizes, by volume ID, are what the caller is about to give to volumes: the larger size
+// counts, and a volume that the pool does not know yet counts too.
+func (p *Pool) Space(sizes map[string]int64) (Space, error) {
 	root, err := p.enter()
 	if err != nil {
 		return Space{}, err
@@ -32,17 +33,27 @@ func (p *Pool) Space() (Space, error) {
 		return Space{}, &os.PathError{Op: "statfs", Path: p.path, Err: err}
 	}
 	s := Space{Total: int64(st.Blocks) * st.Frsize, Free: int64(st.Bavail) * st.Frsize}
-	for _, part := range []string{volumesDir, creatingDir} {
+	// In the order of a volume's way: one that moves on meanwhile is seen, though perhaps twice.
+	seen := map[string]bool{}
+	fresh := func(id string) bool { return !seen[id] }
+	for _, part := range []string{creatingDir, volumesDir} {
 		all, err := root.sub(part)
 		if err != nil {
 			return Space{}, err
 		}
-		err = eachVolumeIn(root, part, func(string) bool { return true }, func(id string, v Volume, _ error) {
+		err = eachVolumeIn(root, part, fresh, func(id string, v Volume, _ error) {
+			seen[id] = true
+			v.Size = max(v.Size, sizes[id])
 			s.add(all, id, v)
 		})
 		_ = all.Close()
 		if err != nil {
 			return Space{}, err
+		}
+	}
+	for id, size := range sizes {
+		if fresh(id) {
+			s.promise(size)
 		}
 	}
 	return s, nil
@@ -52,12 +63,13 @@ func (p *Pool) Space() (Space, error) {
 func (s *Space) add(all dir, id string, v Volume) {
 	allocated, size := measure(all, id+"/"+imageFile)
 	s.Used += allocated
-	if v.Tombstone {
-		return // nobody writes to it any more
+	if !v.Tombstone { // to which nobody writes any more
+		s.promise(max(0, max(size, v.Size)-allocated))
 	}
-	open := max(0, max(size, v.Size)-allocated)
-	s.Promised += min(open, math.MaxInt64-s.Promised) // of hostile sizes, no negative sum
 }
+
+// promise adds n bytes; of hostile sizes, no negative sum.
+func (s *Space) promise(n int64) { s.Promised += min(n, math.MaxInt64-s.Promised) }
 
 // measure returns how many bytes an image occupies, and its virtual size; zeros for what is not to be found out.
 func measure(d dir, image string) (allocated, size int64) {

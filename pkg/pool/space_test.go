@@ -16,7 +16,7 @@ import (
 
 func space(t *testing.T, p *Pool) Space {
 	t.Helper()
-	s, err := p.Space()
+	s, err := p.Space(nil)
 	must(t, err)
 	return s
 }
@@ -35,6 +35,14 @@ func TestSpace(t *testing.T) {
 	}
 
 	const written = 16 << 20
+	promised, err := p.Space(map[string]int64{id: testSize, "other": 1 << 20}) // a size that it has, and one to come
+	must(t, err)
+	if promised.Promised != created.Promised+1<<20 {
+		t.Errorf("with a promise of 1 MiB more: %+v, before %+v", promised, created)
+	}
+	if got, err := p.Space(map[string]int64{id: testSize + 4096}); err != nil || got.Promised != created.Promised+4096 {
+		t.Errorf("with a promise to grow by 4 KiB: %+v, %v, before %+v", got, err, created)
+	}
 	l := lock(t, p, id)
 	img, err := l.Open(false)
 	must(t, err)

@@ -97,7 +97,7 @@ func TestHostileVolumeFails(t *testing.T) {
 				wantNamed(t, call, err, bad)
 			}
 			want(t, "FindByName of another", errOf(p.FindByName("c")), nil)
-			must(t, errOf(p.Space()))
+			must(t, errOf(p.Space(nil)))
 			create(t, p, "d")
 			must(t, lock(t, p, after).Unlock())
 		})
