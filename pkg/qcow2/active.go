@@ -14,8 +14,13 @@ const maxChunk = 4 << 20
 
 // chunks calls fn for each part of n bytes at off, in order.
 func (g geometry) chunks(off, n int64, fn func(chunk) error) error {
+	return g.parts(off, n, max(maxChunk, g.clusterSize), fn)
+}
+
+// parts is chunks with parts of at most so many bytes, a multiple of the cluster size.
+func (g geometry) parts(off, n, most int64, fn func(chunk) error) error {
 	for n > 0 {
-		k := min(n, g.l2Coverage-off%g.l2Coverage, max(maxChunk, g.clusterSize)-g.inCluster(off))
+		k := min(n, g.l2Coverage-off%g.l2Coverage, most-g.inCluster(off))
 		c := chunk{off: off, n: k, table: g.l1Index(off), first: g.l2Index(off), last: g.l2Index(off + k - 1)}
 		if err := fn(c); err != nil {
 			return err
@@ -60,7 +65,7 @@ func (img *Image) activeTable(index int64) (*l2Table, error) {
 		return t, nil
 	}
 	e := img.l1[index]
-	if err := e.check(img.g); err != nil {
+	if err := img.checkL1Entry(e); err != nil {
 		return nil, fmt.Errorf("%s: active L1 entry %d: %w", img.f.Name(), index, err)
 	}
 	if e.offset() == 0 {
@@ -98,13 +103,22 @@ func (img *Image) mapped(index, host int64) {
 
 // entries returns a copy of the checked entries of c. COPIED is set in those that may be written in place.
 func (img *Image) entries(c chunk) ([]l2Entry, error) {
-	es := make([]l2Entry, c.last-c.first+1)
+	es, err := img.mappedEntries(c)
+	if es == nil {
+		es = make([]l2Entry, c.last-c.first+1)
+	}
+	return es, err
+}
+
+// mappedEntries is entries, or nil if there is no L2 table: a disk may be larger than there is time to look at it all.
+func (img *Image) mappedEntries(c chunk) ([]l2Entry, error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	t, err := img.activeTable(c.table)
 	if err != nil || t == nil {
-		return es, err
+		return nil, err
 	}
+	es := make([]l2Entry, c.last-c.first+1)
 	for i := range es {
 		es[i] = t.data.entry(c.first + int64(i))
 		if err := es[i].check(img.g, img.version); err != nil {
@@ -152,6 +166,7 @@ func (img *Image) ownTable(index int64) error {
 	img.l1[index] = l1Entry(off) | flagCopied
 	img.l1Dirty.add(index * 8 / sectorSize)
 	img.mapped(index, off)
+	img.alloc.metadata.put(got[0], metadataL2)
 	if t != nil {
 		img.barrier = true // the copy must be durable before L1 points at it
 		img.freed.add(run{old.offset() >> img.g.clusterBits, 1})
@@ -167,6 +182,13 @@ func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
 	t, err := img.activeTable(c.table)
 	if err != nil {
 		return err
+	}
+	for i, e := range es {
+		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].reference() != e.reference() {
+			if err := img.alloc.metadata.refuse(run{first, n}); err != nil {
+				return fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.first+int64(i), err)
+			}
+		}
 	}
 	if t.dirty.empty() {
 		img.dirty++

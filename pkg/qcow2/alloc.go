@@ -16,7 +16,7 @@ type allocator struct {
 	sync         func() error // of f; a failure fails the image
 	fail         func(error) error
 	switchHeader func(change func(*header)) error
-	guard        func(run) error // refuses clusters that the header says are metadata
+	metadata     *metadataMap
 
 	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
 	rc     *refcounts
@@ -35,7 +35,7 @@ const (
 	maxBatch        = 4096 // clusters
 )
 
-// newAllocator leaves the functions to the image.
+// newAllocator leaves the functions and the map of metadata to the image.
 func newAllocator(f File, g geometry, h *header) (*allocator, error) {
 	rc, err := loadRefcounts(f, g, h)
 	if err != nil {
@@ -111,6 +111,7 @@ func (a *allocator) unclaim(got runs, newBlocks []int64) {
 		})
 	}
 	for _, k := range newBlocks {
+		a.metadata.remove(run{a.rc.table[k] >> a.g.clusterBits, 1})
 		if a.build != nil {
 			_ = a.build.mirror(run{a.rc.table[k] >> a.g.clusterBits, 1}, -1)
 		}
@@ -154,7 +155,7 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 			end++
 		}
 		r := run{c, end - i}
-		if err := a.check(r); err != nil {
+		if err := a.refuse(r); err != nil {
 			return got, newBlocks, err
 		}
 		if _, err := a.add(r, 1); err != nil {
@@ -182,7 +183,10 @@ func (a *allocator) add(r run, delta int) (zero runs, err error) {
 // newBlock makes refcount block k in cluster c, a free one that it counts itself.
 func (a *allocator) newBlock(k, c int64) error {
 	r := run{c, 1}
-	if err := a.check(r); err != nil {
+	if err := a.refuse(r); err != nil {
+		return err
+	}
+	if err := a.metadata.add(r, metadataSole); err != nil {
 		return err
 	}
 	b := &refBlock{counts: a.g.newCounts(1)}
@@ -190,7 +194,7 @@ func (a *allocator) newBlock(k, c int64) error {
 	for s := range a.g.clusterSize / sectorSize {
 		b.dirty.add(s)
 	}
-	a.rc.setBlock(k, r.first<<a.g.clusterBits)
+	a.rc.table[k] = r.first << a.g.clusterBits
 	a.rc.keep(k, b)
 	if a.build != nil {
 		return a.build.mirror(r, 1)
@@ -198,14 +202,12 @@ func (a *allocator) newBlock(k, c int64) error {
 	return nil
 }
 
-// check refuses to hand out what is known to be metadata although its count is 0.
-func (a *allocator) check(r run) error {
-	for c := r.first; c < r.end(); c++ {
-		if a.rc.blockAt[c] {
-			return fmt.Errorf("%s: %w: refcount block at file offset %#x has a count of 0", a.f.Name(), ErrCorrupt, c<<a.g.clusterBits)
-		}
+// refuse returns ErrCorrupt for what is known to be metadata although its count is 0.
+func (a *allocator) refuse(r run) error {
+	if err := a.metadata.refuse(r); err != nil {
+		return fmt.Errorf("%s: allocate clusters %d to %d: %w", a.f.Name(), r.first, r.end()-1, err)
 	}
-	return a.guard(r)
+	return nil
 }
 
 // prepare makes reserved clusters read as zeros and, with their counts, durable.
@@ -273,6 +275,7 @@ func (a *allocator) releaseLocked(rs runs) error {
 // handed out before its punch is done.
 func (a *allocator) punch(free runs) error {
 	for _, r := range free {
+		a.metadata.remove(r)
 		a.next = min(a.next, r.first)
 	}
 	for _, r := range free {
@@ -300,10 +303,15 @@ func (a *allocator) close() error {
 		if err != nil {
 			return err
 		}
-		if b != nil && b.counts.get(last&(a.g.blockCounts-1)) != 0 {
-			break
+		switch {
+		case b == nil: // nothing is counted under it
+			last = max(last>>a.g.blockBits<<a.g.blockBits-1, 0)
+			continue
+		case b.counts.get(last&(a.g.blockCounts-1)) == 0:
+			last--
+			continue
 		}
-		last--
+		break
 	}
 	if end := (last + 1) << a.g.clusterBits; end < a.length.Load() {
 		if err := a.f.Truncate(end); err != nil {

@@ -59,9 +59,16 @@ func (v *View) extents(off int64, split bool, fn func(Extent) error) error {
 	for off < size {
 		c := chunk{off: off, n: min(size-off, g.l2Coverage-off%g.l2Coverage), table: g.l1Index(off), first: g.l2Index(off)}
 		c.last = g.l2Index(off + c.n - 1)
-		es, err := v.entries(c)
+		es, err := v.mappedEntries(c)
 		if err != nil {
 			return err
+		}
+		if es == nil {
+			if err := emit(Extent{Offset: off, Length: c.n, Host: -1}); err != nil {
+				return err
+			}
+			off += c.n
+			continue
 		}
 		for _, e := range es {
 			for end := min(off-g.inCluster(off)+g.clusterSize, size); off < end; {

@@ -183,7 +183,7 @@ func (n *generation) take(k int64) (run, error) {
 		}
 		r.n++
 	}
-	if err := n.img.alloc.check(r); err != nil {
+	if err := n.img.alloc.refuse(r); err != nil {
 		return run{}, err
 	}
 	n.next = r.end()
@@ -231,6 +231,7 @@ func (n *generation) write(r run, b []byte) error {
 		p.off = off
 	}
 	n.wrote.add(r)
+	n.img.alloc.metadata.put(r, metadataSole) // adopt knows which are L2 tables
 	n.pending.b = append(n.pending.b, b...)
 	n.pending.b = append(n.pending.b, make([]byte, r.n<<n.g.clusterBits-int64(len(b)))...)
 	return nil

@@ -23,7 +23,17 @@ func (n *generation) referenceTable(off int64, t table, delta int) error {
 		first, m := e.hostClusters(n.g)
 		rs.add(run{first, m})
 	}
+	end := n.g.clusters(n.img.alloc.length.Load())
 	for _, r := range rs {
+		// Counts behind the end of the file would take memory that it does not justify.
+		if r.end() > end {
+			return fmt.Errorf("%w: L2 table at file offset %#x maps clusters %d to %d, behind the end of the file", ErrCorrupt, off, r.first, r.end()-1)
+		}
+		if delta < 0 { // what becomes free must not be metadata
+			if err := n.img.alloc.metadata.refuse(r); err != nil {
+				return fmt.Errorf("L2 table at file offset %#x: %w", off, err)
+			}
+		}
 		if err := n.add(r, delta); err != nil {
 			return fmt.Errorf("L2 table at file offset %#x: %w", off, err)
 		}
@@ -120,7 +130,7 @@ func (img *Image) eachTable(l1 []l1Entry, fn func(index, off int64, t table) err
 		}
 		k := img.neighbours(l1[i:])
 		for j := i; j < i+k; j++ {
-			if err := l1[j].check(img.g); err != nil {
+			if err := img.checkL1Entry(l1[j]); err != nil {
 				return fmt.Errorf("L1 entry %d: %w", j, err)
 			}
 			if l1[j].offset() >= length {

@@ -28,7 +28,7 @@ func (a *allocator) growTable() error {
 		return fmt.Errorf("%s: %w: the refcount table would exceed %d MiB", a.f.Name(), ErrLimit, maxRefcountTableBytes>>20)
 	}
 	used := run{first, newBlocks + tableClusters}
-	if err := a.check(used); err != nil {
+	if err := a.refuse(used); err != nil {
 		return err
 	}
 
@@ -65,6 +65,9 @@ func (a *allocator) growTable() error {
 		if err := a.build.mirror(used, 1); err != nil {
 			return err
 		}
+	}
+	if err := a.metadata.add(used, metadataSole); err != nil {
+		return err
 	}
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)

@@ -109,7 +109,11 @@ func open(file File, o OpenOptions) (*Image, error) {
 	if img.alloc, err = newAllocator(f, g, &h); err != nil {
 		return nil, err
 	}
-	img.alloc.sync, img.alloc.fail, img.alloc.switchHeader, img.alloc.guard = img.sync, img.fail, img.switchHeader, img.guard
+	img.alloc.sync, img.alloc.fail, img.alloc.switchHeader = img.sync, img.fail, img.switchHeader
+	img.alloc.metadata = newMetadataMap(cache)
+	if err := img.noteMetadata(); err != nil {
+		return nil, err
+	}
 	if h.autoclear != 0 {
 		// We maintain none of these features: say so before the first write.
 		err = img.switchHeader(func(h *header) { h.autoclear = 0 })
@@ -145,7 +149,19 @@ func readL1(f File, g geometry, off, entries int64) ([]l1Entry, error) {
 	if err := readPadded(f, b, off); err != nil {
 		return nil, err
 	}
-	return decodeL1(b), nil
+	l1 := decodeL1(b)
+	// Each L2 table is a cluster of the file, and no two entries share one: to walk the table must not take longer
+	// than the file is.
+	used := int64(0)
+	for _, e := range l1 {
+		if e.offset() != 0 {
+			used++
+		}
+	}
+	if used > g.clusters(length) {
+		return nil, fmt.Errorf("%w: %d entries at file offset %#x share L2 tables, the file has %d clusters", ErrCorrupt, used, off, g.clusters(length))
+	}
+	return l1, nil
 }
 
 // readPadded fills p from off on; what lies beyond the end of the file is zeros, for the last cluster may be cut.
@@ -289,24 +305,5 @@ func (img *Image) switchHeader(change func(*header)) error {
 	}
 	copy(h.sector[:], sector)
 	img.hdr.Store(&h)
-	return nil
-}
-
-// guard refuses host clusters that the header says are metadata as a place for anything else.
-func (img *Image) guard(r run) error {
-	h := img.hdr.Load()
-	for _, m := range [...]struct {
-		what        string
-		off, length int64
-	}{
-		{"the header", 0, img.g.clusterSize},
-		{"the active L1 table", h.l1Offset, h.l1Size * 8},
-		{"the refcount table", h.refTableOffset, h.refTableClusters << img.g.clusterBits},
-		{"the snapshot table", h.snapshotsOffset, h.snapshots}, // at least its first cluster
-	} {
-		if m.length > 0 && r.first<<img.g.clusterBits < m.off+m.length && m.off < r.end()<<img.g.clusterBits {
-			return fmt.Errorf("%s: %w: clusters %d to %d overlap %s", img.f.Name(), ErrCorrupt, r.first, r.end()-1, m.what)
-		}
-	}
 	return nil
 }

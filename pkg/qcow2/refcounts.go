@@ -11,7 +11,6 @@ type refcounts struct {
 	g       geometry
 	table   []int64        // host offset of each refcount block, 0 = none; as many as the table has room for
 	tableAt run            // host clusters of the table
-	blockAt map[int64]bool // host clusters that hold a block
 	blocks  map[int64]*refBlock
 	limit   int // blocks kept in memory, dirty ones apart
 }
@@ -143,23 +142,10 @@ func (rc *refcounts) writeBack() error {
 // setTable replaces the table.
 func (rc *refcounts) setTable(table []int64, at run) {
 	rc.table, rc.tableAt = table, at
-	rc.blockAt = make(map[int64]bool)
-	for _, off := range table {
-		if off != 0 {
-			rc.blockAt[off>>rc.g.clusterBits] = true
-		}
-	}
-}
-
-// setBlock puts the offset of block i into the table.
-func (rc *refcounts) setBlock(i, off int64) {
-	rc.table[i] = off
-	rc.blockAt[off>>rc.g.clusterBits] = true
 }
 
 // forget takes a block that the table on disk does not have out again.
 func (rc *refcounts) forget(i int64) {
-	delete(rc.blockAt, rc.table[i]>>rc.g.clusterBits)
 	delete(rc.blocks, i)
 	rc.table[i] = 0
 }

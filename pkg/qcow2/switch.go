@@ -356,6 +356,9 @@ func (n *generation) adopt() error {
 		delete(a.rc.blocks, i)
 		a.rc.keep(i, &refBlock{counts: b.counts})
 	}
+	for _, off := range n.tables {
+		a.metadata.put(run{off >> n.g.clusterBits, 1}, metadataL2)
+	}
 	for _, r := range n.wrote {
 		a.length.Store(max(a.length.Load(), r.end()<<n.g.clusterBits))
 	}

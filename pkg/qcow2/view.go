@@ -108,14 +108,22 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 
 // entries returns a copy of the checked entries of c.
 func (v *View) entries(c chunk) ([]l2Entry, error) {
+	es, err := v.mappedEntries(c)
+	if es == nil {
+		es = make([]l2Entry, c.last-c.first+1)
+	}
+	return es, err
+}
+
+// mappedEntries is entries, or nil if there is no L2 table.
+func (v *View) mappedEntries(c chunk) ([]l2Entry, error) {
 	if v.row == nil {
 		if err := v.img.begin(c.off, c.n, false); err != nil {
 			return nil, err
 		}
 		defer v.img.end()
-		return v.img.entries(c)
+		return v.img.mappedEntries(c)
 	}
-	es := make([]l2Entry, c.last-c.first+1)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.closed {
@@ -123,8 +131,9 @@ func (v *View) entries(c chunk) ([]l2Entry, error) {
 	}
 	t, err := v.table(c.table)
 	if err != nil || t.b == nil {
-		return es, err
+		return nil, err
 	}
+	es := make([]l2Entry, c.last-c.first+1)
 	for i := range es {
 		es[i] = t.entry(c.first + int64(i))
 		if err := es[i].check(v.img.g, v.img.version); err != nil {
@@ -140,7 +149,7 @@ func (v *View) table(index int64) (table, error) {
 		return t.data, nil
 	}
 	e := v.l1[index]
-	if err := e.check(v.img.g); err != nil {
+	if err := v.img.checkL1Entry(e); err != nil {
 		return table{}, fmt.Errorf("%s: L1 entry %d of snapshot %q: %w", v.img.f.Name(), index, v.row.name, err)
 	}
 	if e.offset() == 0 {

@@ -209,8 +209,8 @@ func (img *Image) writeHosts(data []byte, in int64, es []l2Entry) error {
 		for k < len(es) && es[k].offset() == es[k-1].offset()+img.g.clusterSize {
 			k++
 		}
-		if err := img.guard(run{es[0].offset() >> img.g.clusterBits, int64(k)}); err != nil {
-			return err
+		if err := img.alloc.metadata.refuse(run{es[0].offset() >> img.g.clusterBits, int64(k)}); err != nil {
+			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}
 		if last := es[k-1].offset(); last >= img.alloc.length.Load() {
 			return fmt.Errorf("%s: %w: data cluster at %#x, beyond the end of the file", img.f.Name(), ErrCorrupt, last)

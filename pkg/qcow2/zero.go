@@ -28,7 +28,7 @@ func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error 
 		return err
 	}
 	defer img.end()
-	return img.g.chunks(off, n, func(c chunk) error {
+	return img.g.parts(off, n, img.g.l2Coverage, func(c chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.wholeClusters(c, img.Size()) {
@@ -68,8 +68,8 @@ func (g geometry) wholeClusters(c chunk, size int64) []chunk {
 
 // zeroPart makes one part read as zeros: c is whole clusters, or lies in one.
 func (img *Image) zeroPart(c chunk, replace func(l2Entry) l2Entry) error {
-	old, err := img.entries(c)
-	if err != nil {
+	old, err := img.mappedEntries(c)
+	if err != nil || old == nil {
 		return err
 	}
 	whole := img.g.inCluster(c.off) == 0 && (img.g.inCluster(c.off+c.n) == 0 || c.off+c.n == img.Size())

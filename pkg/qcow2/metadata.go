@@ -1,0 +1,204 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+)
+
+// metadataMap knows which host clusters hold metadata, so that nothing else is ever put there. In a sound image the
+// counts and the COPIED flags see to that; in one that was made to do harm they may say that the L1 table is a guest's
+// data, or free. It is filled when an image is opened for writing, grows with each table that is written, and forgets
+// clusters that become free. What it takes is bounded, see limit and maxScan, whatever the image claims.
+type metadataMap struct {
+	limit int // L2 tables are not noted beyond it
+
+	mu    sync.RWMutex // guards uses; no other lock is taken while it is held
+	kinds map[int64]metadataKind
+}
+
+// metadataKind is what a host cluster holds. L2 tables may be shared, nothing else may.
+type metadataKind uint8
+
+const (
+	metadataSole  metadataKind = iota + 1 // header, L1 table, refcount table or block, snapshot table
+	metadataL2                            // an L2 table
+	metadataOwnL2                         // an L2 table that the active L1 table says it shares with nobody
+)
+
+func (k metadataKind) String() string {
+	if k == metadataSole {
+		return "metadata"
+	}
+	return "an L2 table"
+}
+
+const (
+	// maxScan bounds what is read of snapshots' L1 tables when an image is opened, in bytes: enough for hundreds of
+	// snapshots of a 16 TiB disk. L2 tables beyond it are not noted.
+	maxScan = 64 << 20
+	// tableNoteBytes is about what it takes to note an L2 table.
+	tableNoteBytes = 32
+)
+
+func newMetadataMap(bytes int64) *metadataMap {
+	return &metadataMap{limit: int(bytes / tableNoteBytes), kinds: make(map[int64]metadataKind)}
+}
+
+// add notes what r holds from now on. ErrCorrupt if it is something else already that cannot be the same.
+func (m *metadataMap) add(r run, kind metadataKind) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for c := r.first; c < r.end(); c++ {
+		switch have := m.kinds[c]; {
+		case have == 0:
+			if kind == metadataSole || len(m.kinds) < m.limit {
+				m.kinds[c] = kind
+			}
+		case have != metadataL2 || kind != metadataL2:
+			return fmt.Errorf("%w: cluster %d is %s and %s", ErrCorrupt, c, have, kind)
+		}
+	}
+	return nil
+}
+
+// put notes what is written to clusters that were taken for it, again and again perhaps.
+func (m *metadataMap) put(r run, kind metadataKind) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for c := r.first; c < r.end(); c++ {
+		if kind == metadataSole || m.kinds[c] != 0 || len(m.kinds) < m.limit {
+			m.kinds[c] = kind
+		}
+	}
+}
+
+// remove forgets clusters that are free.
+func (m *metadataMap) remove(r run) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r.n > int64(len(m.kinds)) {
+		for c := range m.kinds {
+			if c >= r.first && c < r.end() {
+				delete(m.kinds, c)
+			}
+		}
+		return
+	}
+	for c := r.first; c < r.end(); c++ {
+		delete(m.kinds, c)
+	}
+}
+
+// kind returns what is known about a cluster, 0 if nothing.
+func (m *metadataMap) kind(c int64) metadataKind {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.kinds[c]
+}
+
+// refuse returns ErrCorrupt if one of the clusters, which are to hold data or something new, is metadata.
+func (m *metadataMap) refuse(r run) error {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for c := r.first; c < r.end(); c++ {
+		if k := m.kinds[c]; k != 0 {
+			return fmt.Errorf("%w: cluster %d is %s and in use for something else", ErrCorrupt, c, k)
+		}
+	}
+	return nil
+}
+
+// noteMetadata fills the map of an image that is being opened. Structures of which each has its clusters to itself must
+// not overlap; an L2 table where something else is makes its use fail, not the opening.
+func (img *Image) noteMetadata() error {
+	h, g, m := img.hdr.Load(), img.g, img.alloc.metadata
+	note := func(what string, off, length int64) error {
+		if err := m.add(run{off >> g.clusterBits, g.clusters(length)}, metadataSole); err != nil {
+			return fmt.Errorf("%s at file offset %#x: %w", what, off, err)
+		}
+		return nil
+	}
+	if err := note("header", 0, g.clusterSize); err != nil {
+		return err
+	}
+	if err := note("refcount table", h.refTableOffset, h.refTableClusters<<g.clusterBits); err != nil {
+		return err
+	}
+	for _, off := range img.alloc.rc.table {
+		if off == 0 {
+			continue
+		}
+		if err := note("refcount block", off, g.clusterSize); err != nil {
+			return err
+		}
+	}
+	if err := note("active L1 table", h.l1Offset, h.l1Size*8); err != nil {
+		return err
+	}
+	if err := note("snapshot table", h.snapshotsOffset, img.rowBytes); err != nil {
+		return err
+	}
+	scan := int64(maxScan)
+	for i := range img.rows {
+		row := &img.rows[i]
+		if scan -= row.l1Size * 8; scan < 0 {
+			break
+		}
+		if err := note("L1 table of snapshot "+row.name, row.l1Offset, row.l1Size*8); err != nil {
+			return err
+		}
+	}
+	return img.noteTables()
+}
+
+// noteTables notes L2 tables: one that is COPIED must be nobody else's.
+func (img *Image) noteTables() error {
+	note := func(l1 []l1Entry) error {
+		for i, e := range l1 {
+			c, kind := e.offset()>>img.g.clusterBits, metadataL2
+			if e.copied() {
+				kind = metadataOwnL2
+			}
+			if c == 0 || img.alloc.metadata.kind(c) == metadataSole {
+				continue // checkL1Entry refuses it when it is used
+			}
+			if err := img.alloc.metadata.add(run{c, 1}, kind); err != nil {
+				return fmt.Errorf("L1 entry %d: %w", i, err)
+			}
+		}
+		return nil
+	}
+	if err := note(img.l1); err != nil {
+		return err
+	}
+	scan := int64(maxScan)
+	for i := range img.rows {
+		row := &img.rows[i]
+		if scan -= row.l1Size * 8; scan < 0 {
+			break
+		}
+		l1, err := img.snapshotL1(row)
+		if errors.Is(err, ErrCorrupt) {
+			continue // whoever uses the snapshot is told
+		}
+		if err != nil {
+			return err
+		}
+		if err := note(l1); err != nil {
+			return fmt.Errorf("snapshot %q: %w", row.name, err)
+		}
+	}
+	return nil
+}
+
+// checkL1Entry refuses an entry that no legal image holds: its L2 table must not be other metadata.
+func (img *Image) checkL1Entry(e l1Entry) error {
+	if err := e.check(img.g); err != nil {
+		return err
+	}
+	if img.alloc != nil && img.alloc.metadata.kind(e.offset()>>img.g.clusterBits) == metadataSole && e.offset() != 0 {
+		return fmt.Errorf("%w: the L2 table at file offset %#x is other metadata", ErrCorrupt, e.offset())
+	}
+	return nil
+}
