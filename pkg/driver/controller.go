@@ -118,7 +118,7 @@ func (c *controller) holdUnstaged(ctx context.Context, id string) (release func(
 func deleteVolume(lease *pool.Lease) error {
 	keep := false
 	err := changeImage(lease, func(image *qcow2.Image) error {
-		if keep = len(listed(image.Snapshots())) > 0; !keep {
+		if keep = len(listed(whole(image.Snapshots()))) > 0; !keep {
 			return nil
 		}
 		if err := lease.Update(func(v *pool.Volume) { v.Tombstone = true }); err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -103,8 +104,11 @@ func (c *controller) createSnapshot(
 		return err
 	}, func() error {
 		return c.images.change(ctx, p, id, func(lease *pool.Lease) error {
+			if err := engine.CheckNotLost(p, id, name); err != nil {
+				return err
+			}
 			return changeImage(lease, func(image *qcow2.Image) (err error) {
-				made.Snapshot, err = image.CreateSnapshot(name, nil)
+				made.Snapshot.Snapshot, err = image.CreateSnapshot(name, nil)
 				return err
 			})
 		})
@@ -117,7 +121,7 @@ func (c *controller) createSnapshot(
 
 // snapshotAttached has the engine take a snapshot, around which it freezes the file system that is mounted
 // from the volume here.
-func (c *controller) snapshotAttached(ctx context.Context, id, name string, freeze bool) (s qcow2.Snapshot, err error) {
+func (c *controller) snapshotAttached(ctx context.Context, id, name string, freeze bool) (s engine.Snapshot, err error) {
 	var mounted *os.File
 	if freeze {
 		if mounted, err = c.mountedFileSystem(ctx, id); err != nil {
@@ -173,16 +177,21 @@ func (c *controller) deleteSnapshot(ctx context.Context, p *pool.Pool, id, volum
 		// earlier call may have come only so far.
 		return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error { return lease.Remove() })
 	}
-	if at < 0 {
-		return nil
+	var name string
+	if at >= 0 {
+		name = all[at].Name
+	} else if name, err = lostSnapshot(p, v, id); name == "" {
+		return err
 	}
 	return wherever(func() error {
-		return c.engine.DeleteSnapshot(ctx, volumeID, all[at].Name)
+		return c.engine.DeleteSnapshot(ctx, volumeID, name)
 	}, func() error {
 		return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error {
-			return changeImage(lease, func(image *qcow2.Image) error {
-				return image.DeleteSnapshot(qcow2.ByName(all[at].Name))
-			})
+			err := changeImage(lease, func(image *qcow2.Image) error { return image.DeleteSnapshot(qcow2.ByName(name)) })
+			if err != nil && !errors.Is(err, qcow2.ErrNotFound) {
+				return err
+			}
+			return p.EndPendingSnapshot(volumeID, name)
 		})
 	})
 }

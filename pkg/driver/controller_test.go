@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
@@ -335,6 +336,33 @@ func TestNoPool(t *testing.T) {
 	wantCode(t, codes.Unavailable)(r.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: v.id}))
 	must(t, os.Remove(r.dir)) // it is still empty
 	must(t, os.Rename(r.dir+".away", r.dir))
+	v.delete()
+	r.wantEmpty()
+}
+
+// A snapshot that was answered early and lost since is neither taken again nor forgotten, until it is deleted.
+func TestLostSnapshot(t *testing.T) {
+	r := newRig(t)
+	ctx := t.Context()
+	v := r.create("v", 8*mib, blockCapability(writer))
+	p, err := pool.Open(r.dir)
+	must(t, err)
+	for _, state := range []string{"detached", "attached"} {
+		if state == "attached" {
+			v.publish("pod")
+		}
+		must(t, p.AddPendingSnapshot(v.id, pool.PendingSnapshot{Name: state, Created: time.Now()}))
+		req := &csi.CreateSnapshotRequest{Name: state, SourceVolumeId: v.id}
+		wantCode(t, codes.Internal)(r.CreateSnapshot(ctx, req))
+		other := v.snapshot("another " + state)
+		id := snapshotID(v.id, state)
+		r.deleteSnapshots(id)
+		if got := v.snapshot(state); got != id {
+			t.Errorf("%s: snapshot %s, want %s", state, got, id)
+		}
+		r.deleteSnapshots(id, other)
+	}
+	v.unstage("pod")
 	v.delete()
 	r.wantEmpty()
 }

@@ -6,7 +6,6 @@ import (
 	"os"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 // Engine is what the plugin uses of an engine.Client, and where each method is described.
@@ -16,9 +15,9 @@ type Engine interface {
 	Detach(ctx context.Context, volumeID string) error
 	List(ctx context.Context) ([]engine.Attachment, error)
 	Resize(ctx context.Context, volumeID string, size int64) (int64, error)
-	CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (qcow2.Snapshot, error)
+	CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (engine.Snapshot, error)
 	DeleteSnapshot(ctx context.Context, volumeID, name string) error
-	ListSnapshots(ctx context.Context, volumeID string) ([]qcow2.Snapshot, error)
+	ListSnapshots(ctx context.Context, volumeID string) ([]engine.Snapshot, error)
 	Clone(ctx context.Context, volumeID, snapshot, target string, size int64) error
 }
 

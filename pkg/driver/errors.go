@@ -40,7 +40,7 @@ type errorCode struct {
 // decides. What is in no row is INTERNAL.
 func errorCodes() []errorCode {
 	return []errorCode{
-		{codes.Internal, []error{errPanic}},
+		{codes.Internal, []error{errPanic, engine.ErrLost}},
 		{codes.InvalidArgument, []error{errInvalid, engine.ErrInvalid}},
 		{codes.ResourceExhausted, []error{errExhausted, qcow2.ErrNoSpace, qcow2.ErrLimit, unix.ENOSPC, unix.EDQUOT}},
 		{codes.OutOfRange, []error{errOutOfRange}},

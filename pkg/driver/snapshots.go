@@ -18,17 +18,26 @@ import (
 
 // snapshot is one of a volume, or of a tombstone.
 type snapshot struct {
-	qcow2.Snapshot
+	engine.Snapshot
 	volume pool.Volume
 }
 
 func (s snapshot) id() string { return snapshotID(s.volume.ID, s.Name) }
 
+// whole makes them of what is in an image's table.
+func whole(rows []qcow2.Snapshot) []engine.Snapshot {
+	all := make([]engine.Snapshot, len(rows))
+	for i, row := range rows {
+		all[i].Snapshot = row
+	}
+	return all
+}
+
 // listed leaves out the snapshots that the engine makes for clones, and those that QEMU gave a name that another has:
-// a name means the first.
-func listed(rows []qcow2.Snapshot) []qcow2.Snapshot {
+// a name means the first. It changes rows.
+func listed(rows []engine.Snapshot) []engine.Snapshot {
 	seen := map[string]bool{}
-	return slices.DeleteFunc(slices.Clone(rows), func(s qcow2.Snapshot) bool {
+	return slices.DeleteFunc(rows, func(s engine.Snapshot) bool {
 		hidden := engine.IsReservedSnapshot(s.Name) || seen[s.Name]
 		seen[s.Name] = true
 		return hidden
@@ -39,7 +48,7 @@ func listed(rows []qcow2.Snapshot) []qcow2.Snapshot {
 func (c *controller) snapshotsOf(
 	ctx context.Context, p *pool.Pool, v pool.Volume, attached map[string]engine.Attachment,
 ) ([]snapshot, error) {
-	var rows []qcow2.Snapshot
+	var rows []engine.Snapshot
 	first := true
 	err := wherever(func() (err error) {
 		if _, ok := attached[v.ID]; !ok && first {
@@ -53,7 +62,7 @@ func (c *controller) snapshotsOf(
 		return err
 	}, func() error {
 		return c.images.read(ctx, p, v.ID, func(image *qcow2.Image) error {
-			rows = image.Snapshots()
+			rows = whole(image.Snapshots())
 			return nil
 		})
 	})
@@ -99,6 +108,17 @@ func (c *controller) findSnapshot(ctx context.Context, p *pool.Pool, id string) 
 		}
 	}
 	return snapshot{}, missing
+}
+
+// lostSnapshot returns the name of a volume's snapshot that was promised and never came to be, "" if the ID is of none.
+func lostSnapshot(p *pool.Pool, v pool.Volume, id string) (name string, err error) {
+	all, err := p.PendingSnapshots(v.ID)
+	for _, s := range all {
+		if snapshotID(v.ID, s.Name) == id {
+			return s.Name, err
+		}
+	}
+	return "", err
 }
 
 // eachVolumesSnapshots calls fn with the snapshots of each volume in the order of their IDs, tombstones
@@ -149,7 +169,7 @@ func (c *controller) snapshotMessage(s snapshot) *csi.Snapshot {
 		SourceVolumeId:     s.volume.ID,
 		SizeBytes:          s.DiskSize,
 		CreationTime:       timestamppb.New(s.Date),
-		ReadyToUse:         true,
+		ReadyToUse:         !s.Pending,
 		AccessibleTopology: []*csi.Topology{c.topology()},
 	}
 }

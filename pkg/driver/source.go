@@ -81,7 +81,10 @@ func (c *controller) resolve(ctx context.Context, p *pool.Pool, s contentSource)
 		return origin{}, nil
 	case snapshotSource:
 		var found snapshot
-		if found, err = c.findSnapshot(ctx, p, s.id); err == nil {
+		if found, err = c.findSnapshot(ctx, p, s.id); err == nil && found.Pending {
+			err = fmt.Errorf("%s is not ready to use: %w", s, errBusy)
+		}
+		if err == nil {
 			return origin{found.volume, found.Name, found.DiskSize}, nil
 		}
 	case volumeSource:

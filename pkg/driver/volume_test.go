@@ -113,9 +113,13 @@ func (v *testVolume) delete() {
 // snapshot takes a snapshot and returns its ID.
 func (v *testVolume) snapshot(name string) string {
 	v.t.Helper()
-	s := ok[*csi.CreateSnapshotResponse](v.t)(v.CreateSnapshot(v.t.Context(),
-		&csi.CreateSnapshotRequest{Name: name, SourceVolumeId: v.id})).GetSnapshot()
-	if !s.GetReadyToUse() || s.GetSourceVolumeId() != v.id || s.GetSizeBytes() == 0 || s.GetCreationTime().AsTime().IsZero() {
+	var s *csi.Snapshot
+	eventually(v.t, "the snapshot is ready", func() bool { // the sidecar repeats the call too
+		s = ok[*csi.CreateSnapshotResponse](v.t)(v.CreateSnapshot(v.t.Context(),
+			&csi.CreateSnapshotRequest{Name: name, SourceVolumeId: v.id})).GetSnapshot()
+		return s.GetReadyToUse()
+	})
+	if s.GetSourceVolumeId() != v.id || s.GetSizeBytes() == 0 || s.GetCreationTime().AsTime().IsZero() {
 		v.t.Errorf("snapshot %v", s)
 	}
 	return s.GetSnapshotId()

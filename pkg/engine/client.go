@@ -103,25 +103,32 @@ func (c *Client) Resize(ctx context.Context, volumeID string, size int64) (int64
 	return r.GetSize(), err
 }
 
+// Snapshot is a snapshot of an attached volume.
+type Snapshot struct {
+	qcow2.Snapshot
+	Pending bool // its instant has passed, its metadata is still being written
+}
+
 // CreateSnapshot takes a snapshot of an attached volume; the one that exists if the name is taken.
 // freeze, when not nil, is a directory on the file system that is mounted from the volume's device: it
-// is frozen for the instant of the snapshot. ErrNotAttached, ErrFreeze.
-func (c *Client) CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (qcow2.Snapshot, error) {
+// is frozen for the instant of the snapshot. The snapshot of a large volume may still be pending: a repeated call tells
+// when it is whole. ErrNotAttached, ErrFreeze; ErrLost when a pending one never came to be.
+func (c *Client) CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (Snapshot, error) {
 	req := &api.CreateSnapshotRequest{VolumeId: volumeID, Name: name}
 	if freeze != nil {
 		req.FreezeToken = rand.Text()
 		if err := c.PassFD(ctx, req.GetFreezeToken(), freeze); err != nil {
-			return qcow2.Snapshot{}, err
+			return Snapshot{}, err
 		}
 	}
 	r, err := c.api.CreateSnapshot(ctx, req)
 	if err != nil {
-		return qcow2.Snapshot{}, err
+		return Snapshot{}, err
 	}
 	return snapshotFromAPI(r.GetSnapshot()), nil
 }
 
-// DeleteSnapshot removes a snapshot of an attached volume; nil if there is none of that name.
+// DeleteSnapshot removes a snapshot of an attached volume, or forgets a lost one; nil if there is none of that name.
 // ErrNotAttached; qcow2.ErrInUse while it is cloned.
 func (c *Client) DeleteSnapshot(ctx context.Context, volumeID, name string) error {
 	_, err := c.api.DeleteSnapshot(ctx, &api.DeleteSnapshotRequest{VolumeId: volumeID, Name: name})
@@ -129,13 +136,13 @@ func (c *Client) DeleteSnapshot(ctx context.Context, volumeID, name string) erro
 }
 
 // ListSnapshots returns the snapshots of an attached volume in the order of its table, those that
-// clones use left out. ErrNotAttached.
-func (c *Client) ListSnapshots(ctx context.Context, volumeID string) ([]qcow2.Snapshot, error) {
+// clones use left out, and a pending one. ErrNotAttached.
+func (c *Client) ListSnapshots(ctx context.Context, volumeID string) ([]Snapshot, error) {
 	r, err := c.api.ListSnapshots(ctx, &api.ListSnapshotsRequest{VolumeId: volumeID})
 	if err != nil {
 		return nil, err
 	}
-	var out []qcow2.Snapshot
+	var out []Snapshot
 	for _, s := range r.GetSnapshots() {
 		out = append(out, snapshotFromAPI(s))
 	}
@@ -167,6 +174,9 @@ func socketPath(endpoint string) (string, error) {
 	return path, nil
 }
 
-func snapshotFromAPI(s *api.Snapshot) qcow2.Snapshot {
-	return qcow2.Snapshot{ID: s.GetId(), Name: s.GetName(), Date: s.GetCreationTime().AsTime(), DiskSize: s.GetDiskSize()}
+func snapshotFromAPI(s *api.Snapshot) Snapshot {
+	return Snapshot{
+		Snapshot: qcow2.Snapshot{ID: s.GetId(), Name: s.GetName(), Date: s.GetCreationTime().AsTime(), DiskSize: s.GetDiskSize()},
+		Pending:  s.GetPending(),
+	}
 }

@@ -42,4 +42,5 @@ type hooks struct {
 	frozen         func()        // after FIFREEZE
 	orphanPatience time.Duration // if not 0
 	maxFrozen      time.Duration // if not 0
+	answerAfter    time.Duration // if not 0
 }

@@ -32,6 +32,9 @@ var (
 	// ErrFreeze is returned by CreateSnapshot when the file system could not be frozen, or not be
 	// kept frozen until the snapshot. No snapshot was made.
 	ErrFreeze = errors.New("file system was not frozen")
+	// ErrLost is returned for a snapshot that was answered with as pending and never came to be. Its name is
+	// free again when it has been deleted.
+	ErrLost = errors.New("snapshot is lost")
 )
 
 // errorDomain marks the error details that this package writes.
@@ -54,6 +57,7 @@ func kinds() []kind {
 		{"TOMBSTONE", ErrTombstone, codes.FailedPrecondition, false},
 		{"INVALID", ErrInvalid, codes.InvalidArgument, false},
 		{"FREEZE", ErrFreeze, codes.Aborted, false},
+		{"SNAPSHOT_LOST", ErrLost, codes.Internal, false},
 		{"UNAVAILABLE", ErrUnavailable, codes.Unavailable, true},
 
 		{"POOL_NOT_READY", pool.ErrNotReady, codes.Unavailable, false},

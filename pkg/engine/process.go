@@ -8,12 +8,14 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
@@ -131,15 +133,17 @@ func (p *process) status(ctx context.Context) (*api.Attachment, error) {
 	return r.GetAttachments()[0], nil
 }
 
-// createSnapshot is the call of that name; cut is called at the instant whose state the snapshot holds, or
-// when there will be none because the call failed or the worker died. The worker tells the instant by
-// sending the response's header then, long before the response.
-func (p *process) createSnapshot(ctx context.Context, name string, cut func()) (*api.Snapshot, error) {
+// createSnapshot is the call of that name; cut is called once at the instant whose state the snapshot holds, with what
+// it will be, or with nil when there will be none because the call failed or the worker died. The worker tells the
+// instant by sending the response's header then, long before the response.
+func (p *process) createSnapshot(ctx context.Context, name string, cut func(*api.Snapshot)) (*api.Snapshot, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var reply api.CreateSnapshotResponse
 	err := func() error {
-		defer cut()
+		var header metadata.MD
+		announce := sync.OnceFunc(func() { cut(receiveCut(header)) })
+		defer announce()
 		stream, err := p.conn.NewStream(ctx, &grpc.StreamDesc{}, api.Engine_CreateSnapshot_FullMethodName)
 		if err != nil {
 			return err
@@ -150,8 +154,8 @@ func (p *process) createSnapshot(ctx context.Context, name string, cut func()) (
 		if err := stream.CloseSend(); err != nil {
 			return err
 		}
-		_, err = stream.Header()
-		cut()
+		header, err = stream.Header()
+		announce()
 		if err != nil {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"k8s.io/klog/v2"
 
@@ -74,18 +75,39 @@ func logCalls(level klog.Level) grpc.UnaryServerInterceptor {
 func recoverPanic(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (reply any, err error) {
 	defer func() {
 		if fault := recover(); fault != nil {
-			klog.ErrorS(nil, "Panic", "method", path.Base(info.FullMethod), "fault", fault, "stack", string(debug.Stack()))
-			err = fmt.Errorf("%s: %w: %v", info.FullMethod, errPanic, fault)
+			err = panicked(path.Base(info.FullMethod), fault)
 		}
 	}()
 	return handle(ctx, req)
 }
 
+// panicked logs a panic that was recovered from, and makes an error of it.
+func panicked(method string, fault any) error {
+	klog.ErrorS(nil, "Panic", "method", method, "fault", fault, "stack", string(debug.Stack()))
+	return fmt.Errorf("%s: %w: %v", method, errPanic, fault)
+}
+
+// cutHeader carries, in the header of CreateSnapshot's response, what the snapshot will be.
+const cutHeader = "snapshot-bin"
+
 // sendCut tells the caller of CreateSnapshot that the instant of the snapshot has come.
-func sendCut(ctx context.Context) {
-	if err := grpc.SendHeader(ctx, metadata.MD{}); err != nil {
+func sendCut(ctx context.Context, s qcow2.Snapshot) {
+	b, err := proto.Marshal(snapshotToAPI(s))
+	if err == nil {
+		err = grpc.SendHeader(ctx, metadata.Pairs(cutHeader, string(b)))
+	}
+	if err != nil {
 		klog.ErrorS(err, "The instant of a snapshot was not announced")
 	}
+}
+
+// receiveCut is the other end of sendCut; nil if the call failed before.
+func receiveCut(header metadata.MD) *api.Snapshot {
+	var s api.Snapshot
+	if b := header.Get(cutHeader); len(b) != 1 || proto.Unmarshal([]byte(b[0]), &s) != nil {
+		return nil
+	}
+	return &s
 }
 
 func snapshotToAPI(s qcow2.Snapshot) *api.Snapshot {

@@ -178,41 +178,11 @@ func (s *service) Resize(ctx context.Context, r *api.ResizeRequest) (*api.Resize
 	return reply, w.explain(err)
 }
 
-func (s *service) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotRequest) (*api.CreateSnapshotResponse, error) {
-	if err := checkSnapshotName(r.GetName()); err != nil {
-		return nil, err
-	}
-	w, device, unlock, err := s.locked(ctx, r.GetVolumeId())
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	ctx = context.WithoutCancel(ctx)
-	if r.GetFreezeToken() == "" {
-		snapshot, err := w.createSnapshot(ctx, r.GetName(), func() {})
-		return &api.CreateSnapshotResponse{Snapshot: snapshot}, w.explain(err)
-	}
-	dir, takeErr := s.fds.take(r.GetFreezeToken())
-	if takeErr == nil {
-		defer dir.Close()
-	}
-	// A repeated call must not freeze the file system again; its token may be gone.
-	existing, err := w.snapshot(ctx, r.GetName())
-	if err != nil || existing != nil {
-		return &api.CreateSnapshotResponse{Snapshot: existing}, w.explain(err)
-	}
-	if takeErr != nil {
-		return nil, takeErr
-	}
-	snapshot, err := s.frozenSnapshot(ctx, w, device, r.GetName(), dir)
-	return &api.CreateSnapshotResponse{Snapshot: snapshot}, w.explain(err)
-}
-
 // frozenSnapshot takes a snapshot while the file system of dir is frozen.
 func (s *service) frozenSnapshot(
-	ctx context.Context, w *process, device, name string, dir *os.File,
+	ctx context.Context, c *snapshotCall, w *process, device string, dir *os.File,
 ) (*api.Snapshot, error) {
-	f, err := freezeFS(s.openedPool(), w.volume, device, dir, cmp.Or(s.options.hooks.maxFrozen, maxFrozen))
+	f, err := freezeFS(s.openedPool(), c.volume, device, dir, cmp.Or(s.options.hooks.maxFrozen, maxFrozen))
 	if err != nil {
 		return nil, err
 	}
@@ -220,9 +190,13 @@ func (s *service) frozenSnapshot(
 	if s.options.hooks.frozen != nil {
 		s.options.hooks.frozen()
 	}
-	snapshot, err := w.createSnapshot(ctx, name, func() { _ = f.thaw() })
+	snapshot, err := w.createSnapshot(ctx, c.name, func(future *api.Snapshot) {
+		if f.thaw() == nil { // what is not good is not announced
+			c.announce(future)
+		}
+	})
 	if lost := f.thaw(); err == nil && lost != nil {
-		_, deleteErr := w.api.DeleteSnapshot(ctx, &api.DeleteSnapshotRequest{VolumeId: w.volume, Name: name})
+		_, deleteErr := w.api.DeleteSnapshot(ctx, &api.DeleteSnapshotRequest{VolumeId: c.volume, Name: c.name})
 		return nil, errors.Join(lost, deleteErr)
 	}
 	return snapshot, err
@@ -238,7 +212,10 @@ func (s *service) DeleteSnapshot(ctx context.Context, r *api.DeleteSnapshotReque
 	}
 	defer unlock()
 	reply, err := w.api.DeleteSnapshot(context.WithoutCancel(ctx), r)
-	return reply, w.explain(err)
+	if err != nil {
+		return nil, w.explain(err)
+	}
+	return reply, s.openedPool().EndPendingSnapshot(r.GetVolumeId(), r.GetName())
 }
 
 func (s *service) ListSnapshots(ctx context.Context, r *api.ListSnapshotsRequest) (*api.ListSnapshotsResponse, error) {
@@ -246,8 +223,16 @@ func (s *service) ListSnapshots(ctx context.Context, r *api.ListSnapshotsRequest
 	if err != nil {
 		return nil, err
 	}
+	pending := s.pendingSnapshot(r.GetVolumeId()) // first: it may be in the table a moment later
 	reply, err := w.api.ListSnapshots(ctx, r)
-	return reply, w.explain(err)
+	if err != nil {
+		return nil, w.explain(err)
+	}
+	listed := func(row *api.Snapshot) bool { return row.GetName() == pending.GetName() }
+	if pending != nil && !slices.ContainsFunc(reply.GetSnapshots(), listed) {
+		reply.Snapshots = append(reply.Snapshots, pending)
+	}
+	return reply, nil
 }
 
 func checkSnapshotName(name string) error {

@@ -32,14 +32,15 @@ type supervisor struct {
 	// calls serialises what changes one volume. Taken before mu.
 	calls   keyLock
 	opening sync.Mutex     // held while the pool is opened; taken before mu
-	tasks   sync.WaitGroup // watchers of workers, and clones
+	tasks   sync.WaitGroup // watchers of workers, clones and snapshot calls
 
-	mu       sync.Mutex // guards what follows
-	pool     *pool.Pool // nil until it is ready
-	lockFile *os.File
-	closing  bool
-	attached map[string]*attachment
-	clones   map[string]*cloneCall // by target
+	mu        sync.Mutex // guards what follows
+	pool      *pool.Pool // nil until it is ready
+	lockFile  *os.File
+	closing   bool
+	attached  map[string]*attachment
+	clones    map[string]*cloneCall // by target
+	snapshots []*snapshotCall       // that run
 }
 
 // attachment is a volume with a worker, or one that lost it.

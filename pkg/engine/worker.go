@@ -159,7 +159,7 @@ func (w *worker) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReques
 	if err != nil {
 		return nil, err
 	}
-	snapshot, err := s.img.CreateSnapshot(r.GetName(), func() { sendCut(ctx) })
+	snapshot, err := s.img.CreateSnapshot(r.GetName(), func(s qcow2.Snapshot) { sendCut(ctx, s) })
 	if errors.Is(err, qcow2.ErrExists) {
 		snapshot, err = s.img.FindSnapshot(qcow2.ByName(r.GetName()))
 	}

@@ -2,8 +2,14 @@ package pool
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 func TestUncleanStop(t *testing.T) {
@@ -64,4 +70,48 @@ func TestMarkers(t *testing.T) {
 	want(t, "Marked", err, ErrNotFound)
 	want(t, "Mark", p.Mark(none, Frozen, nil), ErrNotFound)
 	want(t, "Unmark", p.Unmark(none, Frozen), ErrNotFound)
+}
+
+func TestPendingSnapshots(t *testing.T) {
+	p := newPool(t)
+	id := create(t, p, "v")
+	want := func(names ...string) {
+		t.Helper()
+		all, err := p.PendingSnapshots(id)
+		must(t, err)
+		var got []string
+		for _, s := range all {
+			got = append(got, s.Name)
+		}
+		if !slices.Equal(got, names) {
+			t.Errorf("pending: %q, want %q", got, names)
+		}
+	}
+	want()
+	must(t, p.EndPendingSnapshot(id, "a"))
+	must(t, p.AddPendingSnapshot(id, PendingSnapshot{Name: "a", Created: time.Unix(1, 0)}))
+	must(t, p.AddPendingSnapshot(id, PendingSnapshot{Name: "b", Created: time.Unix(2, 0)}))
+	must(t, p.AddPendingSnapshot(id, PendingSnapshot{Name: "b", Created: time.Unix(3, 0)}))
+	want("a", "b")
+	if all, _ := p.PendingSnapshots(id); !all[1].Created.Equal(time.Unix(3, 0)) {
+		t.Errorf("the time of b is %v", all[1].Created)
+	}
+	var err error
+	for i := 0; err == nil; i++ {
+		err = p.AddPendingSnapshot(id, PendingSnapshot{Name: fmt.Sprintf("%0200d", i)})
+	}
+	if !errors.Is(err, qcow2.ErrLimit) {
+		t.Errorf("too many: %v", err)
+	}
+	all, err := p.PendingSnapshots(id)
+	must(t, err)
+	for _, s := range all[1:] {
+		must(t, p.EndPendingSnapshot(id, s.Name))
+	}
+	want("a")
+	must(t, p.EndPendingSnapshot(id, "a"))
+	want()
+	if _, set, err := p.Marked(id, pending); set || err != nil {
+		t.Errorf("the marker stays: %v", err)
+	}
 }

@@ -278,7 +278,7 @@ func (h *history) createSnapshot() {
 	}
 	h.note("%d: snapshot %s", h.count, name)
 	cuts := 0
-	s, err := h.img.CreateSnapshot(name, func() { cuts++ })
+	s, err := h.img.CreateSnapshot(name, func(Snapshot) { cuts++ })
 	if h.tooNarrow(err) {
 		return
 	}

@@ -9,8 +9,8 @@ import (
 type refcounts struct {
 	f       File
 	g       geometry
-	table   []int64        // host offset of each refcount block, 0 = none; as many as the table has room for
-	tableAt run            // host clusters of the table
+	table   []int64 // host offset of each refcount block, 0 = none; as many as the table has room for
+	tableAt run     // host clusters of the table
 	blocks  map[int64]*refBlock
 	limit   int // blocks kept in memory, dirty ones apart
 }

@@ -41,9 +41,9 @@ func (img *Image) findRow(s Selector) (snapshotRow, error) {
 
 // CreateSnapshot takes a snapshot of the active disk: of all requests that completed before the call and none that
 // comes after it returns. Guests wait only for the instant itself, however large the disk is. cut, if not nil, is
-// called once at that instant: a frozen file system may be thawed. ErrExists if the name is taken, ErrLimit if a
+// called once at that instant with what the snapshot will be: a frozen file system may be thawed. ErrExists if the name is taken, ErrLimit if a
 // limit of the format is reached. If it fails nothing has changed.
-func (img *Image) CreateSnapshot(name string, cut func()) (Snapshot, error) {
+func (img *Image) CreateSnapshot(name string, cut func(Snapshot)) (Snapshot, error) {
 	if name == "" || len(name) > maxSnapshotName {
 		return Snapshot{}, fmt.Errorf("%w: a snapshot name has 1 to %d bytes, this one %d", ErrLimit, maxSnapshotName, len(name))
 	}
@@ -67,7 +67,7 @@ func (img *Image) CreateSnapshot(name string, cut func()) (Snapshot, error) {
 			// A VM's state lies beyond the disk. It belongs to the snapshot alone from now on.
 			n.l1Keep = min(n.g.l1Entries(n.h.size), n.l1Keep)
 			if cut != nil {
-				cut()
+				cut(row.snapshot())
 			}
 			return nil
 		},

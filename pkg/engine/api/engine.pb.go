@@ -637,6 +637,7 @@ type Snapshot struct {
 	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	CreationTime  *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=creation_time,json=creationTime,proto3" json:"creation_time,omitempty"`
 	DiskSize      int64                  `protobuf:"varint,4,opt,name=disk_size,json=diskSize,proto3" json:"disk_size,omitempty"` // virtual bytes at the time of the snapshot
+	Pending       bool                   `protobuf:"varint,5,opt,name=pending,proto3" json:"pending,omitempty"`                   // its metadata is still being written
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -697,6 +698,13 @@ func (x *Snapshot) GetDiskSize() int64 {
 		return x.DiskSize
 	}
 	return 0
+}
+
+func (x *Snapshot) GetPending() bool {
+	if x != nil {
+		return x.Pending
+	}
+	return false
 }
 
 type DeleteSnapshotRequest struct {
@@ -1015,12 +1023,13 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12!\n" +
 	"\ffreeze_token\x18\x03 \x01(\tR\vfreezeToken\"S\n" +
 	"\x16CreateSnapshotResponse\x129\n" +
-	"\bsnapshot\x18\x01 \x01(\v2\x1d.csi_qcow2.engine.v1.SnapshotR\bsnapshot\"\x8c\x01\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x1d.csi_qcow2.engine.v1.SnapshotR\bsnapshot\"\xa6\x01\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12?\n" +
 	"\rcreation_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\fcreationTime\x12\x1b\n" +
-	"\tdisk_size\x18\x04 \x01(\x03R\bdiskSize\"H\n" +
+	"\tdisk_size\x18\x04 \x01(\x03R\bdiskSize\x12\x18\n" +
+	"\apending\x18\x05 \x01(\bR\apending\"H\n" +
 	"\x15DeleteSnapshotRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\"\x18\n" +

@@ -49,9 +49,11 @@ type EngineClient interface {
 	// Resize makes an attached volume's image and device larger; smaller is a no-op.
 	Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error)
 	// CreateSnapshot takes an internal snapshot of an attached volume. The same name answers with the
-	// snapshot that exists.
+	// snapshot that exists. It answers with a pending one when its instant has passed and its metadata
+	// takes longer; asked again it answers with the whole one, or with the reason why it is lost.
 	CreateSnapshot(ctx context.Context, in *CreateSnapshotRequest, opts ...grpc.CallOption) (*CreateSnapshotResponse, error)
-	// DeleteSnapshot removes a snapshot of an attached volume; one that is gone is fine.
+	// DeleteSnapshot removes a snapshot of an attached volume, or forgets one that was lost; one that is
+	// gone is fine.
 	DeleteSnapshot(ctx context.Context, in *DeleteSnapshotRequest, opts ...grpc.CallOption) (*DeleteSnapshotResponse, error)
 	// ListSnapshots reads the snapshot table of an attached volume.
 	ListSnapshots(ctx context.Context, in *ListSnapshotsRequest, opts ...grpc.CallOption) (*ListSnapshotsResponse, error)
@@ -174,9 +176,11 @@ type EngineServer interface {
 	// Resize makes an attached volume's image and device larger; smaller is a no-op.
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
 	// CreateSnapshot takes an internal snapshot of an attached volume. The same name answers with the
-	// snapshot that exists.
+	// snapshot that exists. It answers with a pending one when its instant has passed and its metadata
+	// takes longer; asked again it answers with the whole one, or with the reason why it is lost.
 	CreateSnapshot(context.Context, *CreateSnapshotRequest) (*CreateSnapshotResponse, error)
-	// DeleteSnapshot removes a snapshot of an attached volume; one that is gone is fine.
+	// DeleteSnapshot removes a snapshot of an attached volume, or forgets one that was lost; one that is
+	// gone is fine.
 	DeleteSnapshot(context.Context, *DeleteSnapshotRequest) (*DeleteSnapshotResponse, error)
 	// ListSnapshots reads the snapshot table of an attached volume.
 	ListSnapshots(context.Context, *ListSnapshotsRequest) (*ListSnapshotsResponse, error)
