@@ -4,71 +4,126 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
-// checkReport is the JSON of `image check`, with the keys of `qemu-img check --output=json`, and the problems.
+// checkReport is the JSON of `image check`, with the keys of `qemu-img check --output=json`, and more: what is wrong,
+// or was before a repair, and what the repair did.
 type checkReport struct {
-	Filename    string   `json:"filename"`
-	Format      string   `json:"format"`
-	Errors      int64    `json:"check-errors"`
-	Corruptions int64    `json:"corruptions,omitempty"`
-	Leaks       int64    `json:"leaks,omitempty"`
-	Total       int64    `json:"total-clusters"`
-	Allocated   int64    `json:"allocated-clusters"`
-	ImageEnd    int64    `json:"image-end-offset"`
-	Problems    []string `json:"problems,omitempty"`
+	Filename         string   `json:"filename"`
+	Format           string   `json:"format"`
+	Errors           int64    `json:"check-errors"`
+	Corruptions      int64    `json:"corruptions,omitempty"`
+	Leaks            int64    `json:"leaks,omitempty"`
+	CorruptionsFixed int64    `json:"corruptions-fixed,omitempty"`
+	LeaksFixed       int64    `json:"leaks-fixed,omitempty"`
+	Total            int64    `json:"total-clusters"`
+	Allocated        int64    `json:"allocated-clusters"`
+	ImageEnd         int64    `json:"image-end-offset"`
+	Problems         []string `json:"problems,omitempty"`
+	Mended           []string `json:"mended,omitempty"`
+	Lost             int64    `json:"lost,omitempty"`
 }
+
+// repairs are the values of --repair.
+var repairs = map[string]qcow2.RepairKind{"leaks": qcow2.RepairLeaks, "all": qcow2.RepairAll}
 
 func newImageCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check FILE",
-		Short: "Check the metadata of an image",
+		Short: "Check the metadata of an image, and repair it",
 		Long: `Check the metadata of an image: the reference count of each cluster, the flags that depend on it, that
 nothing overlaps, the snapshot table.
 
-The exit status is that of ` + "`qemu-img check`" + `: 0 the image is clean, 1 it could not be checked, 2 it is corrupt,
-3 clusters are leaked (they cost space and do no harm).`,
+With --repair leaks, clusters that nothing uses are given back. With --repair all, everything that contradicts itself is
+mended as well: what can be read stays as it is, references that lead nowhere are given up and read as zeros, snapshots
+without an L1 table are removed. Make a copy of a corrupt image first. A repair that is interrupted has changed nothing,
+or all.
+
+The exit status is that of ` + "`qemu-img check`" + `, after a repair that of another check: 0 the image is clean, 1 it could not be checked,
+2 it is corrupt, 3 clusters are leaked (they cost space and do no harm).`,
 		Args: takes("FILE"),
 	}
 	output := addOutputFlag(cmd)
-	repair := cmd.Flags().String("repair", "", "`leaks` or all (not implemented yet)")
+	repair := cmd.Flags().String("repair", "", "what to repair: `leaks` or all")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		kind, known := repairs[*repair]
 		switch {
 		case !cmd.Flags().Changed("repair"):
-		case *repair != "leaks" && *repair != "all":
-			return fmt.Errorf("--repair %s: it is leaks or all", *repair)
-		default:
-			return errors.New("--repair: this version does not repair images yet; `qemu-img check -r leaks FILE` or `-r all` does")
+			return checkImage(cmd, args[0], output)
+		case !known:
+			return fmt.Errorf("--repair %s: it is %s", *repair, strings.Join(slices.Sorted(maps.Keys(repairs)), " or "))
 		}
-		return checkImage(cmd, args[0], output)
+		return repairImage(cmd, args[0], kind, output)
 	}
 	return cmd
 }
 
 func checkImage(cmd *cobra.Command, path string, output *outputFlag) error {
 	var result qcow2.CheckResult
-	err := withImage(path, true, func(img *qcow2.Image) (err error) {
+	err := withFile(path, true, func(f qcow2.File) (err error) {
 		p := newProgress(cmd.ErrOrStderr(), "checking "+path)
 		defer p.end()
-		result, err = img.Check(cmd.Context(), p.update)
+		result, err = qcow2.Check(cmd.Context(), f, p.update)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	report := checkReport{
+	return newCheckReport(path, result).print(cmd, output, result)
+}
+
+func repairImage(cmd *cobra.Command, path string, kind qcow2.RepairKind, output *outputFlag) error {
+	var result qcow2.RepairResult
+	err := withFile(path, false, func(f qcow2.File) (err error) {
+		p := newProgress(cmd.ErrOrStderr(), "repairing "+path)
+		defer p.end()
+		result, err = qcow2.Repair(cmd.Context(), f, kind, p.update)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	r := newCheckReport(path, result.Left)
+	r.Problems, r.Mended, r.Lost = result.Found.Problems, result.Mended, result.Lost
+	if result.FoundErr != nil {
+		r.Problems = []string{result.FoundErr.Error()}
+	}
+	r.CorruptionsFixed = max(0, result.Found.Corruptions-result.Left.Corruptions)
+	r.LeaksFixed = max(0, result.Found.Leaks-result.Left.Leaks)
+	return r.print(cmd, output, result.Left)
+}
+
+// withFile opens the file of an image that may be too damaged to be opened as one.
+func withFile(path string, readOnly bool, work func(qcow2.File) error) (err error) {
+	f, err := qcow2.OpenFile(path, readOnly)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	return work(f)
+}
+
+func newCheckReport(path string, result qcow2.CheckResult) checkReport {
+	return checkReport{
 		Filename: path, Format: "qcow2",
 		Corruptions: result.Corruptions, Leaks: result.Leaks, Problems: result.Problems,
 		Total: result.Clusters, Allocated: result.Allocated, ImageEnd: result.ImageEnd,
 	}
-	if err := output.print(cmd.OutOrStdout(), report, report.table); err != nil {
+}
+
+// print prints the report, and returns the exit status of its verdict.
+func (r checkReport) print(cmd *cobra.Command, output *outputFlag, verdict qcow2.CheckResult) error {
+	if err := output.print(cmd.OutOrStdout(), r, r.table); err != nil {
 		return err
 	}
-	if status := result.ExitStatus(); status != 0 {
+	if status := verdict.ExitStatus(); status != 0 {
 		return statusError(status)
 	}
 	return nil
@@ -78,8 +133,14 @@ func (r checkReport) table(w io.Writer) {
 	for _, problem := range r.Problems {
 		fmt.Fprintln(w, problem)
 	}
-	if more := r.Corruptions + r.Leaks - int64(len(r.Problems)); more > 0 {
+	if more := r.Corruptions + r.CorruptionsFixed + r.Leaks + r.LeaksFixed - int64(len(r.Problems)); more > 0 {
 		fmt.Fprintf(w, "and %d more\n", more)
+	}
+	for _, mended := range r.Mended {
+		fmt.Fprintln(w, "repaired:", mended)
+	}
+	if r.Lost > 0 {
+		fmt.Fprintf(w, "%d references to content led nowhere and were given up.\n", r.Lost)
 	}
 	switch {
 	case r.Corruptions > 0:

@@ -21,6 +21,7 @@ func TestCheckStatus(t *testing.T) {
 		"leak":       {leak, 3, "1 clusters are leaked"},
 		"no count":   {func(t *testing.T, f *os.File) { setCount(t, f, 0, 0) }, 2, "The image is corrupt"},
 		"no image":   {func(t *testing.T, f *os.File) { writeAt(t, f, []byte("none"), 0) }, 1, "not a qcow2 image"},
+		"no L1":      {func(t *testing.T, f *os.File) { writeAt(t, f, make([]byte, 8), 40) }, 2, "the header"},
 		"huge table": {func(t *testing.T, f *os.File) { writeAt(t, f, []byte{0xff, 0xff, 0xff, 0xff}, 36) }, 1, "L1"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -87,13 +88,63 @@ func TestCheckJSON(t *testing.T) {
 	contains(t, "check", theirs, ours)
 }
 
+// TestCheckRepairs repairs as far as it is told, and ends with the status that qemu-img gives to the result.
 func TestCheckRepairs(t *testing.T) {
+	t.Parallel()
+	corrupt := func(t *testing.T, f *os.File) { setCount(t, f, 0, 0) }
+	for name, tt := range map[string]struct {
+		damage func(t *testing.T, image *os.File)
+		flag   string
+		status int
+		says   string
+	}{
+		"clean":             {func(*testing.T, *os.File) {}, "all", 0, "The image is clean."},
+		"leak":              {leak, "leaks", 0, "refcount 1 became 0"},
+		"leak, all":         {leak, "all", 0, "refcount 1 became 0"},
+		"corrupt":           {corrupt, "all", 0, "written anew"},
+		"corrupt, leaks":    {corrupt, "leaks", 2, "The image is corrupt"},
+		"no refcount table": {func(t *testing.T, f *os.File) { writeAt(t, f, make([]byte, 4), 56) }, "all", 0, "written anew"},
+		"no start":          {func(t *testing.T, f *os.File) { writeAt(t, f, make([]byte, 8), 40) }, "all", 1, "the L1 table is at offset 0"},
+		"bad flag":          {func(*testing.T, *os.File) {}, "some", 1, "all or leaks"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			image := filepath.Join(t.TempDir(), "x.qcow2")
+			mustRun(t, "image", "create", image, "64M")
+			qemuIO(t, image, "write -P 1 0 1M")
+			f, err := os.OpenFile(image, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tt.damage(t, f)
+			f.Close()
+			r := run(t, "image", "check", "--repair", tt.flag, image)
+			if r.status != tt.status || !strings.Contains(r.stdout+r.stderr, tt.says) {
+				t.Errorf("exit status %d, want %d and %q: %s%s", r.status, tt.status, tt.says, r.stdout, r.stderr)
+			}
+			check := exec.CommandContext(t.Context(), "qemu-img", "check", "-f", "qcow2", image)
+			if _ = check.Run(); tt.status != 1 && check.ProcessState.ExitCode() != tt.status {
+				t.Errorf("exit status %d, that of qemu-img is %d afterwards", r.status, check.ProcessState.ExitCode())
+			}
+			if tt.status == 0 {
+				qemuIO(t, image, "read -P 1 0 1M")
+			}
+		})
+	}
+}
+
+func TestCheckRepairJSON(t *testing.T) {
 	t.Parallel()
 	image := filepath.Join(t.TempDir(), "x.qcow2")
 	mustRun(t, "image", "create", image, "64M")
-	for flag, want := range map[string]string{"all": "does not repair images yet", "leaks": "does not repair images yet", "some": "leaks or all"} {
-		if r := run(t, "image", "check", image, "--repair", flag); r.status != 1 || !strings.Contains(r.stderr, want) {
-			t.Errorf("--repair %s: %+v", flag, r)
-		}
+	f, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leak(t, f)
+	f.Close()
+	var report map[string]any
+	decode(t, mustRun(t, "image", "check", "--repair", "leaks", "-o", "json", image), &report)
+	if report["leaks-fixed"] != 1.0 || report["leaks"] != nil {
+		t.Errorf("%v", report)
 	}
 }

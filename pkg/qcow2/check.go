@@ -52,12 +52,25 @@ func (img *Image) Check(ctx context.Context, progress func(done, total int64)) (
 	return checkImage(ctx, img.f, *img.hdr.Load(), progress)
 }
 
+// Check checks the image in f, which nobody may change meanwhile, also one that is too damaged to be opened. progress,
+// if not nil, is called with the bytes of L2 tables done and to do. An error means that the image could not be checked.
+func Check(ctx context.Context, f File, progress func(done, total int64)) (CheckResult, error) {
+	h, err := readHeader(f, parseHeader)
+	if err == nil {
+		err = h.checkable()
+	}
+	if err != nil {
+		return CheckResult{}, fmt.Errorf("check %s: %w", f.Name(), err)
+	}
+	return checkImage(ctx, f, h, progress)
+}
+
 // checker recomputes from the mappings how often each host cluster is referenced and holds that against
 // the counts in the image. It needs about a byte of memory per host cluster in use, reads each table once
 // however many paths lead to it, and never follows a reference out of the file; so neither loops nor
 // claims of size can make it work longer than the file is.
 type checker struct {
-	ctx    context.Context
+	stop   func() error // says why to end early
 	file   File
 	h      *header
 	g      geometry
@@ -71,35 +84,59 @@ type checker struct {
 	result   CheckResult
 }
 
+// checkable refuses what a check cannot begin with. It judges itself an image without a refcount table.
+func (h *header) checkable() error {
+	if h.refTableClusters != 0 && h.refTableOffset != 0 {
+		if err := h.checkRefcountTable(); err != nil {
+			return err
+		}
+	}
+	return h.checkSnapshotTable()
+}
+
 // checkImage checks the image in f whose header is h. It only reads f, which must not change meanwhile.
 // progress, when not nil, is called with the bytes of L2 tables done and to do. An error means that the
 // image could not be checked: f cannot be read, ctx ended, or the snapshot table is beyond reading.
 func checkImage(ctx context.Context, f File, h header, progress func(done, total int64)) (CheckResult, error) {
-	size, err := f.Size()
+	c, err := newChecker(ctx.Err, f, h, progress)
+	if err == nil {
+		err = c.check()
+	}
 	if err != nil {
 		return CheckResult{}, fmt.Errorf("check %s: %w", f.Name(), err)
+	}
+	return c.result, nil
+}
+
+func newChecker(stop func() error, f File, h header, progress func(done, total int64)) (*checker, error) {
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
 	}
 	if progress == nil {
 		progress = func(_, _ int64) {}
 	}
 	c := &checker{
-		ctx: ctx, file: f, h: &h, g: h.geometry(), progress: progress, clusterMap: newClusterMap(),
+		stop: stop, file: f, h: &h, g: h.geometry(), progress: progress, clusterMap: newClusterMap(),
 		length: (size + sectorSize - 1) &^ (sectorSize - 1),
 	}
 	c.clusters = c.g.clusters(c.length)
 	c.result.Clusters = c.g.clusters(h.size)
+	return c, nil
+}
 
+func (c *checker) check() error {
 	// Everything that has one owner is marked first: what is found in L1 and L2 tables afterwards must
 	// not lie in it.
 	for _, step := range []func() error{
 		c.markHeader, c.loadRefcounts, c.markSnapshotTable, c.markBitmaps, c.markL1Tables, c.walkL1Tables, c.walkL2Tables,
 	} {
 		if err := step(); err != nil {
-			return c.result, fmt.Errorf("check %s: %w", f.Name(), err)
+			return err
 		}
 	}
 	c.compareRefcounts()
-	return c.result, nil
+	return nil
 }
 
 func (c *checker) markHeader() error {
@@ -159,7 +196,7 @@ const readBytes = 1 << 20
 func (c *checker) scan(off, n int64, fn func(b []byte, at int64) error) error {
 	buf := make([]byte, min(n, max(readBytes, c.g.clusterSize)))
 	for at := int64(0); at < n; at += int64(len(buf)) {
-		if err := c.ctx.Err(); err != nil {
+		if err := c.stop(); err != nil {
 			return err
 		}
 		buf = buf[:min(int64(len(buf)), n-at)]

@@ -89,20 +89,31 @@ func (c *checker) checkCopied(from origin, off int64, copied bool, times int64) 
 	}
 }
 
-// walkL2Tables reads tables that lie side by side in one go.
+// walkL2Tables checks what the L2 tables hold.
 func (c *checker) walkL2Tables() error {
 	slices.SortFunc(c.l2, func(a, b l2Region) int { return cmp.Compare(a.offset, b.offset) })
+	return c.eachL2Table(c.l2, func(t table, l2 l2Region) error {
+		c.checkL2Table(t, l2)
+		return nil
+	})
+}
+
+// eachL2Table calls fn for each table and its content, which fn may change. Tables that lie side by side are read in
+// one go.
+func (c *checker) eachL2Table(all []l2Region, fn func(t table, l2 l2Region) error) error {
 	size := c.g.clusterSize
-	total := int64(len(c.l2)) * size
+	total := int64(len(all)) * size
 	done := int64(0)
-	for rest := c.l2; len(rest) > 0; {
+	for rest := all; len(rest) > 0; {
 		n := 1
 		for n < len(rest) && rest[n].offset == rest[n-1].offset+size && int64(n+1)*size <= readBytes {
 			n++
 		}
 		err := c.scan(rest[0].offset, int64(n)*size, func(b []byte, at int64) error {
 			for ; len(b) > 0; b, at = b[size:], at+size {
-				c.checkL2Table(c.g.table(b[:size]), rest[at/size])
+				if err := fn(c.g.table(b[:size]), rest[at/size]); err != nil {
+					return err
+				}
 			}
 			return nil
 		})

@@ -43,6 +43,10 @@ func (c *checker) reference(from origin, off, n, times int64) bool {
 // loadRefcounts reads the refcount table and all blocks.
 func (c *checker) loadRefcounts() error {
 	size := c.h.refTableClusters << c.g.clusterBits
+	if size == 0 {
+		c.corrupt(1, "the image has no refcount table")
+		return nil
+	}
 	if !c.reference(origin{use: useRefcountTable}, c.h.refTableOffset, size, 1) {
 		return nil
 	}

@@ -148,6 +148,9 @@ func damage(t testing.TB, f *memFile, rng *rand.Rand) string {
 
 	// Choose a table.
 	table, entries, kind := h.l1Offset, h.l1Size, "L1"
+	if h.l1Size == 0 {
+		table, entries, kind = h.refTableOffset, 1, "refcount table"
+	}
 	l2 := int64(0)
 	for i := range h.l1Size {
 		if off := int64(get(h.l1Offset+8*i) & offsetMask); off != 0 && (l2 == 0 || rng.IntN(2) == 0) {

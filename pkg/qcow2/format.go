@@ -84,7 +84,13 @@ func (g geometry) aligned(off int64) bool { return off&(g.clusterSize-1) == 0 }
 func (g geometry) inCluster(off int64) int64 { return off & (g.clusterSize - 1) }
 
 // l1Entries returns the L1 size that a disk of size bytes needs.
-func (g geometry) l1Entries(size int64) int64 { return (size + g.l2Coverage - 1) / g.l2Coverage }
+func (g geometry) l1Entries(size int64) int64 {
+	n := size / g.l2Coverage
+	if size%g.l2Coverage != 0 {
+		n++ // not size+l2Coverage-1 above: that may exceed an int64
+	}
+	return n
+}
 
 func (g geometry) l1Index(guest int64) int64 { return guest / g.l2Coverage }
 func (g geometry) l2Index(guest int64) int64 { return guest >> g.clusterBits & (g.l2Entries - 1) }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"math"
 	"strings"
 )
 
@@ -53,9 +52,25 @@ type header struct {
 	sector [sectorSize]byte // the first sector as it is on disk
 }
 
-// decodeHeader checks every field that is later used to shift, to allocate or to seek. cluster is the
+// decodeHeader checks every field that is later used to shift, to allocate or to seek. b is the
 // start of the file, at most one cluster and at least one sector.
 func decodeHeader(b []byte) (header, error) {
+	h, err := parseHeader(b)
+	if err == nil {
+		err = h.checkL1Table()
+	}
+	if err == nil {
+		err = h.checkRefcountTable()
+	}
+	if err == nil {
+		err = h.checkSnapshotTable()
+	}
+	return h, err
+}
+
+// parseHeader is decodeHeader but for what the checker judges: that there is an L1 table, and the pointers to what can be
+// rebuilt or cut, the refcount table and the snapshot table.
+func parseHeader(b []byte) (header, error) {
 	var h header
 	if len(b) < sectorSize || binary.BigEndian.Uint32(b) != magic {
 		return h, fmt.Errorf("%w: not a qcow2 image (no magic at offset 0)", ErrUnsupported)
@@ -160,45 +175,60 @@ func (h *header) geometry() geometry {
 	return newGeometry(h.clusterBits, h.refcountOrder, h.incompatible&incompatExtendedL2 != 0)
 }
 
-// decodeGeneration reads bytes 24-71.
+// decodeGeneration reads bytes 24-71 and checks those that nothing else tells: the disk's size and its L1 table.
 func (h *header) decodeGeneration() error {
 	g := h.geometry()
 	be32 := func(at int) int64 { return int64(binary.BigEndian.Uint32(h.sector[at:])) }
-	be64 := func(at int) uint64 { return binary.BigEndian.Uint64(h.sector[at:]) }
-	h.l1Size, h.refTableClusters, h.snapshots = be32(36), be32(56), be32(60)
+	be64 := func(at int) int64 { return int64(binary.BigEndian.Uint64(h.sector[at:])) }
+	h.l1Size, h.l1Offset = be32(36), be64(40)
+	h.refTableOffset, h.refTableClusters = be64(48), be32(56)
+	h.snapshots, h.snapshotsOffset = be32(60), be64(64)
 
-	for _, f := range []struct {
-		name string
-		at   int
-		to   *int64
-	}{{"l1_table_offset", 40, &h.l1Offset}, {"refcount_table_offset", 48, &h.refTableOffset}, {"snapshots_offset", 64, &h.snapshotsOffset}} {
-		v := be64(f.at)
-		if v >= maxHostOffset || !g.aligned(int64(v)) {
-			return fmt.Errorf("%w: %s %#x at header offset %d", ErrCorrupt, f.name, v, f.at)
-		}
-		*f.to = int64(v)
-	}
-	size := be64(24)
+	h.size = be64(24)
 	switch {
-	case size > math.MaxInt64 || g.l1Entries(int64(size)) > maxL1Bytes/8:
-		return fmt.Errorf("%w: a disk of %d bytes needs more than %d MiB of L1 table", ErrLimit, size, maxL1Bytes>>20)
+	case h.size < 0 || g.l1Entries(h.size) > maxL1Bytes/8:
+		return fmt.Errorf("%w: a disk of %d bytes needs more than %d MiB of L1 table", ErrLimit, uint64(h.size), maxL1Bytes>>20)
 	case h.l1Size > maxL1Bytes/8:
 		return fmt.Errorf("%w: L1 table of %d entries", ErrLimit, h.l1Size)
-	case h.l1Size < g.l1Entries(int64(size)):
-		return fmt.Errorf("%w: L1 table of %d entries is too small for a disk of %d bytes", ErrCorrupt, h.l1Size, size)
-	case h.l1Size > 0 && h.l1Offset == 0:
+	case h.l1Size < g.l1Entries(h.size):
+		return fmt.Errorf("%w: L1 table of %d entries is too small for a disk of %d bytes", ErrCorrupt, h.l1Size, h.size)
+	}
+	return h.checkPointer("l1_table_offset", 40, h.l1Offset)
+}
+
+func (h *header) checkL1Table() error {
+	if h.l1Size > 0 && h.l1Offset == 0 {
 		return fmt.Errorf("%w: the L1 table is at offset 0, in the header", ErrCorrupt)
+	}
+	return nil
+}
+
+// checkPointer refuses an offset that no cluster can have, at byte at of the header.
+func (h *header) checkPointer(name string, at int, off int64) error {
+	if off < 0 || off >= maxHostOffset || off&(1<<h.clusterBits-1) != 0 {
+		return fmt.Errorf("%w: %s %#x at header offset %d", ErrCorrupt, name, uint64(off), at)
+	}
+	return nil
+}
+
+func (h *header) checkRefcountTable() error {
+	switch {
 	case h.refTableClusters > maxRefcountTableBytes>>h.clusterBits:
 		return fmt.Errorf("%w: refcount table of %d clusters", ErrLimit, h.refTableClusters)
 	case h.refTableClusters == 0 || h.refTableOffset == 0:
 		return fmt.Errorf("%w: the image has no refcount table", ErrCorrupt)
+	}
+	return h.checkPointer("refcount_table_offset", 48, h.refTableOffset)
+}
+
+func (h *header) checkSnapshotTable() error {
+	switch {
 	case h.snapshots > maxSnapshots:
 		return fmt.Errorf("%w: %d snapshots", ErrLimit, h.snapshots)
 	case h.snapshots > 0 && h.snapshotsOffset == 0:
 		return fmt.Errorf("%w: the snapshot table is at offset 0, in the header", ErrCorrupt)
 	}
-	h.size = int64(size)
-	return nil
+	return h.checkPointer("snapshots_offset", 64, h.snapshotsOffset)
 }
 
 // encode returns the first sector with this generation's fields. Everything else stays as read.
@@ -212,6 +242,7 @@ func (h *header) encode() []byte {
 	binary.BigEndian.PutUint32(s[60:], uint32(h.snapshots))
 	binary.BigEndian.PutUint64(s[64:], uint64(h.snapshotsOffset))
 	if h.version >= 3 {
+		binary.BigEndian.PutUint64(s[72:], h.incompatible)
 		binary.BigEndian.PutUint64(s[88:], h.autoclear)
 	}
 	return s[:]

@@ -77,7 +77,7 @@ func Open(f File, o OpenOptions) (*Image, error) {
 
 func open(file File, o OpenOptions) (*Image, error) {
 	f := newSyncer(file)
-	h, err := readHeader(f)
+	h, err := readHeader(f, decodeHeader)
 	if err != nil {
 		return nil, err
 	}
@@ -121,8 +121,8 @@ func open(file File, o OpenOptions) (*Image, error) {
 	return img, err
 }
 
-// readHeader reads and checks the header, whose extensions may fill the first cluster.
-func readHeader(f File) (header, error) {
+// readHeader reads and decodes the header, whose extensions may fill the first cluster.
+func readHeader(f File, decode func([]byte) (header, error)) (header, error) {
 	b := make([]byte, sectorSize)
 	if err := readPadded(f, b, 0); err != nil {
 		return header{}, err
@@ -133,7 +133,7 @@ func readHeader(f File) (header, error) {
 			return header{}, err
 		}
 	}
-	return decodeHeader(b)
+	return decode(b)
 }
 
 // readL1 reads a table of entries L1 entries. It is bounded by the file, whatever the header claims.

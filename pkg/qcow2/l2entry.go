@@ -100,6 +100,13 @@ func (e l2Entry) compressed(g geometry) (off, length int64) {
 	return off, (sectors+1)*sectorSize - off&(sectorSize-1)
 }
 
+// withCompressed returns the compressed entry e with the bytes at off.
+func (e l2Entry) withCompressed(g geometry, off int64) l2Entry {
+	x := 62 - (g.clusterBits - 8)
+	e.desc = e.desc&^(1<<x-1) | uint64(off)
+	return e
+}
+
 // check refuses an entry that no legal image holds.
 func (e l2Entry) check(g geometry, version int) error {
 	switch allocated, zero := e.sub&subAllocated, e.sub>>subclusters; {

@@ -83,7 +83,7 @@ func (l layout) writeHeader(f File) error {
 	be.PutUint32(h.sector[20:], uint32(h.clusterBits))
 	if h.version >= 3 {
 		if l.g.extended {
-			be.PutUint64(h.sector[72:], incompatExtendedL2)
+			h.incompatible = incompatExtendedL2
 		}
 		be.PutUint32(h.sector[96:], uint32(l.g.refcountOrder))
 		be.PutUint32(h.sector[100:], headerLengthV3)

@@ -85,15 +85,23 @@ func readSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
 // scanSnapshotTable is readSnapshotTable without the check of each row, for the checker, which
 // reports what it finds and goes on.
 func scanSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
-	t := &snapshotReader{
-		r:        bufio.NewReaderSize(io.NewSectionReader(f, h.snapshotsOffset, math.MaxInt64-h.snapshotsOffset), 64<<10),
-		diskSize: h.size,
-	}
 	if h.snapshots > maxSnapshots {
 		return nil, 0, fmt.Errorf("%w: %d snapshots", ErrLimit, h.snapshots)
 	}
+	return newSnapshotReader(f, h).rows(h)
+}
+
+func newSnapshotReader(f File, h *header) *snapshotReader {
+	return &snapshotReader{
+		r:        bufio.NewReaderSize(io.NewSectionReader(f, h.snapshotsOffset, math.MaxInt64-h.snapshotsOffset), 64<<10),
+		diskSize: h.size,
+	}
+}
+
+// rows decodes the table of h and returns how many bytes it takes up. With an error it returns the rows before.
+func (t *snapshotReader) rows(h *header) ([]snapshotRow, int64, error) {
 	var rows []snapshotRow
-	for i := range h.snapshots {
+	for i := range min(h.snapshots, maxSnapshots) {
 		start := h.snapshotsOffset + align8(t.at)
 		row, err := t.next()
 		if err == nil && t.at > maxSnapshotTableBytes {
@@ -103,7 +111,7 @@ func scanSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
 			err = fmt.Errorf("%w: the file ends in it", ErrCorrupt)
 		}
 		if err != nil {
-			return nil, 0, fmt.Errorf("snapshot table row %d of %d at offset %#x: %w", i, h.snapshots, start, err)
+			return rows, t.at, fmt.Errorf("snapshot table row %d of %d at offset %#x: %w", i, h.snapshots, start, err)
 		}
 		rows = append(rows, row)
 	}
@@ -115,6 +123,7 @@ type snapshotReader struct {
 	r        *bufio.Reader
 	at       int64 // bytes consumed
 	diskSize int64 // for rows that do not say
+	shorten  bool  // what is too much extra data, instead of refusing it
 }
 
 // next decodes the row at the next multiple of 8.
@@ -150,11 +159,14 @@ func (t *snapshotReader) next() (snapshotRow, error) {
 }
 
 func (t *snapshotReader) readExtra(row *snapshotRow) error {
-	if row.extraSize > maxSnapshotExtraBytes {
+	if row.extraSize > maxSnapshotExtraBytes && !t.shorten {
 		return fmt.Errorf("%w: %d bytes of extra data, at most %d", ErrLimit, row.extraSize, maxSnapshotExtraBytes)
 	}
-	extra := make([]byte, row.extraSize)
+	extra := make([]byte, min(row.extraSize, maxSnapshotExtraBytes))
 	if err := t.read(extra); err != nil {
+		return err
+	}
+	if err := t.skip(row.extraSize - int64(len(extra))); err != nil {
 		return err
 	}
 	if len(extra) >= 8 {
@@ -173,6 +185,15 @@ func (t *snapshotReader) readExtra(row *snapshotRow) error {
 func (t *snapshotReader) read(p []byte) error {
 	n, err := io.ReadFull(t.r, p)
 	t.at += int64(n)
+	return err
+}
+
+func (t *snapshotReader) skip(n int64) error {
+	if t.at+n > maxSnapshotTableBytes {
+		return fmt.Errorf("%w: the table is larger than %d MiB", ErrLimit, maxSnapshotTableBytes>>20)
+	}
+	n, err := io.CopyN(io.Discard, t.r, n)
+	t.at += n
 	return err
 }
 

@@ -1,0 +1,364 @@
+package qcow2
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"slices"
+)
+
+// rebuild makes the next generation of a damaged image: what can be read stays where it is, and whatever has to change is
+// written behind the end of the file, where one write of the header selects it. References are counted anew; the old
+// refcount structures count for nothing and are never in the way. Neither is other metadata in the way of data: it moves.
+type rebuild struct {
+	*checker              // its refs are the counts of the next generation
+	r           *repairer // to report to
+	rows        []snapshotRow
+	rowsChanged bool
+	first, next int64           // clusters of the new structures: next begins the next one
+	moved       map[int64]int64 // where L2 tables have gone, by their old offset
+	copied      int64           // bytes
+	failure     error           // of a copy
+}
+
+// rebuild with lossless set fails with ErrCorrupt, and changes nothing, where a reference would have to be given up.
+func (r *repairer) rebuild(h header, lossless bool) error {
+	c, err := newChecker(r.stop, r.f, h, nil)
+	if err != nil {
+		return err
+	}
+	b := &rebuild{checker: c, r: r, moved: make(map[int64]int64)}
+	b.first = c.clusters + 1 // a reference may begin in the last, partial cluster and end in the next
+	b.next = b.first
+	lost := r.result.Lost
+	for _, step := range []func() error{
+		b.markHeader, b.salvageRows, b.mendL1Tables, b.mendL2Tables,
+		func() error {
+			if lossless && r.result.Lost > lost {
+				return fmt.Errorf("%w: its metadata is damaged: %w", ErrCorrupt, errLossy)
+			}
+			return nil
+		},
+		b.flagL2Tables, b.settleL2Tables, b.settleL1Tables, b.settleBitmaps, b.settleRows, b.writeRefcounts,
+	} {
+		if err := cmp.Or(step(), b.failure); err != nil {
+			return err
+		}
+	}
+	b.h.incompatible &^= incompatDirty | incompatCorrupt
+	return r.switchHeader(*b.h)
+}
+
+// salvageRows reads the snapshot table as far as it goes.
+func (b *rebuild) salvageRows() error {
+	if err := b.h.checkL1Table(); err != nil {
+		return err
+	}
+	b.l1 = append(b.l1, l1Region{offset: b.h.l1Offset, entries: b.h.l1Size, from: origin{use: useL1}})
+	if b.h.l1Offset+b.h.l1Size*8 > b.g.clusters(b.length)<<b.g.clusterBits {
+		return fmt.Errorf("%w: the active L1 table, %d entries at offset %#x, is behind the end of the file: nothing tells where the disk is",
+			ErrCorrupt, b.h.l1Size, b.h.l1Offset)
+	}
+	if b.h.snapshots == 0 {
+		return nil
+	}
+	var rows []snapshotRow
+	err := b.h.checkPointer("snapshots_offset", 64, b.h.snapshotsOffset)
+	if err == nil {
+		t := newSnapshotReader(b.file, b.h)
+		t.shorten = true
+		rows, _, err = t.rows(b.h)
+	}
+	if n := b.h.snapshots - int64(len(rows)); n > 0 {
+		b.rowsChanged = true
+		b.r.lose("the last %d rows of the snapshot table were cut off: %v", n, cmp.Or(err, ErrLimit))
+	}
+	for i := range rows {
+		b.salvageRow(i, &rows[i])
+	}
+	return nil
+}
+
+// salvageRow keeps a row that can be used.
+func (b *rebuild) salvageRow(i int, row *snapshotRow) {
+	what := fmt.Sprintf("snapshot table row %d (id %q, name %q)", i, row.id, row.name)
+	switch {
+	case row.extraSize > maxSnapshotExtraBytes:
+		b.rowsChanged = true
+		b.r.note("%s: %d bytes of extra data were cut to %d", what, row.extraSize, maxSnapshotExtraBytes)
+	case b.h.version >= 3 && row.extraSize < 16:
+		b.rowsChanged = true
+		b.r.note("%s: %d bytes of extra data were completed", what, row.extraSize)
+	}
+	if row.diskSize < 0 || b.g.l1Entries(row.diskSize) > maxL1Bytes/8 {
+		b.rowsChanged = true
+		b.r.note("%s: a disk of %d bytes became that of the active one", what, uint64(row.diskSize))
+		row.diskSize = b.h.size
+	}
+	err := row.check(b.g)
+	if err == nil && row.l1Offset+row.l1Size*8 > b.g.clusters(b.length)<<b.g.clusterBits {
+		err = fmt.Errorf("%w: L1 table at offset %#x, behind the end of the file", ErrCorrupt, row.l1Offset)
+	}
+	if err != nil {
+		b.rowsChanged = true
+		b.r.lose("%s was removed: %v", what, err)
+		return
+	}
+	b.l1 = append(b.l1, l1Region{
+		offset: row.l1Offset, entries: row.l1Size,
+		from: origin{use: useSnapshotL1, table: row.l1Offset, index: int64(len(b.rows))},
+	})
+	b.rows = append(b.rows, *row)
+}
+
+// write puts content, padded to whole clusters, behind all else and returns its offset.
+func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
+	if err := b.stop(); err != nil {
+		return 0, err
+	}
+	n := max(b.g.clusters(int64(len(content))), 1)
+	padded := content
+	if int64(len(content)) != n<<b.g.clusterBits {
+		padded = make([]byte, n<<b.g.clusterBits)
+		copy(padded, content)
+	}
+	off := b.next << b.g.clusterBits
+	if _, err := b.file.WriteAt(padded, off); err != nil {
+		return 0, fmt.Errorf("write %s: %w", use, err)
+	}
+	b.next += n
+	return off, nil
+}
+
+// isNew tells whether the rebuild wrote what is at off: then it may be written again.
+func (b *rebuild) isNew(off int64) bool { return off>>b.g.clusterBits >= b.first }
+
+// occupy counts a structure of n bytes that is used times often. It returns false if something else is there.
+func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
+	first, end := off>>b.g.clusterBits, b.g.clusters(off+n)
+	for cluster := first; cluster < end; cluster++ {
+		if k, i := b.group(cluster); k.refs.get(i) != 0 {
+			return false
+		}
+	}
+	for cluster := first; cluster < end; cluster++ {
+		k, i := b.group(cluster)
+		k.refs.set(i, uint64(times))
+		k.setUse(i, use)
+	}
+	return true
+}
+
+// settleL2Tables gives each L2 table a place of its own.
+func (b *rebuild) settleL2Tables() error {
+	for _, l2 := range b.l2 {
+		at, moved := b.moved[l2.offset]
+		if !moved && b.occupy(useL2, l2.offset, b.g.clusterSize, l2.times) {
+			continue
+		}
+		if !moved {
+			t := b.g.newTable()
+			err := readPadded(b.file, t.b, l2.offset)
+			if err == nil {
+				at, err = b.write(useL2, t.b)
+			}
+			if err != nil {
+				return err
+			}
+			b.moved[l2.offset] = at
+			b.r.note("the L2 table at %#x moved to %#x: its cluster holds data, too", l2.offset, at)
+		}
+		b.occupy(useL2, at, b.g.clusterSize, l2.times)
+	}
+	return nil
+}
+
+// settleL1Tables makes the L1 tables point at where the L2 tables are now.
+func (b *rebuild) settleL1Tables() error {
+	for _, l1 := range b.l1 {
+		raw := make([]byte, l1.entries*8)
+		if err := readPadded(b.file, raw, l1.offset); err != nil {
+			return err
+		}
+		es := decodeL1(raw)
+		changed := b.repoint(es, l1.from.use == useL1)
+		at := l1.offset
+		var err error
+		switch fits := l1.entries == 0 || b.isNew(at) || b.occupy(l1.from.use, at, l1.entries*8, 1); {
+		case b.isNew(at):
+			_, err = b.file.WriteAt(encodeL1(es), at)
+			b.occupy(l1.from.use, at, l1.entries*8, 1)
+		case changed || !fits:
+			if fits {
+				b.vacate(at, l1.entries*8)
+			}
+			at, err = b.write(l1.from.use, encodeL1(es))
+			b.occupy(l1.from.use, at, l1.entries*8, 1)
+		}
+		if err != nil {
+			return err
+		}
+		if l1.from.use == useL1 {
+			b.h.l1Offset = at
+		} else if row := &b.rows[l1.from.index]; row.l1Offset != at {
+			row.l1Offset, b.rowsChanged = at, true
+		}
+	}
+	return nil
+}
+
+// repoint follows L2 tables that have moved, and in the active L1 table sets COPIED as it must be.
+func (b *rebuild) repoint(es []l1Entry, active bool) (changed bool) {
+	for i, e := range es {
+		if e.offset() == 0 {
+			continue
+		}
+		if at, ok := b.moved[e.offset()]; ok {
+			e = e&flagCopied | l1Entry(at)
+		}
+		if active {
+			k, j := b.group(e.offset() >> b.g.clusterBits)
+			if e &^= flagCopied; k.refs.get(j) == 1 {
+				e |= flagCopied
+			}
+		}
+		changed = changed || e != es[i]
+		es[i] = e
+	}
+	return changed
+}
+
+// vacate forgets the references to n bytes at off.
+func (c *checker) vacate(off, n int64) {
+	for cluster := off >> c.g.clusterBits; cluster < c.g.clusters(off+n); cluster++ {
+		k, i := c.group(cluster)
+		k.refs.set(i, 0)
+		k.setUse(i, useNothing)
+	}
+}
+
+// settleBitmaps counts the clusters of dirty bitmaps. Should anything be wrong with them, they are given up: so does QEMU
+// with bitmaps that are not marked as consistent.
+func (b *rebuild) settleBitmaps() error {
+	alone, err := newChecker(b.stop, b.file, *b.h, nil)
+	if err == nil {
+		err = alone.markHeader()
+	}
+	if err == nil {
+		err = alone.markBitmaps()
+	}
+	if err != nil {
+		return err
+	}
+	alone.vacate(0, b.g.clusterSize)
+	if alone.result.Corruptions > 0 || b.meets(alone) {
+		b.h.autoclear &^= autoclearBitmaps
+		b.r.note("the dirty bitmaps are damaged: they are no longer marked as consistent")
+		return nil
+	}
+	for k := range alone.inOrder() {
+		for i := range int64(groupClusters) {
+			if k.refs.get(i) != 0 {
+				b.occupy(k.use(i), (k.first()+i)<<b.g.clusterBits, b.g.clusterSize, 1)
+			}
+		}
+	}
+	return nil
+}
+
+// meets tells whether a cluster that other references is in use.
+func (b *rebuild) meets(other *checker) bool {
+	for k := range other.inOrder() {
+		for i := range int64(groupClusters) {
+			if mine, j := b.group(k.first() + i); k.refs.get(i) != 0 && mine.refs.get(j) != 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// settleRows writes the snapshot table again if it changed, or shares its place with something else.
+func (b *rebuild) settleRows() error {
+	table, err := encodeSnapshotTable(b.rows)
+	if err != nil {
+		return err
+	}
+	n := int64(len(table))
+	switch {
+	case n == 0:
+		b.h.snapshots, b.h.snapshotsOffset = 0, 0
+	case b.rowsChanged || !b.occupy(useSnapshotTable, b.h.snapshotsOffset, n, 1):
+		at, err := b.write(useSnapshotTable, table)
+		if err != nil {
+			return err
+		}
+		b.occupy(useSnapshotTable, at, n, 1)
+		b.h.snapshots, b.h.snapshotsOffset = int64(len(b.rows)), at
+	}
+	return nil
+}
+
+// writeRefcounts writes a new refcount table with all its blocks behind all else.
+func (b *rebuild) writeRefcounts() error {
+	first := b.next
+	blocks := b.usedBlocks()
+	var n int64
+	for again := true; again; {
+		indexes := slices.Sorted(maps.Keys(blocks))
+		var entries int64
+		if len(indexes) > 0 {
+			entries = indexes[len(indexes)-1] + 1
+		}
+		b.h.refTableClusters = b.g.clusters(entries * 8)
+		if entries*8 > maxRefcountTableBytes {
+			return fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, maxRefcountTableBytes>>20)
+		}
+		need := int64(len(blocks)) + b.h.refTableClusters
+		again = need != n
+		n = need
+		for cluster := first; cluster < first+n; cluster += b.g.blockCounts {
+			blocks[cluster>>b.g.blockBits] = true
+		}
+		blocks[(first+n-1)>>b.g.blockBits] = true
+		again = again || int64(len(blocks))+b.h.refTableClusters != n
+	}
+	b.occupy(useRefcountBlock, first<<b.g.clusterBits, n<<b.g.clusterBits, 1)
+	table := make([]byte, b.h.refTableClusters<<b.g.clusterBits)
+	for _, index := range slices.Sorted(maps.Keys(blocks)) {
+		at, err := b.write(useRefcountBlock, b.countsOf(index).b)
+		if err != nil {
+			return err
+		}
+		binary.BigEndian.PutUint64(table[index*8:], uint64(at))
+	}
+	at, err := b.write(useRefcountTable, table)
+	b.h.refTableOffset = at
+	b.r.note("the refcount table and its blocks were written anew, at %#x", first<<b.g.clusterBits)
+	return err
+}
+
+// usedBlocks returns the indexes of the refcount blocks that count anything.
+func (b *rebuild) usedBlocks() map[int64]bool {
+	blocks := make(map[int64]bool)
+	for k := range b.inOrder() {
+		for i := range int64(groupClusters) {
+			if k.refs.get(i) != 0 {
+				blocks[(k.first()+i)>>b.g.blockBits] = true
+			}
+		}
+	}
+	return blocks
+}
+
+// countsOf returns the content of a refcount block.
+func (b *rebuild) countsOf(index int64) counts {
+	block := b.g.newCounts(1)
+	for i := range b.g.blockCounts {
+		if k, j := b.group(index<<b.g.blockBits + i); k.refs.get(j) != 0 {
+			block.set(i, k.refs.get(j))
+		}
+	}
+	return block
+}
