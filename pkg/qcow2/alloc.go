@@ -202,8 +202,16 @@ func (a *allocator) newBlock(k, c int64) error {
 	return nil
 }
 
-// refuse returns ErrCorrupt for what is known to be metadata although its count is 0.
+// maxGap is how far behind the end of the file, beyond its length once more, clusters may be counted, in bytes. A crash
+// leaves some, for counts are written before the file grows.
+const maxGap = 1 << 30
+
+// refuse returns ErrCorrupt for what is known to be metadata although its count is 0, and for what lies so far behind the
+// end of the file that the counts before it must be wrong: the file would become many times larger.
 func (a *allocator) refuse(r run) error {
+	if length := a.length.Load(); r.end()<<a.g.clusterBits > 2*length+maxGap {
+		return fmt.Errorf("%s: %w: all clusters are in use, up to %d, but the file has only %d bytes", a.f.Name(), ErrCorrupt, r.first, length)
+	}
 	if err := a.metadata.refuse(r); err != nil {
 		return fmt.Errorf("%s: allocate clusters %d to %d: %w", a.f.Name(), r.first, r.end()-1, err)
 	}

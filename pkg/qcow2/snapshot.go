@@ -91,6 +91,9 @@ func (img *Image) activeL1() []l1Entry {
 // ones, in which nothing that it shares is COPIED.
 func (n *generation) create(row *snapshotRow, l1 []l1Entry) error {
 	err := n.locked(func() (err error) {
+		if len(l1) == 0 {
+			return nil // an empty disk of QEMU's: there is no table to count
+		}
 		row.l1Offset, err = n.place(encodeL1(l1))
 		return err
 	})

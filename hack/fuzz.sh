@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Fuzzes the images' code, all groups of targets at once, and prints how many inputs each has tried and what it found.
+# Usage: FUZZTIME=1h hack/fuzz.sh [TARGET...]
+# A finding ends its target and becomes a seed in pkg/qcow2/testdata/fuzz, which every test run tries from then on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+targets=(FuzzRead FuzzChange)
+(($# == 0)) || targets=("$@")
+
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+pids=()
+for target in "${targets[@]}"; do
+	nice -n 19 go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME:-1h}" -parallel 1 -timeout 0 \
+		./pkg/qcow2 >"$logs/$target" 2>&1 &
+	pids+=($!)
+done
+status=0
+for i in "${!targets[@]}"; do
+	wait "${pids[i]}" || status=1
+	echo "${targets[i]}:"
+	grep -E '^fuzz: elapsed' "$logs/${targets[i]}" | tail -n 1
+	grep -vE '^fuzz: elapsed' "$logs/${targets[i]}"
+done
+exit "$status"
