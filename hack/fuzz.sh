@@ -11,13 +11,14 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 pids=()
 for target in "${targets[@]}"; do
-	nice -n 19 go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME:-1h}" -parallel 1 -timeout 0 \
+	nice -n 19 go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME:-1h}" -parallel 1 -fuzzminimizetime 2s -timeout 0 \
 		./pkg/qcow2 >"$logs/$target" 2>&1 &
 	pids+=($!)
 done
 status=0
 for i in "${!targets[@]}"; do
-	wait "${pids[i]}" || status=1
+	wait "${pids[i]}" || true # it also fails when time is up while it tries to shorten an input
+	! grep -q 'Failing input' "$logs/${targets[i]}" || status=1
 	echo "${targets[i]}:"
 	grep -E '^fuzz: elapsed' "$logs/${targets[i]}" | tail -n 1
 	grep -vE '^fuzz: elapsed' "$logs/${targets[i]}"

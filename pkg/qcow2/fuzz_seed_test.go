@@ -60,7 +60,7 @@ func fuzzSeeds(t testing.TB) []fuzzSeed {
 	add("subclusters", ours(CreateOptions{ClusterSize: 16 << 10, ExtendedL2: true}, 1<<20))
 	add("1 bit counts", ours(CreateOptions{ClusterSize: 512, RefcountBits: 1}, 64<<10))
 	add("64 bit counts", ours(CreateOptions{ClusterSize: 1024, RefcountBits: 64}, 64<<10))
-	add("64K", ours(CreateOptions{}, 2<<20))
+	add("64K", ours(CreateOptions{}, 640<<10))
 	add("deflate", compressed("cluster_size=4K"))
 	add("zstd", compressed("cluster_size=4K,compression_type=zstd"))
 	add("deflate, subclusters", compressed("cluster_size=16K,extended_l2=on"))
