@@ -4,7 +4,7 @@
 # A finding ends its target and becomes a seed in pkg/qcow2/testdata/fuzz, which every test run tries from then on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-targets=(FuzzRead FuzzChange)
+targets=(FuzzRead FuzzRepair FuzzChange)
 (($# == 0)) || targets=("$@")
 
 logs=$(mktemp -d)

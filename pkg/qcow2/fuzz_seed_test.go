@@ -110,7 +110,7 @@ func fillFuzzSeed(t testing.TB, f *memFile, snapshots bool) {
 // newFuzzSeed finds the metadata of f.
 func newFuzzSeed(t testing.TB, name string, f *memFile) fuzzSeed {
 	t.Helper()
-	h, err := readHeader(f)
+	h, err := readHeader(f, decodeHeader)
 	must(t, err)
 	s := fuzzSeed{name: name, file: f, cluster: 1 << h.clusterBits}
 	add := func(off, n int64) { s.regions = append(s.regions, fuzzRegion{off, n}) }

@@ -66,7 +66,7 @@ func FuzzRead(f *testing.F) {
 		calls, memory := fuzzLimits(file)
 		w := watch(file, 0, 20*calls)
 		within(t, 12*memory, func() {
-			_, _ = checkFuzzImage(t, w)
+			_, _ = Check(t.Context(), w, nil)
 			img, err := Open(w, OpenOptions{ReadOnly: true, L2CacheSize: 4096})
 			if err != nil {
 				return
@@ -189,26 +189,17 @@ func newFuzzed(t *testing.T, file *watchedFile) *fuzzed {
 	return z
 }
 
-// checkFuzzImage checks what is in f, whether it can be opened or not.
-func checkFuzzImage(t *testing.T, f File) (CheckResult, error) {
-	h, err := readHeader(f)
-	if err != nil {
-		return CheckResult{}, err
-	}
-	return checkImage(t.Context(), f, h, nil)
-}
-
 // soundFuzzImage tells whether an image has to stay clean. Counts of clusters behind the end of the file, which a check
 // does not see, become leaks when it grows, and so do the clusters of bitmaps with the first write.
 func soundFuzzImage(t *testing.T, f *memFile) bool {
 	longer := f.clone()
 	longer.content.truncate(f.content.size + 8<<20)
 	for _, f := range []*memFile{f, longer} {
-		if r, err := checkFuzzImage(t, f); err != nil || r.ExitStatus() != 0 {
+		if r, err := Check(t.Context(), f, nil); err != nil || r.ExitStatus() != 0 {
 			return false
 		}
 	}
-	h, err := readHeader(f)
+	h, err := readHeader(f, decodeHeader)
 	return err == nil && h.autoclear&autoclearBitmaps == 0
 }
 
@@ -360,8 +351,52 @@ func (z *fuzzed) end() {
 // checkClean demands that an image that was clean is.
 func (z *fuzzed) checkClean() {
 	z.t.Helper()
-	r, err := checkFuzzImage(z.t, z.file.clone())
+	r, err := Check(z.t.Context(), z.file.clone(), nil)
 	if z.clean && (err != nil || r.ExitStatus() != 0) {
 		z.t.Fatalf("a clean image has become %+v, %v", r, err)
 	}
+}
+
+// FuzzRepair repairs an image. What succeeds leaves no corruption, and all that RepairAll can mend is mended, so that the
+// image can be used; one that was clean is left alone.
+func FuzzRepair(f *testing.F) {
+	seeds := fuzzSeeds(f)
+	addFuzzInputs(seeds, func(seed byte, patches []byte) {
+		f.Add(seed, patches, true)
+		if len(patches) == 0 {
+			f.Add(seed, patches, false)
+		}
+	})
+	f.Fuzz(func(t *testing.T, seed byte, patches []byte, all bool) {
+		file := fuzzImage(seeds, seed, patches)
+		if file == nil {
+			return
+		}
+		before := file.clone()
+		calls, memory := fuzzLimits(file)
+		w := watch(file, maxGap+32<<20, 20*calls)
+		kind := RepairLeaks
+		if all {
+			kind = RepairAll
+		}
+		within(t, 12*memory, func() {
+			r, err := Repair(t.Context(), w, kind, nil)
+			switch {
+			case w.violated.Load() != nil || err != nil:
+			case r.FoundErr == nil && r.Found.ExitStatus() == 0 && r.Mended == nil && !sameContent(before, file):
+				t.Error("a clean image was changed")
+			case r.Left.ExitStatus() == 3 || all && r.Left.ExitStatus() != 0:
+				t.Errorf("left: %+v, found: %+v, %v, mended %q", r.Left, r.Found, r.FoundErr, r.Mended)
+			case all:
+				if img, err := Open(w, OpenOptions{}); err == nil {
+					_ = img.Close()
+				} else if errors.Is(err, ErrCorrupt) {
+					t.Errorf("after the repair: %v; found: %+v, %v, mended %q", err, r.Found, r.FoundErr, r.Mended)
+				}
+			}
+		})
+		if v := w.violated.Load(); v != nil {
+			t.Error(*v)
+		}
+	})
 }
