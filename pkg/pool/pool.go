@@ -4,9 +4,10 @@
 //	pool.json                      version and UUID: what makes the directory a pool
 //	volumes/<id>/image.qcow2       the volume
 //	volumes/<id>/volume.json       Volume
-//	volumes/<id>/clean, frozen     Markers
+//	volumes/<id>/clean, …          Markers
 //	creating/<id>/                 as above, half made
 //	removing/<id>/                 as above, half removed
+//	reserve                        blocks for deletions on a full file system
 //
 // Three locks, all of them flock(2) on a directory, so that they go with the process that holds them:
 // the pool's own directory is held for the moments in which a name is taken; a volume's, exclusively, by its Lease, or
@@ -41,6 +42,7 @@ const (
 	volumesDir   = "volumes"
 	creatingDir  = "creating"
 	removingDir  = "removing"
+	reserveFile  = "reserve"
 )
 
 // identity is what pool.json holds.

@@ -1,8 +1,6 @@
 package pool
 
 import (
-	"encoding/binary"
-	"io"
 	"math"
 	"os"
 
@@ -73,10 +71,7 @@ func (s *Space) promise(n int64) { s.Promised += min(n, math.MaxInt64-s.Promised
 
 // measure returns how many bytes an image occupies, and its virtual size; zeros for what is not to be found out.
 func measure(d dir, image string) (allocated, size int64) {
-	if d.expect(image, 0) != nil {
-		return 0, 0
-	}
-	f, err := d.OpenFile(image, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	f, err := openImage(d, image)
 	if err != nil {
 		return 0, 0
 	}
@@ -85,15 +80,5 @@ func measure(d dir, image string) (allocated, size int64) {
 	if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
 		return 0, 0
 	}
-	return st.Blocks * 512, virtualSize(f)
-}
-
-// virtualSize reads the size of a disk from the head of its image (bytes 24-31, behind the magic), which an attached
-// image can be read for at any moment: it is only ever replaced by one write of a sector.
-func virtualSize(image io.ReaderAt) int64 {
-	head := make([]byte, 32)
-	if _, err := image.ReadAt(head, 0); err != nil || string(head[:4]) != "QFI\xfb" {
-		return 0
-	}
-	return max(0, int64(binary.BigEndian.Uint64(head[24:])))
+	return st.Blocks * 512, readHead(f).size
 }

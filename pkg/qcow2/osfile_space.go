@@ -50,6 +50,29 @@ func (o *osFile) writeZeros(off, n int64) error {
 	return nil
 }
 
+// An Allocator is a File that can take blocks ahead of need, so that a later write cannot meet a full file system.
+type Allocator interface {
+	// Allocate gives n bytes at off blocks, which may lie beyond the end. Content and length stay as they are.
+	// ErrNoSpace; an error that matches errors.ErrUnsupported where the file system cannot.
+	Allocate(off, n int64) error
+}
+
+var _ Allocator = (*osFile)(nil)
+
+func (o *osFile) Allocate(off, n int64) error {
+	switch {
+	case o.readOnly:
+		return o.refuse("allocate")
+	case off < 0 || n < 0:
+		return fmt.Errorf("allocate in %s at offset %d, %d bytes: %w", o.Name(), off, n, ErrOutOfRange)
+	case n == 0:
+		return nil
+	}
+	return at(o.op("allocate", func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, off, n)
+	}), off)
+}
+
 // A RangeCloner is a File that can take over a part of another one without copying it.
 type RangeCloner interface {
 	// CloneRange makes n bytes at dstOff share the blocks of n bytes at srcOff of src. The

@@ -106,6 +106,30 @@ func TestOSFilePunchHole(t *testing.T) {
 	}
 }
 
+func TestOSFileAllocate(t *testing.T) {
+	f := newOSFile(t)
+	defer f.Close()
+	if err := f.Truncate(4096); err != nil {
+		t.Fatal(err)
+	}
+	before := blocks(t, f.Name())
+	if err := f.(Allocator).Allocate(8192, 1<<20); err != nil { //nolint:forcetypeassert // it is one
+		t.Fatal(err)
+	}
+	if got := blocks(t, f.Name()) - before; got < 1<<20 {
+		t.Errorf("%d bytes of blocks were allocated", got)
+	}
+	if size, err := f.Size(); size != 4096 || err != nil {
+		t.Errorf("the file has %d bytes now, %v", size, err)
+	}
+	if err := f.Truncate(4096); err != nil {
+		t.Fatal(err)
+	}
+	if got := blocks(t, f.Name()); got != before {
+		t.Errorf("%d bytes of blocks stay beyond the end", got-before)
+	}
+}
+
 func TestOSFileReadOnly(t *testing.T) {
 	w := newOSFile(t)
 	if err := w.Close(); err != nil {
@@ -120,6 +144,7 @@ func TestOSFileReadOnly(t *testing.T) {
 		"write":    errOf(r.WriteAt([]byte{1}, 0)),
 		"truncate": r.Truncate(1),
 		"punch":    r.PunchHole(0, 1),
+		"allocate": r.(Allocator).Allocate(0, 1),           //nolint:forcetypeassert // it is one
 		"clone":    r.(RangeCloner).CloneRange(r, 0, 0, 1), //nolint:forcetypeassert // it is one
 	} {
 		if !errors.Is(err, ErrReadOnly) {

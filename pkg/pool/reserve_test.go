@@ -1,0 +1,80 @@
+package pool
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// The reserve is there when the file system is full, and covers the metadata of the largest image.
+func TestReserve(t *testing.T) {
+	for name, fs := range map[string]struct {
+		size int64
+		mkfs []string
+	}{
+		"ext4":  {128 << 20, []string{"mkfs.ext4", "-q", "-F", "-m", "0"}},
+		"xfs":   {320 << 20, []string{"mkfs.xfs", "-q"}},
+		"btrfs": {128 << 20, []string{"mkfs.btrfs", "-q"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := poolIn(t, filepath.Join(mountImage(t, name, fs.size, fs.mkfs...), "pool"))
+			const diskSize = 8 << 30
+			v := newVolume(p, "large")
+			must(t, p.Create(t.Context(), v, func(_ context.Context, path string) error {
+				f, err := qcow2.CreateFile(path)
+				if err != nil {
+					return err
+				}
+				return errors.Join(qcow2.Create(f, diskSize, qcow2.CreateOptions{}), f.Close())
+			}))
+			must(t, p.KeepReserve(), p.KeepReserve())
+			const need = diskSize/(64<<10)*8 + reserveSlack
+			if got := occupied(t, p, reserveFile); got < need || got > 2*need {
+				t.Errorf("the reserve has %d bytes, an image needs %d", got, need)
+			}
+
+			ballast := filepath.Join(p.Dir(), "ballast")
+			fillUp(t, ballast)
+			must(t, p.GiveUpReserve())
+			fillUp(t, filepath.Join(p.Dir(), "metadata"))
+			if got := occupied(t, p, "metadata"); got < need {
+				t.Errorf("the reserve gave %d bytes, an image needs %d", got, need)
+			}
+			want(t, "KeepReserve on a full file system", p.KeepReserve(), qcow2.ErrNoSpace)
+			must(t, os.Remove(ballast), p.KeepReserve())
+			if got := occupied(t, p, reserveFile); got < need {
+				t.Errorf("the reserve has %d bytes again, an image needs %d", got, need)
+			}
+		})
+	}
+}
+
+// Hostile images do not make the reserve eat the pool.
+func TestReserveIsBounded(t *testing.T) {
+	const total = 256 << 20
+	p := poolIn(t, mountDetached(t, "tmpfs", "size", "256m"))
+	must(t, p.Create(t.Context(), newVolume(p, "huge"), func(_ context.Context, path string) error {
+		head := make([]byte, 512)
+		copy(head, "QFI\xfb\x00\x00\x00\x03")
+		head[23], head[24] = 9, 0x7f
+		return os.WriteFile(path, head, 0o600)
+	}))
+	must(t, p.KeepReserve())
+	if got := occupied(t, p, reserveFile); got > total/reserveShare {
+		t.Errorf("the reserve has %d bytes", got)
+	}
+}
+
+// occupied returns how many bytes of blocks a file of the pool's has.
+func occupied(t *testing.T, p *Pool, name string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	must(t, unix.Stat(filepath.Join(p.Dir(), name), &st))
+	return st.Blocks * 512
+}
