@@ -108,7 +108,7 @@ func (s *served) failure() error {
 }
 
 // backend is the image as the device sees it. It remembers the error after which the image serves nothing
-// more. Damage that is met at one place is an I/O error there: the rest goes on.
+// more. After damage has been met nothing is written any more, but what is sound is read.
 type backend struct {
 	*qcow2.Image
 	failed    atomic.Pointer[error]

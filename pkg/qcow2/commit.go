@@ -1,6 +1,9 @@
 package qcow2
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // Flush makes all completed writes durable. Flushes that come while one runs share the next.
 func (img *Image) Flush() error {
@@ -47,10 +50,11 @@ func (img *Image) retire(rs runs) error {
 		rs = nil
 	}
 	img.mu.Unlock()
-	if err := img.alloc.release(rs); err != nil {
+	err := img.alloc.release(rs)
+	if err != nil && !errors.Is(err, ErrCorrupt) {
 		return img.fail(err)
 	}
-	return nil
+	return img.judge(err)
 }
 
 // commitMapping makes the mapping durable, and with it all data if there is anything in it to commit.

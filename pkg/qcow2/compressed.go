@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"compress/flate"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -15,6 +16,9 @@ const (
 	compressionDeflate = 0
 	compressionZstd    = 1
 )
+
+// errContent tells damaged content apart from damaged metadata.
+var errContent = errors.New("damaged content")
 
 // decompressor decompresses an image's clusters. It is safe for concurrent use and keeps idle streams, each with its
 // window, for the next cluster.
@@ -68,7 +72,7 @@ func (z *decompressor) decompress(dst, src []byte) error {
 		n, err = io.ReadFull(s.decoder, dst)
 	}
 	if err != nil {
-		return fmt.Errorf("%w: compressed cluster of %d bytes yields %d of %d: %w", ErrCorrupt, len(src), n, len(dst), err)
+		return fmt.Errorf("%w: %w: compressed cluster of %d bytes yields %d of %d: %w", ErrCorrupt, errContent, len(src), n, len(dst), err)
 	}
 	return nil
 }

@@ -79,7 +79,6 @@ func TestOpenRefuses(t *testing.T) {
 		{"a backing file of huge name", func(f *memFile) { put64(f, 8, 104); put32(f, 16, math.MaxUint32) }, ErrUnsupported, "backing file"},
 		{"AES", func(f *memFile) { put32(f, 32, 1) }, ErrUnsupported, "crypt_method 1"},
 		{"LUKS", func(f *memFile) { put32(f, 32, 2) }, ErrUnsupported, "crypt_method 2"},
-		{"the dirty bit", func(f *memFile) { feature(f, 0) }, ErrUnsupported, "dirty"},
 		{"the corrupt bit", func(f *memFile) { feature(f, 1) }, ErrCorrupt, "corrupt"},
 		{"an external data file", func(f *memFile) { feature(f, 2) }, ErrUnsupported, "external file"},
 		{"a compression type without its bit", func(f *memFile) { put32(f, 100, 112); f.content.writeAt([]byte{1}, 104) }, ErrCorrupt, "compression type 1"},

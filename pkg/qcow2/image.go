@@ -33,6 +33,7 @@ type Image struct {
 	packed   decompressor
 	alloc    *allocator // nil if read-only
 	failure  atomic.Pointer[error]
+	corrupt  atomic.Pointer[error] // why nothing may be written any more
 
 	// Locks are taken in this order. changeMu: held by the running operation on snapshots or size.
 	changeMu sync.Mutex
@@ -66,7 +67,9 @@ type Image struct {
 }
 
 // Open takes ownership of f: Close closes it, and so does Open when it fails. The image is not probed for
-// other formats; features that are not supported are refused by name with ErrUnsupported.
+// other formats; features that are not supported are refused by name with ErrUnsupported. An image that is marked
+// corrupt is opened for reading only: ErrCorrupt. To open one for writing that is marked dirty, for its writer postponed its
+// reference counts, takes a walk through all of its metadata, which counts them.
 func Open(f File, o OpenOptions) (*Image, error) {
 	img, err := open(f, o)
 	if err != nil {
@@ -84,9 +87,14 @@ func open(file File, o OpenOptions) (*Image, error) {
 	switch {
 	case o.ReadOnly:
 	case h.incompatible&incompatCorrupt != 0:
-		return nil, fmt.Errorf("%w: the image is marked corrupt; check and repair it first", ErrCorrupt)
+		return nil, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, errRepair)
 	case h.incompatible&incompatDirty != 0:
-		return nil, fmt.Errorf("%w: the image is marked dirty (lazy refcounts); `qemu-img check -r all` rebuilds its reference counts", ErrUnsupported)
+		if err := recount(f, h); err != nil {
+			return nil, err
+		}
+		if h, err = readHeader(f, decodeHeader); err != nil {
+			return nil, err
+		}
 	}
 	g := h.geometry()
 	img := &Image{f: f, g: g, readOnly: o.ReadOnly, version: h.version, guests: newRangeLock(), views: make(map[string]int)}
@@ -257,6 +265,8 @@ func (img *Image) usable(write bool) error {
 		return fmt.Errorf("%s: %w", img.f.Name(), ErrClosed)
 	case write && img.readOnly:
 		return fmt.Errorf("%s: %w", img.f.Name(), ErrReadOnly)
+	case write && img.corrupt.Load() != nil:
+		return *img.corrupt.Load()
 	}
 	return img.failed()
 }
@@ -274,6 +284,22 @@ func (img *Image) failed() error {
 	}
 	return nil
 }
+
+// judge returns err. One that says that metadata is impossible ends all writing, durably: the next write could make more of
+// it wrong. Reading goes on, and so do flushes of what has been written before.
+func (img *Image) judge(err error) error {
+	if err == nil || img.readOnly || !errors.Is(err, ErrCorrupt) || errors.Is(err, errContent) {
+		return err
+	}
+	cause := fmt.Errorf("%w; nothing is written any more; %w", err, errRepair)
+	if !img.corrupt.CompareAndSwap(nil, &cause) || img.version < 3 {
+		return err // version 2 has no bit for it
+	}
+	return errors.Join(err, img.switchHeader(func(h *header) { h.incompatible |= incompatCorrupt }))
+}
+
+// errRepair says what to do about an image that is corrupt.
+var errRepair = errors.New("`csi-qcow2 image check --repair all` tells what is wrong, and mends it")
 
 // sync makes all writes durable. After a failure nothing can be said about any of them.
 func (img *Image) sync() error {

@@ -21,7 +21,7 @@ func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 		}
 		return err
 	})
-	return done, err
+	return done, img.judge(err)
 }
 
 // readEntries fills p with guest bytes from off on, which entries es map. Neighbouring host clusters are read

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"errors"
 	"fmt"
 )
 
@@ -165,5 +164,3 @@ func recount(f File, h header) error {
 	}
 	return nil
 }
-
-var errLossy = errors.New("`csi-qcow2 image check --repair all` tells what, and mends it")

@@ -36,7 +36,7 @@ func (r *repairer) rebuild(h header, lossless bool) error {
 		b.markHeader, b.salvageRows, b.mendL1Tables, b.mendL2Tables,
 		func() error {
 			if lossless && r.result.Lost > lost {
-				return fmt.Errorf("%w: its metadata is damaged: %w", ErrCorrupt, errLossy)
+				return fmt.Errorf("%w: references lead nowhere; %w", ErrCorrupt, errRepair)
 			}
 			return nil
 		},

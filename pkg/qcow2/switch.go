@@ -20,7 +20,8 @@ type operation struct {
 
 // change carries out an operation. If it fails before the header is written nothing has changed; if it fails there
 // the image has failed.
-func (img *Image) change(op operation) error {
+func (img *Image) change(op operation) (err error) {
+	defer func() { err = img.judge(err) }()
 	img.changeMu.Lock()
 	defer img.changeMu.Unlock()
 	if err := img.settleFirst(); err != nil {
@@ -141,7 +142,10 @@ func (n *generation) finish() error {
 	if err := img.sync(); err != nil {
 		return err
 	}
-	if err := img.switchHeader(func(h *header) { *h = n.h }); err != nil {
+	if err := img.switchHeader(func(h *header) {
+		n.h.incompatible = h.incompatible // guests may have found corruption meanwhile
+		*h = n.h
+	}); err != nil {
 		return err
 	}
 	return n.adopt()

@@ -20,7 +20,7 @@ func (img *Image) WriteAt(p []byte, off int64) (int, error) {
 		}
 		return err
 	})
-	return done, err
+	return done, img.judge(err)
 }
 
 func (img *Image) writeChunk(c chunk, p []byte) error {

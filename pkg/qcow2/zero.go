@@ -28,7 +28,7 @@ func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error 
 		return err
 	}
 	defer img.end()
-	return img.g.parts(off, n, img.g.l2Coverage, func(c chunk) error {
+	err := img.g.parts(off, n, img.g.l2Coverage, func(c chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.wholeClusters(c, img.Size()) {
@@ -38,6 +38,7 @@ func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error 
 		}
 		return img.relieve()
 	})
+	return img.judge(err)
 }
 
 // wholeClusters splits c into the parts of clusters at its ends and what lies between. The last cluster of the
