@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"runtime/metrics"
 	"strings"
 	"sync/atomic"
@@ -207,7 +208,7 @@ func (w *watchedFile) call(what string, off, n int64, changes bool) error {
 	default:
 		return nil
 	}
-	violation = fmt.Sprintf("%s %#x+%#x: %s", what, off, n, violation)
+	violation = fmt.Sprintf("%s %#x+%#x: %s\n%s", what, off, n, violation, debug.Stack())
 	w.violated.CompareAndSwap(nil, &violation)
 	return errors.New(violation)
 }
