@@ -339,9 +339,12 @@ func (a *allocator) endReservation() error {
 
 // giveBack is endReservation with mu held.
 func (a *allocator) giveBack() error {
-	if err := a.releaseLocked(a.ready); err != nil {
-		return err
+	for len(a.ready) > 0 {
+		r := a.ready[0]
+		a.ready = a.ready[1:] // first: what has been released, in part even, must not be handed out
+		if err := a.releaseLocked(runs{r}); err != nil {
+			return err
+		}
 	}
-	a.ready = nil
 	return a.rc.writeBack()
 }

@@ -61,9 +61,10 @@ func (a *allocator) growTable() error {
 	}); err != nil {
 		return err
 	}
+	// It is durable: whoever gave up what it points at now would damage it.
 	if a.build != nil {
 		if err := a.build.mirror(used, 1); err != nil {
-			return err
+			return a.fail(err)
 		}
 	}
 	if err := a.metadata.add(used, metadataSole); err != nil {
@@ -72,5 +73,8 @@ func (a *allocator) growTable() error {
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)
 	a.length.Store(max(a.length.Load(), used.end()<<a.g.clusterBits))
-	return a.releaseLocked(runs{old})
+	if err := a.releaseLocked(runs{old}); err != nil {
+		return a.fail(err)
+	}
+	return nil
 }
