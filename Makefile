@@ -6,7 +6,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz differential lint fmt generate verify bench image setup clean
+.PHONY: help build demo test crash fuzz differential lint fmt generate verify bench image setup clean
 
 help: ## say what there is to make
 	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
@@ -23,6 +23,10 @@ demo: build ## play a volume's whole life against a temporary pool, in under two
 test: ## run every test: units, QEMU's tools as oracle, csi-sanity, kill and restart
 	@hack/setup.sh test
 	@hack/test.sh
+
+crash: ## crash images at 200,000 moments and make every call of the file fail, in half an hour
+	@hack/setup.sh test
+	@hack/crash.sh
 
 fuzz: ## feed hostile images to the engine, FUZZTIME=1h for each group of targets
 	@hack/setup.sh test

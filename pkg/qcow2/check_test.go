@@ -14,17 +14,6 @@ import (
 	"testing"
 )
 
-// checkFile runs our check on whatever f holds.
-func checkFile(ctx context.Context, f *memFile) (CheckResult, error) {
-	first := make([]byte, 1<<maxClusterBits)
-	n, _ := f.ReadAt(first, 0)
-	h, err := decodeHeader(first[:max(n, sectorSize)])
-	if err != nil {
-		return CheckResult{}, err
-	}
-	return checkImage(ctx, f, h, nil)
-}
-
 // qemuImages are images of many kinds as QEMU makes them, small, by name.
 func qemuImages(t testing.TB) map[string]func(path string) {
 	snapshots := func(path string, disk int) {

@@ -5,53 +5,66 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 )
 
-// This file lets each call of the file fail once during each operation. The error must surface, and what is on disk
-// then, with or without a Close, must be the state before or after the operation.
+// This file lets each call of the file fail once during each operation. The error must surface and say where, and what is
+// on disk then, with or without a Close, must be the state before or after the operation.
+
+// fault is a way to fail.
+type fault struct {
+	name  string
+	err   error
+	short bool // half is done before
+	match func(callKind) bool
+}
+
+func faults() []fault {
+	all := func(callKind) bool { return true }
+	grows := func(k callKind) bool { return k == callWrite || k == callTruncate }
+	return []fault{
+		{"EIO", syscall.EIO, false, all},
+		{"ENOSPC", ErrNoSpace, false, grows},
+		{"short, then EIO", syscall.EIO, true, func(k callKind) bool { return k == callRead || k == callWrite }},
+		{"short, then ENOSPC", ErrNoSpace, true, func(k callKind) bool { return k == callWrite }},
+	}
+}
 
 // faultBase is an image to start from, closed, and what it holds.
 type faultBase struct {
+	name  string
 	file  *memFile
+	g     geometry
 	state crashState
+	kinds []touched // of the active disk's clusters
 }
 
-// newFaultBase makes an image with two snapshots, whose active disk shares clusters with both and has some of its own. A
-// large one has none.
-func newFaultBase(t testing.TB, clusterSize, disk, filled int64) faultBase {
+func newFaultBase(t testing.TB, name string, p crashParams) faultBase {
 	t.Helper()
-	f := newMemFile("fault")
-	must(t, Create(f, disk, CreateOptions{ClusterSize: clusterSize}))
-	img, err := Open(f, OpenOptions{})
-	must(t, err)
-	s := crashState{durable: newSparse()}
-	s.durable.size = disk
-	count := 0
-	fill := func(off, n int64) {
-		count++
-		p := stamp(count, off, n)
-		_, err := img.WriteAt(p, off)
-		must(t, err)
-		s.durable.writeAt(p, off)
+	h := newCrashHistory(t, 1, p)
+	kinds := h.survey()
+	h.end()
+	h.file.log = nil
+	h.file.name = faultFile
+	return faultBase{name: name, file: h.file.reopen(), g: h.g, state: h.state, kinds: kinds}
+}
+
+// faultFile is a name that an error must mention, and no structure's name does.
+const faultFile = "the-image-that-fails"
+
+func faultBases(t testing.TB) []faultBase {
+	t.Helper()
+	configs := crashConfigs()
+	return []faultBase{
+		newFaultBase(t, "512", configs[0]),
+		newFaultBase(t, "extended L2", configs[1]),
+		newFaultBase(t, "compressed, 64 bits", configs[2]),
+		newFaultBase(t, "version 2", configs[3]),
+		newFaultBase(t, "full refcount table", configs[8]),
 	}
-	snapshot := func(name string) {
-		_, err := img.CreateSnapshot(name, nil)
-		must(t, err)
-		s.snaps = append(s.snaps, modelSnapshot{name: name, content: s.durable.clone()})
-	}
-	fill(0, filled)
-	if disk > 1<<20 {
-		must(t, img.Close())
-		return faultBase{f, s}
-	}
-	snapshot("one")
-	fill(clusterSize, 3*clusterSize)
-	snapshot("two")
-	fill(0, 2*clusterSize)
-	must(t, img.Close())
-	return faultBase{f, s}
 }
 
 // faultOp is an operation during which calls fail.
@@ -60,177 +73,292 @@ type faultOp struct {
 	patch  *patch // a guest write
 	flush  bool   // and a flush after it
 	change func(*crashState)
-	run    func(img *Image) error
+	closes bool
+	run    func(t *testing.T, img *Image) error
 }
 
-func faultOps(b faultBase, clusterSize int64) []faultOp {
-	write := func(name string, off, n int64) faultOp {
-		p := stamp(99, off, n)
-		return faultOp{name: name, patch: &patch{off, n, p}, run: func(img *Image) error {
-			_, err := img.WriteAt(p, off)
-			return err
-		}}
-	}
-	zeroed := func(name string, off, n int64, run func(img *Image) error) faultOp {
-		return faultOp{name: name, patch: &patch{off, n, nil}, flush: true, run: func(img *Image) error {
-			if err := run(img); err != nil {
+// faultGuestOps are a guest's requests to each kind of cluster that the image has.
+func faultGuestOps(b faultBase) []faultOp {
+	var ops []faultOp
+	c := b.g.clusterSize
+	for k := range touchKinds {
+		i := slices.Index(b.kinds, touched(1<<k))
+		if i < 0 {
+			continue
+		}
+		off, kind := int64(i)<<b.g.clusterBits, touched(1<<k).String()
+		n := min(c, b.state.durable.size-off)
+		write := func(what string, off, n int64) {
+			p := stamp(99, off, n)
+			ops = append(ops, faultOp{name: what + kind, patch: &patch{off, n, p}, run: func(_ *testing.T, img *Image) error {
+				_, err := img.WriteAt(p, off)
 				return err
-			}
-			return img.Flush()
-		}}
+			}})
+		}
+		write("write/", off, n)
+		if n > sectorSize {
+			write("write a part/", off+sectorSize, sectorSize)
+		}
+		zeroed := func(what string, run func(img *Image) error) {
+			ops = append(ops, faultOp{name: what + kind, patch: &patch{off, n, nil}, flush: true, run: func(_ *testing.T, img *Image) error {
+				if err := run(img); err != nil {
+					return err
+				}
+				return img.Flush()
+			}})
+		}
+		zeroed("zero/", func(img *Image) error { return img.WriteZeroes(off, n) })
+		zeroed("discard/", func(img *Image) error { return img.Discard(off, n) })
+		ops = append(ops, faultOp{name: "read/" + kind, run: func(_ *testing.T, img *Image) error {
+			_, err := img.ReadAt(make([]byte, n), off)
+			return err
+		}})
 	}
+	return ops
+}
+
+// faultWholeOps are the operations that are about the whole image.
+func faultWholeOps(b faultBase) []faultOp {
 	disk := b.state.durable.size
-	return []faultOp{
-		write("write in place", 0, clusterSize),
-		write("write to shared clusters", 2*clusterSize, 2*clusterSize),
-		write("write to a part of a shared cluster", 3*clusterSize, sectorSize),
-		write("write to new clusters", disk-300*sectorSize, 300*sectorSize),
-		zeroed("zero", 0, 4*clusterSize, func(img *Image) error { return img.WriteZeroes(0, 4*clusterSize) }),
-		zeroed("discard", 0, 4*clusterSize, func(img *Image) error { return img.Discard(0, 4*clusterSize) }),
-		{name: "flush", run: (*Image).Flush},
-		{name: "close", run: (*Image).Close},
-		{name: "snapshot", change: func(s *crashState) {
-			s.snaps = append(s.snaps, modelSnapshot{name: "three", content: s.durable.clone()})
-		}, run: func(img *Image) error {
-			_, err := img.CreateSnapshot("three", nil)
+	large := min(300*sectorSize, disk)
+	p := stamp(98, disk-large, large)
+	ops := []faultOp{
+		{name: "write many", patch: &patch{disk - large, large, p}, run: func(_ *testing.T, img *Image) error {
+			_, err := img.WriteAt(p, disk-large)
 			return err
 		}},
-		{name: "goto", change: func(s *crashState) { s.durable = s.snaps[0].content.clone() }, run: func(img *Image) error {
-			return img.GotoSnapshot(ByName("one"))
+		{name: "flush", run: func(_ *testing.T, img *Image) error { return img.Flush() }},
+		{name: "close", closes: true, run: func(_ *testing.T, img *Image) error { return img.Close() }},
+		{name: "snapshot create", change: func(s *crashState) {
+			s.snaps = append(s.snaps, modelSnapshot{name: "new", content: s.durable.clone()})
+		}, run: func(_ *testing.T, img *Image) error {
+			_, err := img.CreateSnapshot("new", nil)
+			return err
 		}},
-		{name: "delete", change: func(s *crashState) { s.snaps = slices.Delete(s.snaps, 1, 2) }, run: func(img *Image) error {
-			return img.DeleteSnapshot(ByName("two"))
-		}},
-		{name: "resize", change: func(s *crashState) {
-			s.durable = s.durable.clone()
-			s.durable.size *= 3
-		}, run: func(img *Image) error { return img.Resize(3 * disk) }},
 		{name: "drop the active disk", change: func(s *crashState) {
 			size := s.durable.size
 			s.durable = newSparse()
 			s.durable.size = size
-		}, run: (*Image).DropActive},
+		}, run: func(_ *testing.T, img *Image) error { return img.DropActive() }},
+		{name: "check", run: func(t *testing.T, img *Image) error {
+			_, err := img.Check(t.Context(), nil)
+			return err
+		}},
+		{name: "clone", run: func(t *testing.T, img *Image) error {
+			return Clone(t.Context(), newMemFile("clone"), img.Active(), 0, nil)
+		}},
 	}
+	if b.g.extended || !strings.Contains(b.name, "version 2") {
+		ops = append(ops, faultOp{name: "grow", change: func(s *crashState) {
+			s.durable = s.durable.clone()
+			s.durable.size *= 3
+		}, run: func(_ *testing.T, img *Image) error { return img.Resize(3 * disk) }})
+	}
+	if len(b.state.snaps) == 0 {
+		return ops
+	}
+	name := b.state.snaps[0].name
+	return append(ops,
+		faultOp{name: "snapshot goto", change: func(s *crashState) { s.durable = s.snaps[0].content.clone() }, run: func(_ *testing.T, img *Image) error {
+			return img.GotoSnapshot(ByName(name))
+		}},
+		faultOp{name: "snapshot delete", change: func(s *crashState) { s.snaps = slices.Delete(s.snaps, 0, 1) }, run: func(_ *testing.T, img *Image) error {
+			return img.DeleteSnapshot(ByName(name))
+		}},
+		faultOp{name: "snapshot read", run: func(_ *testing.T, img *Image) error {
+			v, err := img.OpenSnapshot(ByName(name))
+			if err != nil {
+				return err
+			}
+			_, err = v.ReadAt(make([]byte, v.Size()), 0)
+			return errors.Join(err, v.Close())
+		}},
+	)
+}
+
+// faultCount counts points by operation: calls that were made to fail, of those that the operation makes.
+type faultCount struct {
+	mu  sync.Mutex // guards all below
+	ops []string
+	n   map[string][]int // by kind of fault
+}
+
+func (c *faultCount) add(op string, kind, n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	op, _, _ = strings.Cut(op, "/")
+	if c.n[op] == nil {
+		c.ops, c.n[op] = append(c.ops, op), make([]int, len(faults()))
+	}
+	c.n[op][kind] += n
+}
+
+func (c *faultCount) report(t *testing.T) {
+	var b strings.Builder
+	fmt.Fprintf(&b, "\n%-22s", "calls made to fail in")
+	for _, f := range faults() {
+		fmt.Fprintf(&b, " %19s", f.name)
+	}
+	total := 0
+	slices.Sort(c.ops)
+	for _, op := range c.ops {
+		fmt.Fprintf(&b, "\n%-22s", op)
+		for _, n := range c.n[op] {
+			fmt.Fprintf(&b, " %19d", n)
+			total += n
+		}
+	}
+	t.Logf("%s\n%d fault points: every call of each", b.String(), total)
 }
 
 func TestFaults(t *testing.T) {
-	for _, test := range []struct {
-		name                      string
-		clusterSize, disk, filled int64
-		only                      string
-	}{
-		{"512", 512, 300 << 10, 8 << 10, ""},
-		{"4096", 4096, 300 << 10, 64 << 10, ""},
-		// The refcount table of one cluster counts 8 MiB: the write needs a larger one.
-		{"full refcount table", 512, 9 << 20, 8<<20 - 200<<10, "write to new clusters"},
-	} {
-		base := newFaultBase(t, test.clusterSize, test.disk, test.filled)
-		for _, op := range faultOps(base, test.clusterSize) {
-			if test.only != "" && op.name != test.only {
-				continue
+	count := &faultCount{n: map[string][]int{}}
+	t.Run("images", func(t *testing.T) {
+		for _, base := range faultBases(t) {
+			ops := append(faultGuestOps(base), faultWholeOps(base)...)
+			if base.name == "full refcount table" { // states are dear: what makes it grow
+				ops = slices.DeleteFunc(ops, func(op faultOp) bool { return op.name != "write many" && op.name != "snapshot create" })
 			}
-			t.Run(test.name+"/"+op.name, func(t *testing.T) {
-				t.Parallel()
-				calls := 0
-				for _, fault := range []error{syscall.EIO, ErrNoSpace} {
-					if test.only != "" && !errors.Is(fault, syscall.EIO) {
-						continue // it is slow
+			for _, op := range ops {
+				t.Run(base.name+"/"+op.name, func(t *testing.T) {
+					t.Parallel()
+					for i, f := range faults() {
+						n := 0
+						for faultOnce(t, base, op, n, f) {
+							n++
+						}
+						count.add(op.name, i, n)
 					}
-					for n := 0; faultOnce(t, base, op, n, fault); n++ {
-						calls++
-					}
-				}
-				if calls == 0 {
-					t.Error("no call was made to fail")
-				}
-			})
+				})
+			}
 		}
-	}
+	})
+	count.report(t)
+}
+
+// failing makes the n-th call that matches fail, and returns a function that tells which one that was, if any.
+func (f *memFile) failing(n int, how fault) func() (fileCall, bool) {
+	var failed fileCall
+	happened := f.failOnce(n, how.match, how.err)
+	inject := f.fault
+	f.setFault(func(c fileCall) error {
+		err := inject(c)
+		if err == nil {
+			return nil
+		}
+		failed = c
+		if how.short {
+			return &shortError{err}
+		}
+		return err
+	})
+	return func() (fileCall, bool) { return failed, happened() }
 }
 
 // faultOnce makes the n-th call of an operation fail. It returns false if there are not so many.
-func faultOnce(t *testing.T, base faultBase, op faultOp, n int, fault error) bool {
+func faultOnce(t *testing.T, base faultBase, op faultOp, n int, how fault) bool {
 	t.Helper()
 	f := base.file.clone()
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	log := f.record()
-	// Something unflushed: a new cluster and one of its own.
 	before := base.state
-	for i, off := range []int64{base.state.durable.size / 2 &^ (sectorSize - 1), img.g.clusterSize} {
+	for i, off := range []int64{base.state.durable.size / 2 &^ (sectorSize - 1), img.g.clusterSize} { // something unflushed
 		p := patch{off, sectorSize, stamp(50+i, off, sectorSize)}
 		_, err := img.WriteAt(p.data, p.off)
 		must(t, err)
 		before.pending = append(slices.Clone(before.pending), p)
 	}
-	o := crashOp{patch: op.patch, change: op.change}
+	o := crashOp{patch: op.patch, settle: op.patch == nil, change: op.change}
 	after := o.apply(before)
 	if op.flush {
 		before = after
-		after = (&crashOp{}).apply(after)
+		after = after.settled()
 	}
 
-	var failed fileCall
-	happened := f.failOnce(n, func(k callKind) bool { return errors.Is(fault, syscall.EIO) || k == callWrite || k == callTruncate }, fault)
-	inject := f.fault
-	f.setFault(func(c fileCall) error {
-		err := inject(c)
-		if err != nil {
-			failed = c
-		}
-		return err
-	})
-	err = op.run(img)
+	failing := f.failing(n, how)
+	err = op.run(t, img)
 	f.setFault(nil)
-	if !happened() {
+	failed, happened := failing()
+	if !happened {
 		must(t, err)
+		if !op.closes {
+			must(t, img.Close())
+		}
 		return false
 	}
-	what := fmt.Sprintf("call %d, %s, failed with %v: %s: %v", n, failed, fault, op.name, err)
-
+	what := fmt.Sprintf("call %d, %s, failed (%s): %s: %v", n, failed, how.name, op.name, err)
 	allowed := []crashState{before, after}
 	switch {
 	case err == nil && failed.kind == callPunch: // after the switch: costs space only
 		allowed = allowed[1:]
+	case err == nil && op.name == "check" && failed.kind == callRead && how.short: // it read ahead, and the half was enough
 	case err == nil:
 		t.Fatalf("%s: the error is lost", what)
-	case !errors.Is(err, fault):
+	case !errors.Is(err, how.err):
 		t.Fatalf("%s: errors.Is does not find the cause", what)
+	case !strings.Contains(err.Error(), faultFile):
+		t.Fatalf("%s: the error does not name the file", what)
 	}
 	rng := rand.New(rand.NewPCG(uint64(n), 7))
-	for c := range log.crashes(rng, func(at int, _ bool) int {
+	for c := range log.crashes(rng, func(at int) int {
 		if at < len(log.calls) {
 			return -1
-		}
-		if base.state.durable.size > 1<<20 {
-			return 0
 		}
 		return 1
 	}) {
 		acceptable(t, what+", then a crash", c.file, allowed)
 	}
-
-	// What the image itself says afterwards, if it goes on.
-	if op.name != "close" {
-		if err := img.Flush(); err == nil {
-			for i := range allowed {
-				allowed[i] = (&crashOp{}).apply(allowed[i])
-			}
-			if op.patch != nil { // a failed write may have written a part
-				allowed = append(allowed, before, after)
-				allowed[len(allowed)-1].durable = allowed[0].durable
-			}
-		} else if errors.Is(err, ErrFailed) {
-			if _, err := img.ReadAt(make([]byte, 512), 0); !errors.Is(err, ErrFailed) {
-				t.Fatalf("%s: a failed image goes on reading: %v", what, err)
-			}
-		}
-		if err := img.Close(); err != nil && !errors.Is(err, ErrFailed) {
-			t.Fatalf("%s, then Close: %v", what, err)
-		}
+	if !op.closes {
+		allowed = goesOn(t, what, img, op, before, allowed)
 	}
 	acceptable(t, what+", then Close", f.clone(), allowed)
 	return true
+}
+
+// goesOn lets an image work after a fault and closes it. It returns what the image may hold then.
+func goesOn(t *testing.T, what string, img *Image, op faultOp, before crashState, allowed []crashState) []crashState {
+	t.Helper()
+	probe := patch{0, sectorSize, stamp(97, 0, sectorSize)}
+	_, err := img.WriteAt(probe.data, probe.off)
+	if err == nil {
+		err = img.Flush()
+	}
+	switch {
+	case err == nil:
+		settled := make([]crashState, len(allowed))
+		if op.patch != nil { // a failed write may have written a part
+			both := before
+			both.pending = append(slices.Clone(before.pending), *op.patch)
+			for i := range settled {
+				settled[i] = allowed[i].settled()
+			}
+			both.durable, settled = settled[0].durable, append(settled, both)
+		} else {
+			for i := range settled {
+				settled[i] = allowed[i].settled()
+			}
+		}
+		allowed = settled
+		for i := range allowed {
+			allowed[i].durable = allowed[i].durable.clone()
+			probe.apply(allowed[i].durable)
+			allowed[i].pending = slices.DeleteFunc(slices.Clone(allowed[i].pending), func(p patch) bool { return p.off == 0 && p.n <= sectorSize })
+		}
+	case errors.Is(err, ErrFailed):
+		for i := range allowed {
+			allowed[i].pending = append(slices.Clone(allowed[i].pending), probe)
+		}
+		if _, err := img.ReadAt(make([]byte, sectorSize), 0); !errors.Is(err, ErrFailed) {
+			t.Fatalf("%s: a failed image goes on reading: %v", what, err)
+		}
+	default:
+		t.Fatalf("%s: then a write, to an image that has not failed: %v", what, err)
+	}
+	if err := img.Close(); err != nil && !errors.Is(err, ErrFailed) {
+		t.Fatalf("%s, then Close: %v", what, err)
+	}
+	return allowed
 }
 
 // acceptable demands that an image is clean but for leaks and holds one of the states.
@@ -243,60 +371,78 @@ func acceptable(t *testing.T, what string, f *memFile, allowed []crashState) {
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
-	defer img.Close()
-	var wrong []string
-	for i := range allowed {
-		w := allowed[i].compare(img)
-		if w == "" {
-			return
-		}
-		wrong = append(wrong, w)
+	got, err := observe(img)
+	must(t, err)
+	if ok, wrong := matches(&got, allowed); !ok {
+		t.Fatalf("%s: the content is none of those allowed: %q", what, wrong)
 	}
-	t.Fatalf("%s: the content is none of those allowed: %q", what, wrong)
 }
 
 func TestFaultsOfOpen(t *testing.T) {
-	base := newFaultBase(t, 512, 300<<10, 64<<10)
-	for n := 0; ; n++ {
-		f := base.file.clone()
-		happened := f.failOnce(n, func(callKind) bool { return true }, syscall.EIO)
-		img, err := Open(f, OpenOptions{})
-		if !happened() {
-			must(t, err)
-			f.setFault(nil)
-			must(t, img.Close())
-			if n == 0 {
-				t.Error("no call was made to fail")
+	for _, base := range faultBases(t) {
+		for _, how := range faults() {
+			n := 0
+			for ; ; n++ {
+				f := base.file.clone()
+				failing := f.failing(n, how)
+				img, err := Open(f, OpenOptions{})
+				failed, happened := failing()
+				if happened && err == nil && how.short && failed.kind == callRead {
+					f.setFault(nil) // it read ahead, and the half was enough
+					acceptable(t, fmt.Sprintf("%s: call %d failed (%s)", base.name, n, how.name), f, []crashState{base.state})
+					continue
+				}
+				if !happened {
+					must(t, err)
+					f.setFault(nil)
+					must(t, img.Close())
+					break
+				}
+				if !errors.Is(err, how.err) || !strings.Contains(err.Error(), faultFile) || !f.closed {
+					t.Errorf("%s: call %d failed (%s): Open returns %v, the file is closed: %t", base.name, n, how.name, err, f.closed)
+				}
 			}
-			return
-		}
-		if !errors.Is(err, syscall.EIO) || !f.closed {
-			t.Errorf("call %d failed: Open returns %v, the file is closed: %t", n, err, f.closed)
+			if n == 0 && how.match(callRead) {
+				t.Errorf("%s: no call was made to fail", base.name)
+			}
 		}
 	}
 }
 
-// TestFaultsOfReads fails the calls of a read: nothing else suffers.
-func TestFaultsOfReads(t *testing.T) {
-	base := newFaultBase(t, 512, 300<<10, 64<<10)
-	f := base.file.clone()
-	img, err := Open(f, OpenOptions{})
-	must(t, err)
-	p := make([]byte, 8<<10)
-	happened := f.failOnce(0, func(k callKind) bool { return k == callRead }, syscall.EIO)
-	if _, err := img.ReadAt(p, 0); !errors.Is(err, syscall.EIO) || !happened() {
-		t.Errorf("read: %v", err)
+// TestFaultsOfClone fails the calls of the file that a clone is written to: no image is left in it.
+func TestFaultsOfClone(t *testing.T) {
+	base := faultBases(t)[2]
+	for _, how := range faults() {
+		n := 0
+		for ; ; n++ {
+			img, err := Open(base.file.clone(), OpenOptions{})
+			must(t, err)
+			dst := newMemFile(faultFile)
+			failing := dst.failing(n, how)
+			err = Clone(t.Context(), dst, img.Active(), 0, nil)
+			must(t, img.Close())
+			failed, happened := failing()
+			dst.setFault(nil)
+			if !happened {
+				must(t, err)
+				break
+			}
+			if !errors.Is(err, how.err) || !strings.Contains(err.Error(), faultFile) {
+				t.Errorf("call %d, %s, failed (%s): Clone returns %v", n, failed, how.name, err)
+			}
+			if !isHeaderless(dst) && failed.kind != callSync { // the latest sync may be that of a complete image
+				t.Errorf("call %d, %s, failed (%s): there is an image", n, failed, how.name)
+			}
+		}
+		if n == 0 && how.match(callWrite) {
+			t.Error("no call was made to fail")
+		}
 	}
-	v, err := img.OpenSnapshot(ByName("one"))
-	must(t, err)
-	f.failOnce(0, func(k callKind) bool { return k == callRead }, syscall.EIO)
-	if _, err := v.ReadAt(p, 0); !errors.Is(err, syscall.EIO) {
-		t.Errorf("read of a snapshot: %v", err)
-	}
-	f.setFault(nil)
-	must(t, v.Close())
-	if w := base.state.compare(img); w != "" {
-		t.Error(w)
-	}
-	must(t, img.Close())
+}
+
+// isHeaderless tells whether a file has no header of an image.
+func isHeaderless(f *memFile) bool {
+	b := make([]byte, 4)
+	f.content.readAt(b, 0)
+	return isZero(b)
 }

@@ -2,315 +2,320 @@ package qcow2
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
-	"math"
 	"math/rand/v2"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 )
 
-// This file takes and deletes snapshots while a guest works (C5), and crashes the image at every moment of it.
+// This file takes and deletes snapshots while a guest works (C5), and crashes the image at every moment of it: with the
+// guest's requests put between the file calls of the snapshot operation one by one, and with a guest of its own goroutine.
 
 var onlineHistories = flag.Int("online-histories", 8, "random histories for TestCrashOnline")
 
-// onlineOp is an operation on snapshots that guests did not wait for.
-type onlineOp struct {
-	what       string
-	begin, end int
-	change     func([]modelSnapshot) []modelSnapshot
-}
+// besideHistories is how many histories of each batch of TestCrash have guests beside the operations on snapshots.
+const besideHistories = 6
 
-// onlineHistory has one goroutine of guest operations, in crashHistory, and one that works on snapshots.
-type onlineHistory struct {
+// besideHistory has operations on snapshots, and a guest that makes its requests between their calls of the file.
+type besideHistory struct {
 	*crashHistory
-	mu     sync.Mutex // guards the guest's ops and ended
-	ended  int        // how many of the guest's ops have ended; one more may be running
-	snaps  []onlineOp
-	listed []modelSnapshot
+	at      int  // between which calls of an operation it makes some in any case
+	calls   int  // of the running operation so far
+	running bool // the guest
 }
 
-// newOnlineHistory starts with a mapped disk of many L2 tables and one snapshot.
-func newOnlineHistory(t *testing.T, seed uint64) *onlineHistory {
-	rng := rand.New(rand.NewPCG(seed, 7))
-	clusterSize := int64([]int{512, 512, 1024, 4096}[rng.IntN(4)])
-	h := &crashHistory{t: t, rng: rng, file: newMemFile(fmt.Sprintf("online-%d", seed))}
-	h.g = newGeometry(uint(9+log2(clusterSize/512)), 4, false)
-	size := min(24*h.g.l2Coverage, 1<<20)
-	must(t, Create(h.file, size, CreateOptions{ClusterSize: clusterSize}))
-	h.state.durable = newSparse()
-	h.state.durable.size = size
-	img, err := Open(h.file.reopen(), OpenOptions{L2CacheSize: 8 * clusterSize})
-	must(t, err)
-	h.img = img
-	h.log = h.file.record()
-	p := stamp(1<<20, 0, size)
-	h.do(crashOp{what: "fill", patch: &patch{0, size, p}}, func() error {
-		_, err := img.WriteAt(p, 0)
-		return err
-	})
-	for range 8 {
+func crashBeside(t *testing.T, y *crashTally, seed uint64, plan crashPlan) {
+	t.Helper()
+	configs := slices.DeleteFunc(crashConfigs(), func(p crashParams) bool { return p.fullTable })
+	h := &besideHistory{crashHistory: newCrashHistory(t, seed, configs[int(seed)%len(configs)]), at: int(seed)}
+	for range 3 {
+		h.create()
+		h.dress(h.rng.Int64N(2))
+		h.delete()
+		h.dress(h.rng.Int64N(2))
+		h.at++
+	}
+	h.end()
+	h.crash(t, y, plan)
+}
+
+// beside makes an operation on snapshots with a guest beside it. change lists the snapshots that there are afterwards.
+func (h *besideHistory) beside(kind opKind, what string, change func([]modelSnapshot) []modelSnapshot, f func() error) {
+	h.t.Helper()
+	before := *h.img.hdr.Load()
+	op := besideOp{crashOp: crashOp{kind: kind, what: what, begin: h.file.position(), touches: h.kinds(0, h.img.Size())}}
+	h.calls = 0
+	h.file.between = h.between
+	err := f()
+	h.file.between = nil
+	op.end = h.file.position()
+	op.snaps = h.state.snaps
+	switch {
+	case err == nil:
+		op.snaps = change(slices.Clone(h.state.snaps))
+	case !h.tooNarrow(err):
+		h.t.Fatalf("%s: %v", what, err)
+	}
+	op.grown(before, h.img)
+	h.timeline.beside = append(h.timeline.beside, op)
+	h.state.snaps = op.snaps
+}
+
+// between lets the guest work where it would not have to wait.
+func (h *besideHistory) between() {
+	if h.running || !h.img.idle() {
+		return
+	}
+	h.running = true
+	defer func() { h.running = false }()
+	h.calls++
+	if h.calls != h.at%16 && h.rng.IntN(6) > 0 {
+		return
+	}
+	for range 1 + h.rng.IntN(2) {
 		h.guest()
 	}
-	h.do(crashOp{what: "flush"}, h.img.Flush)
-	o := &onlineHistory{crashHistory: h}
-	o.create("first")
-	h.first, h.ops, h.log = h.state, nil, h.file.record()
-	h.first.snaps, o.snaps = o.listed, nil
-	return o
-}
-
-// create takes a snapshot and finds out which of the contents that it may have it has.
-func (o *onlineHistory) create(name string) {
-	o.t.Helper()
-	op := onlineOp{what: "snapshot " + name, begin: o.file.position()}
-	before := o.guestState()
-	_, err := o.img.CreateSnapshot(name, nil)
-	must(o.t, err)
-	op.end = o.file.position()
-	after := o.guestState()
-
-	v, err := o.img.OpenSnapshot(ByName(name))
-	must(o.t, err)
-	got := make([]byte, v.Size())
-	_, err = v.ReadAt(got, 0)
-	must(o.t, err)
-	must(o.t, v.Close())
-	content := newSparse()
-	content.writeAt(got, 0)
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if !o.atSomeInstant(got, before, after) {
-		o.t.Errorf("snapshot %q is not the disk at any instant between its call and its answer", name)
+	if h.rng.IntN(2) == 0 {
+		h.flush()
 	}
-	o.listed = append(slices.Clone(o.listed), modelSnapshot{name: name, content: content})
-	listed := o.listed
-	op.change = func([]modelSnapshot) []modelSnapshot { return listed }
-	o.snaps = append(o.snaps, op)
 }
 
-func (o *onlineHistory) delete(i int) {
-	o.t.Helper()
-	op := onlineOp{what: "delete " + o.listed[i].name, begin: o.file.position()}
-	must(o.t, o.img.DeleteSnapshot(ByName(o.listed[i].name)))
-	op.end = o.file.position()
-	o.listed = slices.Delete(slices.Clone(o.listed), i, i+1)
-	listed := o.listed
-	op.change = func([]modelSnapshot) []modelSnapshot { return listed }
-	o.snaps = append(o.snaps, op)
-}
-
-// guestState returns how many operations the guest has ended.
-func (o *onlineHistory) guestState() int {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.ended
-}
-
-// atSomeInstant tells whether got is the disk after some number of operations, from before to after or one more.
-func (o *onlineHistory) atSomeInstant(got []byte, before, after int) bool {
-	s := o.first
-	if s.durable == nil {
-		s = o.state // the very first snapshot: no guest is running
+// idle tells whether a guest's request would not have to wait for an operation on snapshots.
+func (img *Image) idle() bool {
+	if !img.gate.TryRLock() {
+		return false
 	}
-	want := make([]byte, len(got))
-	disk := s.durable.clone()
-	for n := 0; ; n++ {
-		if n >= before {
-			disk.readAt(want, 0)
-			if bytes.Equal(got, want) {
-				return true
-			}
-		}
-		if n == len(o.ops) || n > after {
+	defer img.gate.RUnlock()
+	for _, mu := range []*sync.Mutex{&img.commitMu, &img.tableMu, &img.alloc.mu, &img.mu, &img.hdrMu, &img.f.mu} {
+		if !mu.TryLock() {
 			return false
 		}
-		if p := o.ops[n].patch; p != nil {
-			p.apply(disk)
-		}
+		mu.Unlock()
 	}
+	return true
 }
 
-// maxGuestOps bounds a history: the crashes of a longer one take too long to judge.
-const maxGuestOps = 400
-
-// work is the guest: it goes on until stop is closed.
-func (o *onlineHistory) work(stop <-chan struct{}) {
-	for i := range maxGuestOps {
-		select {
-		case <-stop:
-			return
-		default:
-		}
-		if i%5 == 4 {
-			o.run(crashOp{what: "flush"}, o.img.Flush)
-		} else {
-			o.request()
-		}
-	}
+func (h *besideHistory) create() {
+	h.t.Helper()
+	h.count++
+	name := fmt.Sprintf("b%d", h.count)
+	var content *sparse
+	h.beside(opCreateBeside, "create "+name, func(snaps []modelSnapshot) []modelSnapshot {
+		return append(snaps, modelSnapshot{name: name, content: content})
+	}, func() error {
+		_, err := h.img.CreateSnapshot(name, func(Snapshot) { content = h.state.settled().durable })
+		return err
+	})
 }
 
-// request makes a guest's request of crashHistory's kind.
-func (o *onlineHistory) request() {
-	size := o.first.durable.size
-	off := o.rng.Int64N(size/sectorSize) * sectorSize
-	n := min(size-off, (1+o.rng.Int64N(2*o.g.clusterSize/sectorSize))*sectorSize)
-	o.count++
-	switch o.rng.IntN(6) {
-	default:
-		p := stamp(o.count, off, n)
-		o.run(crashOp{what: fmt.Sprintf("%d: write %#x %#x", o.count, off, n), patch: &patch{off, n, p}}, func() error {
-			_, err := o.img.WriteAt(p, off)
-			return err
-		})
-	case 0:
-		o.run(crashOp{what: fmt.Sprintf("%d: zero %#x %#x", o.count, off, n), patch: &patch{off, n, nil}}, func() error {
-			return o.img.WriteZeroes(off, n)
-		})
-	case 1:
-		o.run(crashOp{what: fmt.Sprintf("%d: discard %#x %#x", o.count, off, n), patch: &patch{off, n, nil}}, func() error {
-			return o.img.Discard(off, n)
-		})
+func (h *besideHistory) delete() {
+	h.t.Helper()
+	if len(h.state.snaps) == 0 {
+		return
 	}
+	i := h.rng.IntN(len(h.state.snaps))
+	name := h.state.snaps[i].name
+	h.beside(opDeleteBeside, "delete "+name, func(snaps []modelSnapshot) []modelSnapshot { return slices.Delete(snaps, i, i+1) },
+		func() error { return h.img.DeleteSnapshot(ByName(name)) })
 }
 
-// run notes a guest's operation, makes it, and notes its end.
-func (o *onlineHistory) run(op crashOp, f func() error) {
-	op.begin, op.end = o.file.position(), math.MaxInt
-	o.mu.Lock()
-	o.ops = append(o.ops, op)
-	o.mu.Unlock()
-	if err := f(); err != nil {
-		o.t.Errorf("%s: %v", op.what, err)
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.ops[len(o.ops)-1].end = o.file.position()
-	o.ended++
+// onlineHistory has operations on snapshots in a goroutine of their own.
+type onlineHistory struct {
+	*crashHistory
+	done   chan struct{} // closed when the operations have ended, which makes the following final
+	listed []modelSnapshot
+	ops    []besideOp
+	cuts   []cut
+	err    error
 }
 
-// states returns what the image may be after the first n calls.
-func (o *onlineHistory) states(n int) []crashState {
-	guest := crashState{durable: o.first.durable}
-	var guests []crashState
-	for i := range o.ops {
-		if op := &o.ops[i]; op.end <= n {
-			guest = op.apply(guest)
-			continue
-		} else if op.begin < n {
-			guests = append(guests, op.apply(guest))
-		}
-		break
-	}
-	guests = append(guests, guest)
-	lists := [][]modelSnapshot{o.first.snaps}
-	for _, op := range o.snaps {
-		switch {
-		case op.end <= n:
-			lists = [][]modelSnapshot{op.change(nil)}
-		case op.begin < n:
-			lists = append(lists, op.change(nil))
-		}
-	}
-	var all []crashState
-	for _, s := range guests {
-		for _, l := range lists {
-			s.snaps = l
-			all = append(all, s)
-		}
-	}
-	return all
+// cut is the content of a new snapshot, which the disk had at some instant while the operation ran.
+type cut struct {
+	what, name string
+	begin, end int
+	content    *sparse
 }
+
+// maxGuestRequests bounds a history: the crashes of a longer one take too long to judge.
+const maxGuestRequests = 300
 
 func TestCrashOnline(t *testing.T) {
-	for seed := range uint64(*onlineHistories) {
-		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
-			t.Parallel()
-			o := newOnlineHistory(t, seed)
-			o.file.setFault(func(fileCall) error { // not a fault: it mixes the two
-				runtime.Gosched()
-				return nil
+	y := newCrashTally()
+	plan := crashPlan{share: 12, versions: 1, check: 80, goOn: 15, second: 8, qemu: 200}
+	t.Run("histories", func(t *testing.T) {
+		for seed := range uint64(*onlineHistories) {
+			t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
+				t.Parallel()
+				crashOnline(t, y, seed, plan)
 			})
-			stop := make(chan struct{})
-			var guest sync.WaitGroup
-			guest.Go(func() { o.work(stop) })
-			rng := rand.New(rand.NewPCG(seed, 8))
-			for i := range 6 {
-				if len(o.listed) > 2 || len(o.listed) > 0 && rng.IntN(2) == 0 {
-					o.delete(rng.IntN(len(o.listed)))
-				} else {
-					o.create(fmt.Sprintf("s%d", i))
-				}
-			}
-			close(stop)
-			guest.Wait()
-			must(t, o.img.Close())
-			o.file.setFault(nil)
-			o.crash(t)
-		})
+		}
+	})
+	y.report(t)
+}
+
+func crashOnline(t *testing.T, y *crashTally, seed uint64, plan crashPlan) {
+	t.Helper()
+	p := crashParams{}
+	p.ClusterSize, p.Version, p.RefcountBits = []int64{512, 512, 1024, 4096}[seed%4], 3, 16
+	p.size = min(24*p.geometry().l2Coverage, 512<<10)
+	o := &onlineHistory{crashHistory: newCrashHistory(t, seed, p), done: make(chan struct{})}
+	o.write(0, o.img.Size())
+	o.flush()
+	o.restart()
+	o.listed = o.state.snaps
+	o.file.setFault(o.mix(seed%3 == 0))
+
+	go o.work(rand.New(rand.NewPCG(seed, 8)))
+	for i := 0; i < maxGuestRequests && (seed%2 == 0 || i < 60) && !o.ended(); i++ {
+		if i%5 == 4 {
+			o.flush()
+		} else {
+			o.guest()
+		}
+	}
+	o.close() // which may end an operation early
+	<-o.done
+	o.file.setFault(nil)
+	must(t, o.err)
+	o.readLatest()
+	o.timeline.beside, o.state.snaps = o.ops, o.listed
+	o.closed()
+	for _, c := range o.cuts {
+		if !o.atSomeInstant(c) {
+			t.Fatalf("%s: it is not the disk at any instant between its call and its answer\n%s", c.what, o.history())
+		}
+	}
+	o.crash(t, y, plan)
+}
+
+func (o *onlineHistory) ended() bool {
+	select {
+	case <-o.done:
+		return true
+	default:
+		return false
 	}
 }
 
-func (o *onlineHistory) history() string {
-	var b strings.Builder
-	for _, op := range o.snaps {
-		fmt.Fprintf(&b, "%d-%d %s\n", op.begin, op.end, op.what)
+// mix is called before each call of the file and lets the other goroutine go on. With full the disk is full once, for a
+// guest that meets an operation on snapshots: it is given up and the guest goes on.
+func (o *onlineHistory) mix(full bool) func(fileCall) error {
+	return func(c fileCall) error {
+		runtime.Gosched()
+		if full && c.kind == callTruncate && o.img.mu.TryLock() {
+			defer o.img.mu.Unlock()
+			if o.img.build != nil {
+				full = false
+				return ErrNoSpace
+			}
+		}
+		return nil
 	}
-	return b.String()
 }
 
-// crash tries a share of the crashes.
-func (o *onlineHistory) crash(t *testing.T) {
-	tried := 0
-	rng := rand.New(rand.NewPCG(uint64(len(o.log.calls)), 9))
-	share := max(1, len(o.log.calls)/60)
-	for c := range o.log.crashes(rng, func(n int, _ bool) int {
-		if rng.IntN(share) > 0 {
-			return -1
+// work makes the operations on snapshots.
+func (o *onlineHistory) work(rng *rand.Rand) {
+	defer close(o.done)
+	for i := 0; i < 6 && o.err == nil; i++ {
+		if len(o.listed) > 2 || len(o.listed) > 0 && rng.IntN(2) == 0 {
+			o.err = o.deleteOne(rng.IntN(len(o.listed)))
+		} else {
+			o.err = o.createOne(fmt.Sprintf("o%d", i))
 		}
-		return 1
-	}) {
-		tried++
-		forQEMU := c.file.clone()
-		fail := func(format string, args ...any) {
-			t.Helper()
-			path := tempImage(t)
-			forQEMU.save(t, path)
-			t.Fatalf("crash after %d of %d calls (torn: %t; last: %s): %s\nqemu-img check: %s\n%s", c.calls, len(o.log.calls), c.torn,
-				o.log.calls[max(0, c.calls-1)], fmt.Sprintf(format, args...), runQemuCheck(t, path).output, o.history())
-		}
-		if r, err := checkFile(t.Context(), c.file); err != nil || r.Corruptions != 0 {
-			fail("our check: %+v, %v", r, err)
-		}
-		if rng.IntN(50) == 0 {
-			path := tempImage(t)
-			forQEMU.save(t, path)
-			if r := runQemuCheck(t, path); r.exit != 0 && r.exit != 3 {
-				fail("QEMU finds errors")
-			}
-		}
-		goOn := c.file.clone()
-		img, err := Open(c.file, OpenOptions{})
-		if err != nil {
-			fail("%v", err)
-		}
-		var wrong []string
-		allowed := o.states(c.calls)
-		for _, s := range allowed {
-			if w := s.compare(img); w != "" {
-				wrong = append(wrong, w)
-			}
-		}
-		if len(wrong) == len(allowed) {
-			fail("the content is none of those allowed: %q", wrong)
-		}
-		must(t, img.Close())
-		if rng.IntN(20) == 0 {
-			o.goOn(t, goOn, c)
+		if errors.Is(o.err, ErrClosed) {
+			o.err = nil
+			return
 		}
 	}
-	t.Logf("%d guest and %d snapshot operations, %d calls, %d states", len(o.ops), len(o.snaps), len(o.log.calls), tried)
+}
+
+// run makes one of them, after which the snapshots are those of listed; not if it was given up.
+func (o *onlineHistory) run(kind opKind, what string, listed []modelSnapshot, f func() error) (bool, error) {
+	op := besideOp{crashOp: crashOp{kind: kind, what: what, begin: o.file.position()}}
+	err := f()
+	op.end = o.file.position()
+	if err == nil {
+		o.listed = listed
+	} else if op.what += ": " + err.Error(); errors.Is(err, ErrNoSpace) {
+		err = nil
+	}
+	op.snaps = o.listed
+	o.ops = append(o.ops, op)
+	return err == nil && len(o.listed) == len(listed), err
+}
+
+func (o *onlineHistory) deleteOne(i int) error {
+	name := o.listed[i].name
+	_, err := o.run(opDeleteBeside, "delete "+name, slices.Delete(slices.Clone(o.listed), i, i+1), func() error {
+		return o.img.DeleteSnapshot(ByName(name))
+	})
+	return err
+}
+
+func (o *onlineHistory) createOne(name string) error {
+	content := newSparse()
+	listed := append(slices.Clone(o.listed), modelSnapshot{name: name, content: content})
+	made, err := o.run(opCreateBeside, "create "+name, listed, func() error {
+		_, err := o.img.CreateSnapshot(name, nil)
+		return err
+	})
+	if err != nil || !made {
+		return err
+	}
+	op := o.ops[len(o.ops)-1]
+	o.cuts = append(o.cuts, cut{op.what, name, op.begin, op.end, content})
+	return readSnapshot(o.img, name, content)
+}
+
+func readSnapshot(img *Image, name string, content *sparse) error {
+	v, err := img.OpenSnapshot(ByName(name))
+	if err != nil {
+		return err
+	}
+	p := make([]byte, v.Size())
+	if _, err := v.ReadAt(p, 0); err != nil {
+		return err
+	}
+	content.writeAt(p, 0)
+	return v.Close()
+}
+
+// readLatest reads the latest snapshot that was created from the closed image: the guest closed it before that was done.
+func (o *onlineHistory) readLatest() {
+	o.t.Helper()
+	if len(o.cuts) == 0 || o.cuts[len(o.cuts)-1].content.size > 0 {
+		return
+	}
+	c := o.cuts[len(o.cuts)-1]
+	img, err := Open(o.file.clone(), OpenOptions{ReadOnly: true})
+	must(o.t, err)
+	must(o.t, readSnapshot(img, c.name, c.content))
+	must(o.t, img.Close())
+}
+
+// atSomeInstant tells whether a snapshot is the disk after some number of requests: at least those that had ended when
+// it was asked for, at most those that had begun when it was there.
+func (o *onlineHistory) atSomeInstant(c cut) bool {
+	disk, got, want := o.first.durable.clone(), make([]byte, c.content.size), make([]byte, c.content.size)
+	c.content.readAt(want, 0)
+	same := func() bool {
+		disk.readAt(got, 0)
+		return bytes.Equal(got, want)
+	}
+	for _, op := range o.timeline.ops {
+		if op.begin > c.end {
+			break
+		}
+		if op.end >= c.begin && same() {
+			return true
+		}
+		if op.patch != nil {
+			op.patch.apply(disk)
+		}
+	}
+	return same()
 }

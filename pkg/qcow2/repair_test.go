@@ -106,18 +106,13 @@ func TestRepairCrash(t *testing.T) {
 				before := readable(t, broken)
 				log := broken.record()
 				repairFile(t, broken, RepairAll)
-				for c := range log.crashes(rng, func(_ int, synced bool) int {
-					if synced {
-						return 0
-					}
-					return 2
-				}) {
+				for c := range log.crashes(rng, func(int) int { return 2 }) {
 					tried++
 					if diff := before.changed(t, c.file); diff != "" {
-						t.Fatalf("%s, crash after %d calls (torn: %t): %s", what, c.calls, c.torn, diff)
+						t.Fatalf("%s, crash after %d calls (%s): %s", what, c.calls, c.kind, diff)
 					}
 					if r := repairFile(t, c.file, RepairAll); r.Left.ExitStatus() != 0 {
-						t.Fatalf("%s, crash after %d calls (torn: %t): %+v", what, c.calls, c.torn, r.Left)
+						t.Fatalf("%s, crash after %d calls (%s): %+v", what, c.calls, c.kind, r.Left)
 					}
 				}
 			}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs the crash and fault tests at length and prints what they tried.
+# Usage: hack/crash.sh [STATES]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Without the lines that tell about each history.
+go test ./pkg/qcow2 -count 1 -v -timeout 5h -run '^Test(Crash|CrashOnline|Faults.*)$' \
+	-crash-states "${1:-200000}" -online-histories 200 | grep -vE '^ *(===|--- PASS)'
