@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"k8s.io/klog/v2"
+
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
@@ -152,14 +154,30 @@ func (u *imageUse) close() error {
 	return errors.Join(u.image.Close(), u.lease.Unlock())
 }
 
-// changeImage opens an image for writing under its lease.
-func changeImage(lease *pool.Lease, fn func(*qcow2.Image) error) (err error) {
+// changeImage opens an image for writing under its lease. If this process dies meanwhile, the volume stays marked: the
+// engine looks for leaks when it is attached.
+func changeImage(lease *pool.Lease, fn func(*qcow2.Image) error) error {
+	unclean, err := lease.WasUnclean()
+	if err != nil {
+		return err
+	}
+	if err := lease.MarkAttached(); err != nil {
+		return err
+	}
 	image, err := lease.Open(false)
 	if err != nil {
 		return fmt.Errorf("open volume %s: %w", lease.Volume().ID, err)
 	}
-	defer func() { err = errors.Join(err, image.Close()) }()
-	return fn(image)
+	err = fn(image)
+	if closeErr := image.Close(); closeErr != nil {
+		return errors.Join(err, closeErr)
+	}
+	if !unclean {
+		if markErr := lease.ClearAttached(); markErr != nil {
+			klog.ErrorS(markErr, "Volume is not marked as clean", "volume", lease.Volume().ID)
+		}
+	}
+	return err
 }
 
 // wherever runs attached, or, if the engine does not serve the volume, detached. One that is attached or

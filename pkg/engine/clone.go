@@ -43,15 +43,15 @@ func (s *served) openClone(snapshot string) (*clone, error) {
 		return nil, errors.Join(err, c.deleteTemporary())
 	}
 	c.view = view
-	s.clones.Add(1)
+	s.tasks.Add(1)
 	return c, nil
 }
 
 // run writes the clone and lets go of the source.
 func (c *clone) run(target string, size int64) error {
-	defer c.source.clones.Done()
-	err := writeClone(c.source.cloning, c.view, target, size)
-	if c.source.cloning.Err() != nil {
+	defer c.source.tasks.Done()
+	err := writeClone(c.source.tasksCtx, c.view, target, size)
+	if c.source.tasksCtx.Err() != nil {
 		err = fmt.Errorf("%w: the source is being detached: %w", ErrUnavailable, err)
 	}
 	if closeErr := c.view.Close(); closeErr != nil {

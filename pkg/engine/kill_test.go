@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 // flushingWriter writes blocks to a device, one after the other with a flush behind each, until an error.
@@ -92,6 +93,58 @@ func TestKillWorker(t *testing.T) {
 	}
 	w.check(t, device)
 	t.Logf("%d flushed blocks are there", w.flushed.Load())
+}
+
+// What a dead worker had reserved is given back beside the users of the volume, and so is what guests had given up.
+func TestReclaimAfterKill(t *testing.T) {
+	r := newRig(t)
+	const size = 64 * mib
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	fillDevice(t, device, 0, 8*mib, 1)
+	_, err := r.client.CreateSnapshot(testContext(t), id, "s", nil)
+	must(t, err)
+	fillDevice(t, device, 0, mib, 2)
+	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
+	r.eventually("the failure is listed", func() bool { a := r.find(id); return a != nil && a.Failure != "" })
+	if leaks(t, r.pool.ImagePath(id)) == 0 {
+		t.Fatal("the dead worker left no leaks")
+	}
+
+	device = r.attach(id)
+	fillDevice(t, device, 2*mib, mib, 3)
+	_, err = r.client.CreateSnapshot(testContext(t), id, "t", nil)
+	must(t, err)
+	must(t, r.client.DeleteSnapshot(testContext(t), id, "s"))
+	r.eventually("the leaks are reclaimed", func() bool {
+		r.attach(id)
+		r.detach(id) // marks the volume as clean if the search has ended
+		_, clean, err := r.pool.Marked(id, pool.Clean)
+		must(t, err)
+		return clean
+	})
+	if n := leaks(t, r.pool.ImagePath(id)); n != 0 {
+		t.Errorf("%d leaks are left", n)
+	}
+	device = r.attach(id)
+	wantDevice(t, device, 0, mib, 2)
+	wantDevice(t, device, mib, mib, 1)
+	wantDevice(t, device, 2*mib, mib, 3)
+	wantDevice(t, device, 3*mib, 5*mib, 1)
+}
+
+// leaks counts them in an image that nobody writes.
+func leaks(t *testing.T, path string) int64 {
+	t.Helper()
+	f, err := qcow2.OpenFile(path, true)
+	must(t, err)
+	defer f.Close()
+	result, err := qcow2.Check(t.Context(), f, nil)
+	must(t, err)
+	if result.Corruptions != 0 {
+		t.Errorf("check %s: %q", path, result.Problems)
+	}
+	return result.Leaks
 }
 
 // The dead device is mounted while the volume is attached anew, and detached.

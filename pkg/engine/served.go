@@ -22,13 +22,16 @@ type served struct {
 	backend *backend
 	dev     *blockdev.Device
 
-	// clones counts the Clones that read img; stopClones ends them.
-	clones     sync.WaitGroup
-	cloning    context.Context // common to all Clones
-	stopClones context.CancelFunc
+	// leaky: the image may have leaks of an earlier, unclean stop.
+	leaky atomic.Bool
+
+	// tasks counts what uses img besides the device: Clones, and the search for leaks; stopTasks ends them.
+	tasks     sync.WaitGroup
+	tasksCtx  context.Context // common to all tasks
+	stopTasks context.CancelFunc
 }
 
-// serve takes a volume and makes a device of it. Clones end with ctx.
+// serve takes a volume and makes a device of it. Its tasks end with ctx.
 func serve(ctx context.Context, poolDir, volume string) (*served, error) {
 	p, err := pool.Open(poolDir)
 	if err != nil {
@@ -49,6 +52,13 @@ func serveLeased(ctx context.Context, lease *pool.Lease, volume string) (*served
 	if lease.Volume().Tombstone {
 		return nil, fmt.Errorf("%s: %w", volume, ErrTombstone)
 	}
+	unclean, err := lease.WasUnclean()
+	if err != nil {
+		return nil, err
+	}
+	if err := lease.MarkAttached(); err != nil {
+		return nil, err
+	}
 	img, err := lease.Open(false)
 	if err != nil {
 		return nil, err
@@ -64,7 +74,11 @@ func serveLeased(ctx context.Context, lease *pool.Lease, volume string) (*served
 		return nil, errors.Join(fmt.Errorf("attach %s: %w", volume, err), img.Close())
 	}
 	s := &served{lease: lease, img: img, backend: b, dev: dev}
-	s.cloning, s.stopClones = context.WithCancel(ctx)
+	s.tasksCtx, s.stopTasks = context.WithCancel(ctx)
+	if unclean {
+		s.leaky.Store(true)
+		s.tasks.Go(s.reclaimLeaks)
+	}
 	return s, nil
 }
 
@@ -80,9 +94,13 @@ func (s *served) endDevice() error {
 // close ends what reads the image, flushes and closes the image, and lets go of the volume. The device
 // has been ended.
 func (s *served) close() error {
-	s.stopClones()
-	s.clones.Wait()
-	return errors.Join(s.img.Close(), s.lease.Unlock())
+	s.stopTasks()
+	s.tasks.Wait()
+	err := s.img.Close()
+	if err == nil && !s.leaky.Load() {
+		s.markClean()
+	}
+	return errors.Join(err, s.lease.Unlock())
 }
 
 // abort ends the device whoever uses it, and closes.

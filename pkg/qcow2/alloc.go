@@ -20,6 +20,7 @@ type allocator struct {
 
 	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
 	rc     *refcounts
+	search *leakSearch  // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
 	build  *generation  // of a running operation: it holds free clusters, and follows each change of a count
 	next   int64        // no cluster below is free
 	ready  runs         // reserved
@@ -68,6 +69,7 @@ func (a *allocator) take(n int64) (runs, error) {
 		r := a.ready[0]
 		k := min(n, r.n)
 		got.add(run{r.first, k})
+		a.search.touch(run{r.first, k})
 		n -= k
 		if a.ready[0] = (run{r.first + k, r.n - k}); k == r.n {
 			a.ready = a.ready[1:]
@@ -173,6 +175,7 @@ func (a *allocator) free(c int64) bool { return a.build == nil || !a.build.holds
 
 // add changes live counts, and with them those of a generation that is being built.
 func (a *allocator) add(r run, delta int) (zero runs, err error) {
+	a.search.touch(r)
 	zero, err = a.rc.add(r, delta)
 	if err == nil && a.build != nil {
 		err = a.build.mirror(r, delta)
@@ -189,6 +192,7 @@ func (a *allocator) newBlock(k, c int64) error {
 	if err := a.metadata.add(r, metadataSole); err != nil {
 		return err
 	}
+	a.search.touch(r)
 	b := &refBlock{counts: a.g.newCounts(1)}
 	b.counts.set(c&(a.g.blockCounts-1), 1)
 	for s := range a.g.clusterSize / sectorSize {

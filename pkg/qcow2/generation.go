@@ -133,6 +133,7 @@ func (n *generation) count(c int64) (uint64, error) {
 
 // add changes the next counts of a run.
 func (n *generation) add(r run, delta int) error {
+	n.img.alloc.search.touch(r)
 	return n.g.eachBlock(r, func(k, i, m int64) error {
 		b, err := n.ownBlock(k)
 		if err != nil {

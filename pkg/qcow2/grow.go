@@ -70,6 +70,7 @@ func (a *allocator) growTable() error {
 	if err := a.metadata.add(used, metadataSole); err != nil {
 		return err
 	}
+	a.search.touch(used)
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)
 	a.length.Store(max(a.length.Load(), used.end()<<a.g.clusterBits))

@@ -131,7 +131,6 @@ func TestCorruptBit(t *testing.T) {
 	}
 }
 
-
 // TestCorruptBitOfOtherErrors: neither a failing disk nor damaged content says anything about the metadata.
 func TestCorruptBitOfOtherErrors(t *testing.T) {
 	for name, test := range map[string]struct {

@@ -80,6 +80,9 @@ func (img *Image) start(op operation) (*generation, error) {
 	img.mu.Unlock()
 	img.alloc.mu.Lock()
 	img.alloc.build = n
+	if img.alloc.search != nil {
+		img.alloc.search.disturbed = true
+	}
 	img.alloc.mu.Unlock()
 	return n, nil
 }

@@ -1,0 +1,368 @@
+package qcow2
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+)
+
+// Reclaimed is what ReclaimLeaks has given back.
+type Reclaimed struct {
+	Clusters int64 // host clusters that are free now
+	Lowered  int64 // host clusters that stay in use, and were counted too often
+	Complete bool  // nothing is left that ReclaimLeaks can find
+}
+
+// ReclaimLeaks gives back what a crash has left counted and unused, while guests and operations on snapshots go on. It
+// reads all metadata once, or more often for an image of many clusters, and takes 64 MiB of memory at most. ErrCorrupt, and
+// nothing is given back, for metadata that is impossible. It ends early with ctx and when the image fails or is closed.
+//
+// Why it is safe: of a cluster whose count has not changed since the search began, each reference that there was then is
+// still there, for taking one away lowers the count, and no new one has come, for that raises it. So it does not matter
+// when the search comes by a table, as long as it sees the mapping as guests do. Clusters whose count changes meanwhile, or that
+// are handed out of a reservation, are left alone.
+func (img *Image) ReclaimLeaks(ctx context.Context) (Reclaimed, error) {
+	var r Reclaimed
+	err := img.reclaim(ctx, &r)
+	if err != nil {
+		err = fmt.Errorf("%s: reclaim leaks: %w", img.f.Name(), err)
+	}
+	return r, err
+}
+
+// reclaimRounds is how often a search is repeated because an operation came in between.
+const reclaimRounds = 3
+
+func (img *Image) reclaim(ctx context.Context, r *Reclaimed) error {
+	r.Complete = true
+	first := int64(0)
+	for {
+		end := first + searchClusters
+		last := false
+		for round := range reclaimRounds {
+			s, err := img.startSearch(ctx, first, end)
+			if err != nil {
+				return err
+			}
+			last = s.last
+			disturbed, err := img.search(ctx, s, r)
+			img.endSearch()
+			if err != nil {
+				return err
+			}
+			if !disturbed {
+				break
+			}
+			if round == reclaimRounds-1 {
+				r.Complete = false
+			}
+		}
+		if last {
+			return nil
+		}
+		first = end
+	}
+}
+
+// searchClusters is how many host clusters a search looks at, in a byte each.
+const searchClusters = 64 << 20
+
+// leakSearch is what a search has learnt about the host clusters from first on: how often each is referenced.
+// The allocator's lock guards it.
+type leakSearch struct {
+	first     int64
+	seen      []uint8
+	last      bool // nothing lies behind
+	disturbed bool // an operation has begun since the search did
+}
+
+const (
+	seenCount  uint8 = 1<<7 - 1 // the references; as many as this, or unknown: leave the cluster alone
+	seenActive uint8 = 1 << 7   // one of them is the active state's
+)
+
+// add counts references to a run.
+func (s *leakSearch) add(r run, times int64, flag uint8) {
+	for c := max(r.first, s.first); c < min(r.end(), s.first+int64(len(s.seen))); c++ {
+		v := s.seen[c-s.first]
+		s.seen[c-s.first] = v&seenActive | flag | uint8(min(int64(v&seenCount)+times, int64(seenCount)))
+	}
+}
+
+// touch excludes clusters. It may be called on nil.
+func (s *leakSearch) touch(r run) {
+	if s != nil {
+		s.add(r, int64(seenCount), 0)
+	}
+}
+
+// startSearch begins at an instant at which no guest request is under way and no operation runs.
+func (img *Image) startSearch(ctx context.Context, first, end int64) (*leakSearch, error) {
+	for {
+		s, running, err := img.tryStartSearch(first, end)
+		if running == nil {
+			return s, err
+		}
+		select {
+		case <-running:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// tryStartSearch returns what to wait for, if an operation runs.
+func (img *Image) tryStartSearch(first, end int64) (s *leakSearch, running <-chan struct{}, err error) {
+	img.gate.Lock()
+	defer img.gate.Unlock()
+	if err := img.usable(true); err != nil {
+		return nil, nil, err
+	}
+	a := img.alloc
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.build != nil {
+		return nil, a.build.done, nil
+	}
+	all := a.g.clusters(a.length.Load()) + maxBatch // a crash may leave clusters counted behind the end
+	s = &leakSearch{first: first, seen: make([]uint8, max(0, min(end, all)-first)), last: end >= all}
+	a.search = s
+	return s, nil, nil
+}
+
+func (img *Image) endSearch() {
+	img.alloc.mu.Lock()
+	defer img.alloc.mu.Unlock()
+	img.alloc.search = nil
+}
+
+// search counts all references to the clusters of s, and gives back what is counted more often. disturbed: there may be
+// more.
+func (img *Image) search(ctx context.Context, s *leakSearch, r *Reclaimed) (disturbed bool, err error) {
+	wasDisturbed := func() bool {
+		img.alloc.mu.Lock()
+		defer img.alloc.mu.Unlock()
+		return s.disturbed
+	}
+	if err = img.searchSnapshots(ctx, s); err == nil {
+		err = img.searchActive(ctx, s)
+	}
+	if err != nil {
+		if ctx.Err() == nil && img.failed() == nil && wasDisturbed() {
+			return true, nil // a table of a snapshot that was deleted meanwhile, perhaps
+		}
+		return false, err
+	}
+	img.searchMetadata(s)
+	for block := s.first >> img.g.blockBits; block<<img.g.blockBits < s.first+int64(len(s.seen)); block++ {
+		if err := ctx.Err(); err != nil {
+			return false, err
+		}
+		if err := img.settleBlock(s, block, r); err != nil {
+			return false, err
+		}
+	}
+	return wasDisturbed(), nil
+}
+
+// searchSnapshots counts what snapshots reference. Nothing of it changes as long as the snapshot is there.
+func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
+	img.mu.Lock()
+	rows := slices.Clone(img.rows)
+	img.mu.Unlock()
+	var all []l2Region
+	for i := range rows {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		l1, err := img.snapshotL1(&rows[i])
+		if err != nil {
+			return err
+		}
+		for j, e := range l1 {
+			if e == 0 {
+				continue
+			}
+			if err := img.checkL1Entry(e); err != nil {
+				return fmt.Errorf("L1 entry %d of snapshot %q: %w", j, rows[i].name, err)
+			}
+			all = append(all, l2Region{offset: e.offset(), times: 1})
+		}
+		all = mergeRegions(all)
+	}
+	for _, l2 := range all {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		t, err := readL2(img.f, img.g, l2.offset)
+		if err == nil {
+			err = img.searchTable(s, t, l2.offset, l2.times, 0)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mergeRegions sorts tables, and adds up what leads to the same one.
+func mergeRegions(all []l2Region) []l2Region {
+	slices.SortFunc(all, func(a, b l2Region) int { return cmp.Compare(a.offset, b.offset) })
+	k := 0
+	for i := range all {
+		if k > 0 && all[k-1].offset == all[i].offset {
+			all[k-1].times += all[i].times
+			continue
+		}
+		all[k] = all[i]
+		k++
+	}
+	return all[:k]
+}
+
+// searchActive counts what the active state references, as guests see it.
+func (img *Image) searchActive(ctx context.Context, s *leakSearch) error {
+	for i := int64(0); ; i++ {
+		if err := cmp.Or(ctx.Err(), img.failed()); err != nil {
+			return err
+		}
+		t, off, end, err := img.peekTable(i)
+		if end || err != nil {
+			return err
+		}
+		if off != 0 {
+			if err := img.searchTable(s, t, off, 1, seenActive); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// peekTable returns a copy of an active L2 table and its offset, 0 if there is none. Guests' tables stay in the cache.
+func (img *Image) peekTable(index int64) (t table, off int64, end bool, err error) {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if index >= int64(len(img.l1)) {
+		return table{}, 0, true, nil
+	}
+	if e := img.l2.tables[index]; e != nil {
+		cached := e.Value.(*l2Table)
+		return img.g.table(slices.Clone(cached.data.b)), cached.offset, false, nil
+	}
+	e := img.l1[index]
+	if err := img.checkL1Entry(e); err != nil || e.offset() == 0 {
+		return table{}, 0, false, err
+	}
+	t, err = readL2(img.f, img.g, e.offset())
+	return t, e.offset(), false, err
+}
+
+// searchTable counts a table and what it maps.
+func (img *Image) searchTable(s *leakSearch, t table, off, times int64, flag uint8) error {
+	var rs runs
+	for i := range t.len() {
+		e := t.entry(i)
+		if e == (l2Entry{}) {
+			continue
+		}
+		if err := e.check(img.g, img.version); err != nil {
+			return fmt.Errorf("L2 table at file offset %#x, entry %d: %w", off, i, err)
+		}
+		first, n := e.hostClusters(img.g)
+		rs.add(run{first, n})
+	}
+	img.alloc.mu.Lock()
+	defer img.alloc.mu.Unlock()
+	s.add(run{off >> img.g.clusterBits, 1}, times, flag)
+	for _, r := range rs {
+		s.add(r, times, flag)
+	}
+	return nil
+}
+
+// searchMetadata counts all other metadata. What has moved since the search began was counted up and down, and is left
+// alone.
+func (img *Image) searchMetadata(s *leakSearch) {
+	a := img.alloc
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	h := img.hdr.Load()
+	one := func(off, n int64) { s.add(run{off >> img.g.clusterBits, img.g.clusters(n)}, 1, 0) }
+	one(0, img.g.clusterSize)
+	one(h.l1Offset, h.l1Size*8)
+	one(h.snapshotsOffset, img.rowBytes)
+	s.add(a.rc.tableAt, 1, 0)
+	for _, off := range a.rc.table {
+		if off != 0 {
+			one(off, img.g.clusterSize)
+		}
+	}
+	for i := range img.rows {
+		one(img.rows[i].l1Offset, img.rows[i].l1Size*8)
+	}
+}
+
+// maxExcess is how much too high a count may be to be lowered: no crash leaves more, and damage is for Repair.
+const maxExcess = 64
+
+// settleBlock lowers the counts of a refcount block, no commit being under way.
+func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
+	img.commitMu.Lock()
+	defer img.commitMu.Unlock()
+	a := img.alloc
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := img.failed(); err != nil {
+		return err
+	}
+	b, err := a.rc.block(block)
+	if err != nil || b == nil {
+		return err
+	}
+	img.excludePending(s)
+	var excess [maxExcess + 1]runs // by how much is to be taken off
+	first := block << img.g.blockBits
+	for c := max(first, s.first); c < min(first+img.g.blockCounts, s.first+int64(len(s.seen))); c++ {
+		count, seen := b.counts.get(c-first), s.seen[c-s.first]
+		refs := uint64(seen & seenCount)
+		if count <= refs || refs == uint64(seenCount) || count-refs > maxExcess {
+			continue
+		}
+		if refs == 1 && seen&seenActive != 0 {
+			continue // it would have to become COPIED
+		}
+		excess[count-refs].add(run{c, 1})
+		if refs == 0 {
+			r.Clusters++
+		} else {
+			r.Lowered++
+		}
+	}
+	for times, rs := range excess {
+		for range times {
+			if err := a.releaseLocked(rs); err != nil {
+				return img.fail(err)
+			}
+		}
+	}
+	return a.rc.writeBack()
+}
+
+// excludePending excludes what is reserved and what guests have given up: the one is not in use yet, the other still is,
+// as far as the disk knows. Called with the allocator's lock held, and no commit under way.
+func (img *Image) excludePending(s *leakSearch) {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	pending := []runs{img.alloc.ready, img.freed}
+	if img.build != nil {
+		pending = append(pending, img.build.deferred)
+	}
+	for _, rs := range pending {
+		for _, r := range rs {
+			s.touch(r)
+		}
+	}
+}
