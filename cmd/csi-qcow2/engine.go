@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
 
@@ -11,6 +12,7 @@ import (
 
 func newEngineCommand() *cobra.Command {
 	var o engine.Options
+	var metrics metricsServer
 	cmd := &cobra.Command{
 		Use:   "engine",
 		Short: "Serve the block devices of attached volumes",
@@ -29,11 +31,15 @@ It waits for the pool: a directory without pool.json is a disk that is not mount
 			}
 			o.Version = version
 			o.WorkerCommand = append([]string{self, "worker"}, logFlags(cmd)...)
-			return engine.Run(cmd.Context(), o)
+			return metrics.run(cmd.Context(), func(r prometheus.Registerer) error {
+				o.Metrics = r
+				return engine.Run(cmd.Context(), o)
+			})
 		},
 	}
 	cmd.Flags().StringVar(&o.Listen, "listen", "", "`endpoint` of the control API, unix:///path")
 	cmd.Flags().StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")
+	metrics.addFlag(cmd)
 	require(cmd, "listen", "pool")
 	addLogFlags(cmd)
 	return cmd

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
 
@@ -12,6 +13,7 @@ import (
 
 func newNodeCommand() *cobra.Command {
 	var engineEndpoint string
+	var metrics metricsServer
 	o := driver.Options{Version: version}
 	reserve := sizeFlag(driver.DefaultReserve)
 	cmd := &cobra.Command{
@@ -31,7 +33,10 @@ file systems, so it must run as root and in the mount namespace where kubelet se
 			}
 			defer func() { err = errors.Join(err, client.Close()) }()
 			o.Engine, o.Reserve = client, int64(reserve)
-			return driver.Run(cmd.Context(), o)
+			return metrics.run(cmd.Context(), func(r prometheus.Registerer) error {
+				o.Metrics = r
+				return driver.Run(cmd.Context(), o)
+			})
 		},
 	}
 	flags := cmd.Flags()
@@ -41,6 +46,7 @@ file systems, so it must run as root and in the mount namespace where kubelet se
 	flags.StringVar(&engineEndpoint, "engine", "", "`endpoint` of the engine, unix:///path")
 	flags.Var(&reserve, "reserve", "space of the pool's file system that is promised to no volume")
 	flags.Float64Var(&o.Overcommit, "overcommit", driver.DefaultOvercommit, "`bytes` promised to volumes for each free byte")
+	metrics.addFlag(cmd)
 	require(cmd, "endpoint", "node-id", "pool", "engine")
 	addLogFlags(cmd)
 	return cmd

@@ -5,10 +5,12 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 	"k8s.io/mount-utils"
@@ -31,6 +33,8 @@ type Options struct {
 	Reserve int64
 	// Overcommit is how much may be promised for each free byte; 0 = DefaultOvercommit.
 	Overcommit float64
+	// Metrics, if not nil, gets the plugin's metrics.
+	Metrics prometheus.Registerer
 }
 
 // Driver is what the three services share.
@@ -50,6 +54,7 @@ type Driver struct {
 	openPool *pool.Pool // nil until there is one, guarded by poolMu
 
 	mounter *mount.SafeFormatAndMount
+	metrics *metrics
 }
 
 // Run serves until ctx ends, then lets the calls that are under way finish, ends the copies that are, and
@@ -74,6 +79,11 @@ func Run(ctx context.Context, o Options) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	d := newDriver(work, o)
+	if o.Metrics != nil {
+		if err := d.register(o.Metrics); err != nil {
+			return errors.Join(err, listener.Close())
+		}
+	}
 	if _, err := d.pool(); err != nil {
 		klog.FromContext(ctx).Error(err, "The pool is not usable yet", "pool", o.PoolDir)
 	}
@@ -94,12 +104,13 @@ func newDriver(work context.Context, o Options) *Driver {
 		creating: newCreations(work),
 		busy:     newKeyedLock(),
 		poolDir:  o.PoolDir,
+		metrics:  newMetrics(),
 		mounter:  mount.NewSafeFormatAndMount(mount.NewWithoutSystemd(""), utilexec.New()),
 	}
 }
 
 func (d *Driver) newServer() *grpc.Server {
-	server := grpc.NewServer(grpc.ChainUnaryInterceptor(logCalls, statusCodes, recoverPanics))
+	server := grpc.NewServer(grpc.ChainUnaryInterceptor(d.metrics.measureCalls, logCalls, statusCodes, recoverPanics))
 	csi.RegisterIdentityServer(server, &identity{Driver: d})
 	csi.RegisterControllerServer(server, &controller{Driver: d})
 	csi.RegisterNodeServer(server, &node{Driver: d})
@@ -118,8 +129,9 @@ func (d *Driver) pool() (*pool.Pool, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := p.Clean(); err != nil {
-		return nil, fmt.Errorf("clean the pool: %w", err)
+	// What an interrupted call left costs space, and nothing else.
+	if err := errors.Join(p.Clean(), p.KeepReserve()); err != nil {
+		klog.Background().Error(err, "The pool was not put in order", "pool", d.poolDir)
 	}
 	d.openPool = p
 	return p, nil

@@ -8,6 +8,8 @@ package engine
 import (
 	"strings"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // devicePrefix begins the name of each of our loop devices; the volume ID, at most 58 bytes, follows.
@@ -33,6 +35,8 @@ type Options struct {
 	// WorkerCommand is the command of a worker process, to which "--pool DIR --volume ID" is added; it
 	// must call RunWorker. Empty: this executable with the argument "worker".
 	WorkerCommand []string
+	// Metrics, if not nil, gets the engine's metrics.
+	Metrics prometheus.Registerer
 
 	hooks hooks
 }

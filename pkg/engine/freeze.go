@@ -41,6 +41,8 @@ type freeze struct {
 	since   time.Time
 	limit   *time.Timer
 	thawing sync.Once
+	// lasted is how long it was frozen. Read after thaw.
+	lasted time.Duration
 	// lost: it was thawed by the limit, or by somebody else, before thaw was called. Read after thaw.
 	lost error
 }
@@ -103,7 +105,8 @@ func (f *freeze) end(reason error) {
 			klog.ErrorS(err, "File system stays frozen", "volume", f.volume)
 			return
 		}
-		klog.InfoS("File system was frozen", "volume", f.volume, "duration", time.Since(f.since))
+		f.lasted = time.Since(f.since)
+		klog.InfoS("File system was frozen", "volume", f.volume, "duration", f.lasted)
 		f.removeMarker()
 	})
 }

@@ -256,16 +256,19 @@ func TestKillSupervisorWhileFrozen(t *testing.T) {
 // inProcess replaces the rig's engine by one in this process, whose hook the test sets.
 func (r *rig) inProcess(h hooks) {
 	r.t.Helper()
+	r.inProcessWith(Options{hooks: h})
+}
+
+func (r *rig) inProcessWith(o Options) {
+	r.t.Helper()
 	r.stop()
 	self, err := os.Executable()
 	must(r.t, err)
+	o.Listen, o.PoolDir, o.WorkerCommand = "unix://"+r.socket, r.dir, []string{self, "worker"}
 	ctx, cancel := context.WithCancel(r.t.Context())
 	var engine sync.WaitGroup
 	engine.Go(func() {
-		err := Run(ctx, Options{
-			Listen: "unix://" + r.socket, PoolDir: r.dir, WorkerCommand: []string{self, "worker"}, hooks: h,
-		})
-		if err != nil {
+		if err := Run(ctx, o); err != nil {
 			r.t.Errorf("engine: %v", err)
 		}
 	})

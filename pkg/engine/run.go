@@ -58,8 +58,15 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 		return err
 	}
 	ctx, stop := context.WithCancelCause(parent)
+	defer stop(nil)
 	server := newServer(supervisorLogLevel, recoverPanic)
-	api.RegisterEngineServer(server, &service{supervisor: s})
+	calling := &service{supervisor: s}
+	api.RegisterEngineServer(server, calling)
+	if s.options.Metrics != nil {
+		if err := calling.register(ctx, s.options.Metrics); err != nil {
+			return err
+		}
+	}
 	var helpers sync.WaitGroup
 	helpers.Go(func() { s.fds.serve(fds) })
 	helpers.Go(func() { stop(s.awaitPool(ctx)) })

@@ -5,10 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"sync/atomic"
-
-	"golang.org/x/sys/unix"
-	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
@@ -123,51 +119,4 @@ func (s *served) failure() error {
 	default:
 		return nil
 	}
-}
-
-// backend is the image as the device sees it. It remembers the error after which the image serves nothing
-// more. After damage has been met nothing is written any more, but what is sound is read.
-type backend struct {
-	*qcow2.Image
-	failed    atomic.Pointer[error]
-	corrupted atomic.Bool // and said so
-}
-
-func (b *backend) ReadAt(p []byte, off int64) (int, error) {
-	n, err := b.Image.ReadAt(p, off)
-	return n, b.note(err)
-}
-
-func (b *backend) WriteAt(p []byte, off int64) (int, error) {
-	n, err := b.Image.WriteAt(p, off)
-	return n, b.note(err)
-}
-
-func (b *backend) WriteZeroes(off, n int64) error { return b.note(b.Image.WriteZeroes(off, n)) }
-func (b *backend) Discard(off, n int64) error     { return b.note(b.Image.Discard(off, n)) }
-func (b *backend) Flush() error                   { return b.note(b.Image.Flush()) }
-
-func (b *backend) note(err error) error {
-	if err == nil {
-		return nil // the usual way: no errors.Is
-	}
-	switch {
-	case errors.Is(err, qcow2.ErrFailed):
-		if b.failed.CompareAndSwap(nil, &err) {
-			klog.ErrorS(err, "Image failed")
-		}
-	case errors.Is(err, qcow2.ErrCorrupt):
-		if b.corrupted.CompareAndSwap(false, true) {
-			klog.ErrorS(err, "Image is corrupt")
-		}
-	}
-	return err
-}
-
-// errno is what a user of the device sees of an error.
-func errno(err error) uintptr {
-	if errors.Is(err, qcow2.ErrNoSpace) {
-		return uintptr(unix.ENOSPC)
-	}
-	return uintptr(unix.EIO)
 }

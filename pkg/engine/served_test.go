@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,7 +24,7 @@ func TestBackendFailure(t *testing.T) {
 		{errors.New("x"), false, unix.EIO},
 	} {
 		var b backend
-		if got := b.note(c.err); !errors.Is(got, c.err) {
+		if got := b.note(&b.reads, time.Now(), 0, c.err); !errors.Is(got, c.err) {
 			t.Errorf("%v became %v", c.err, got)
 		}
 		if got := b.failed.Load() != nil; got != c.failed {

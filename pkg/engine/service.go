@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 
 	"k8s.io/klog/v2"
 
@@ -186,7 +187,12 @@ func (s *service) frozenSnapshot(
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = f.thaw() }() // whatever happens
+	defer func() { // whatever happens
+		_ = f.thaw()
+		if !f.foreign {
+			s.metrics.frozen.Observe(f.lasted.Seconds())
+		}
+	}()
 	if s.options.hooks.frozen != nil {
 		s.options.hooks.frozen()
 	}
@@ -211,7 +217,9 @@ func (s *service) DeleteSnapshot(ctx context.Context, r *api.DeleteSnapshotReque
 		return nil, err
 	}
 	defer unlock()
+	start := time.Now()
 	reply, err := w.api.DeleteSnapshot(context.WithoutCancel(ctx), r)
+	s.metrics.snapshot("delete", start, err)
 	if err != nil {
 		return nil, w.explain(err)
 	}

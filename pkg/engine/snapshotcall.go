@@ -101,8 +101,10 @@ func (s *service) runSnapshot(ctx context.Context, c *snapshotCall, freezeToken 
 		return
 	}
 	defer unlock()
+	start := time.Now()
 	c.answer, err = s.createSnapshot(ctx, c, w, device, freezeToken)
 	c.err = w.explain(err)
+	s.metrics.snapshot("create", start, c.err)
 	c.end(s.openedPool())
 }
 

@@ -28,6 +28,7 @@ const lockName = "engine.lock"
 // devices' names, the pool, and the markers of frozen file systems.
 type supervisor struct {
 	options Options
+	metrics *metrics
 	fds     *fdStore
 	// calls serialises what changes one volume. Taken before mu.
 	calls   keyLock
@@ -52,7 +53,7 @@ type attachment struct {
 
 func newSupervisor(o Options) *supervisor {
 	return &supervisor{
-		options: o, fds: newFDStore(tokenLifetime),
+		options: o, metrics: newMetrics(), fds: newFDStore(tokenLifetime),
 		attached: map[string]*attachment{}, clones: map[string]*cloneCall{},
 	}
 }

@@ -125,6 +125,7 @@ func (w *worker) List(context.Context, *api.ListRequest) (*api.ListResponse, err
 	}
 	a := &api.Attachment{
 		VolumeId: w.volume, Device: s.dev.Path(), Size: s.img.Size(), WorkerPid: int32(os.Getpid()),
+		Operations: s.backend.operations(),
 	}
 	if err := s.failure(); err != nil {
 		a.Failure = err.Error()

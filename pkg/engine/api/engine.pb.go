@@ -360,6 +360,7 @@ type Attachment struct {
 	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"` // virtual bytes
 	WorkerPid     int32                  `protobuf:"varint,4,opt,name=worker_pid,json=workerPid,proto3" json:"worker_pid,omitempty"`
 	Failure       string                 `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"` // empty while the volume is served; else why it is not
+	Operations    []*Operations          `protobuf:"bytes,6,rep,name=operations,proto3" json:"operations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -429,6 +430,90 @@ func (x *Attachment) GetFailure() string {
 	return ""
 }
 
+func (x *Attachment) GetOperations() []*Operations {
+	if x != nil {
+		return x.Operations
+	}
+	return nil
+}
+
+// Operations are the device's requests of one kind since its worker started.
+type Operations struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // read, write, zero, discard, flush
+	Count         int64                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Errors        int64                  `protobuf:"varint,4,opt,name=errors,proto3" json:"errors,omitempty"`
+	Nanoseconds   int64                  `protobuf:"varint,5,opt,name=nanoseconds,proto3" json:"nanoseconds,omitempty"` // sum of their durations
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Operations) Reset() {
+	*x = Operations{}
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Operations) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Operations) ProtoMessage() {}
+
+func (x *Operations) ProtoReflect() protoreflect.Message {
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Operations.ProtoReflect.Descriptor instead.
+func (*Operations) Descriptor() ([]byte, []int) {
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Operations) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Operations) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *Operations) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Operations) GetErrors() int64 {
+	if x != nil {
+		return x.Errors
+	}
+	return 0
+}
+
+func (x *Operations) GetNanoseconds() int64 {
+	if x != nil {
+		return x.Nanoseconds
+	}
+	return 0
+}
+
 type ResizeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
@@ -439,7 +524,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[9]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +536,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[9]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +549,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{9}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ResizeRequest) GetVolumeId() string {
@@ -490,7 +575,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -502,7 +587,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -515,7 +600,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{10}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ResizeResponse) GetSize() int64 {
@@ -538,7 +623,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -550,7 +635,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -563,7 +648,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{11}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateSnapshotRequest) GetVolumeId() string {
@@ -596,7 +681,7 @@ type CreateSnapshotResponse struct {
 
 func (x *CreateSnapshotResponse) Reset() {
 	*x = CreateSnapshotResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -608,7 +693,7 @@ func (x *CreateSnapshotResponse) String() string {
 func (*CreateSnapshotResponse) ProtoMessage() {}
 
 func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -621,7 +706,7 @@ func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{12}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateSnapshotResponse) GetSnapshot() *Snapshot {
@@ -644,7 +729,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -656,7 +741,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -669,7 +754,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{13}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Snapshot) GetId() string {
@@ -717,7 +802,7 @@ type DeleteSnapshotRequest struct {
 
 func (x *DeleteSnapshotRequest) Reset() {
 	*x = DeleteSnapshotRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -729,7 +814,7 @@ func (x *DeleteSnapshotRequest) String() string {
 func (*DeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -742,7 +827,7 @@ func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{14}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeleteSnapshotRequest) GetVolumeId() string {
@@ -767,7 +852,7 @@ type DeleteSnapshotResponse struct {
 
 func (x *DeleteSnapshotResponse) Reset() {
 	*x = DeleteSnapshotResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +864,7 @@ func (x *DeleteSnapshotResponse) String() string {
 func (*DeleteSnapshotResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +877,7 @@ func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{15}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{16}
 }
 
 type ListSnapshotsRequest struct {
@@ -804,7 +889,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +901,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +914,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{16}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListSnapshotsRequest) GetVolumeId() string {
@@ -848,7 +933,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -860,7 +945,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -873,7 +958,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{17}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -895,7 +980,7 @@ type CloneRequest struct {
 
 func (x *CloneRequest) Reset() {
 	*x = CloneRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +992,7 @@ func (x *CloneRequest) String() string {
 func (*CloneRequest) ProtoMessage() {}
 
 func (x *CloneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +1005,7 @@ func (x *CloneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneRequest.ProtoReflect.Descriptor instead.
 func (*CloneRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{18}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CloneRequest) GetVolumeId() string {
@@ -959,7 +1044,7 @@ type CloneResponse struct {
 
 func (x *CloneResponse) Reset() {
 	*x = CloneResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -971,7 +1056,7 @@ func (x *CloneResponse) String() string {
 func (*CloneResponse) ProtoMessage() {}
 
 func (x *CloneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -984,7 +1069,7 @@ func (x *CloneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneResponse.ProtoReflect.Descriptor instead.
 func (*CloneResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{19}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{20}
 }
 
 var File_pkg_engine_api_engine_proto protoreflect.FileDescriptor
@@ -1004,7 +1089,7 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x0eDetachResponse\"\r\n" +
 	"\vListRequest\"Q\n" +
 	"\fListResponse\x12A\n" +
-	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\x8e\x01\n" +
+	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\xcf\x01\n" +
 	"\n" +
 	"Attachment\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x16\n" +
@@ -1012,7 +1097,17 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x1d\n" +
 	"\n" +
 	"worker_pid\x18\x04 \x01(\x05R\tworkerPid\x12\x18\n" +
-	"\afailure\x18\x05 \x01(\tR\afailure\"@\n" +
+	"\afailure\x18\x05 \x01(\tR\afailure\x12?\n" +
+	"\n" +
+	"operations\x18\x06 \x03(\v2\x1f.csi_qcow2.engine.v1.OperationsR\n" +
+	"operations\"\x86\x01\n" +
+	"\n" +
+	"Operations\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x03R\x05count\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12\x16\n" +
+	"\x06errors\x18\x04 \x01(\x03R\x06errors\x12 \n" +
+	"\vnanoseconds\x18\x05 \x01(\x03R\vnanoseconds\"@\n" +
 	"\rResizeRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\"$\n" +
@@ -1067,7 +1162,7 @@ func file_pkg_engine_api_engine_proto_rawDescGZIP() []byte {
 	return file_pkg_engine_api_engine_proto_rawDescData
 }
 
-var file_pkg_engine_api_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_pkg_engine_api_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_pkg_engine_api_engine_proto_goTypes = []any{
 	(*ProbeRequest)(nil),           // 0: csi_qcow2.engine.v1.ProbeRequest
 	(*ProbeResponse)(nil),          // 1: csi_qcow2.engine.v1.ProbeResponse
@@ -1078,47 +1173,49 @@ var file_pkg_engine_api_engine_proto_goTypes = []any{
 	(*ListRequest)(nil),            // 6: csi_qcow2.engine.v1.ListRequest
 	(*ListResponse)(nil),           // 7: csi_qcow2.engine.v1.ListResponse
 	(*Attachment)(nil),             // 8: csi_qcow2.engine.v1.Attachment
-	(*ResizeRequest)(nil),          // 9: csi_qcow2.engine.v1.ResizeRequest
-	(*ResizeResponse)(nil),         // 10: csi_qcow2.engine.v1.ResizeResponse
-	(*CreateSnapshotRequest)(nil),  // 11: csi_qcow2.engine.v1.CreateSnapshotRequest
-	(*CreateSnapshotResponse)(nil), // 12: csi_qcow2.engine.v1.CreateSnapshotResponse
-	(*Snapshot)(nil),               // 13: csi_qcow2.engine.v1.Snapshot
-	(*DeleteSnapshotRequest)(nil),  // 14: csi_qcow2.engine.v1.DeleteSnapshotRequest
-	(*DeleteSnapshotResponse)(nil), // 15: csi_qcow2.engine.v1.DeleteSnapshotResponse
-	(*ListSnapshotsRequest)(nil),   // 16: csi_qcow2.engine.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),  // 17: csi_qcow2.engine.v1.ListSnapshotsResponse
-	(*CloneRequest)(nil),           // 18: csi_qcow2.engine.v1.CloneRequest
-	(*CloneResponse)(nil),          // 19: csi_qcow2.engine.v1.CloneResponse
-	(*timestamppb.Timestamp)(nil),  // 20: google.protobuf.Timestamp
+	(*Operations)(nil),             // 9: csi_qcow2.engine.v1.Operations
+	(*ResizeRequest)(nil),          // 10: csi_qcow2.engine.v1.ResizeRequest
+	(*ResizeResponse)(nil),         // 11: csi_qcow2.engine.v1.ResizeResponse
+	(*CreateSnapshotRequest)(nil),  // 12: csi_qcow2.engine.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil), // 13: csi_qcow2.engine.v1.CreateSnapshotResponse
+	(*Snapshot)(nil),               // 14: csi_qcow2.engine.v1.Snapshot
+	(*DeleteSnapshotRequest)(nil),  // 15: csi_qcow2.engine.v1.DeleteSnapshotRequest
+	(*DeleteSnapshotResponse)(nil), // 16: csi_qcow2.engine.v1.DeleteSnapshotResponse
+	(*ListSnapshotsRequest)(nil),   // 17: csi_qcow2.engine.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),  // 18: csi_qcow2.engine.v1.ListSnapshotsResponse
+	(*CloneRequest)(nil),           // 19: csi_qcow2.engine.v1.CloneRequest
+	(*CloneResponse)(nil),          // 20: csi_qcow2.engine.v1.CloneResponse
+	(*timestamppb.Timestamp)(nil),  // 21: google.protobuf.Timestamp
 }
 var file_pkg_engine_api_engine_proto_depIdxs = []int32{
 	8,  // 0: csi_qcow2.engine.v1.ListResponse.attachments:type_name -> csi_qcow2.engine.v1.Attachment
-	13, // 1: csi_qcow2.engine.v1.CreateSnapshotResponse.snapshot:type_name -> csi_qcow2.engine.v1.Snapshot
-	20, // 2: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
-	13, // 3: csi_qcow2.engine.v1.ListSnapshotsResponse.snapshots:type_name -> csi_qcow2.engine.v1.Snapshot
-	0,  // 4: csi_qcow2.engine.v1.Engine.Probe:input_type -> csi_qcow2.engine.v1.ProbeRequest
-	2,  // 5: csi_qcow2.engine.v1.Engine.Attach:input_type -> csi_qcow2.engine.v1.AttachRequest
-	4,  // 6: csi_qcow2.engine.v1.Engine.Detach:input_type -> csi_qcow2.engine.v1.DetachRequest
-	6,  // 7: csi_qcow2.engine.v1.Engine.List:input_type -> csi_qcow2.engine.v1.ListRequest
-	9,  // 8: csi_qcow2.engine.v1.Engine.Resize:input_type -> csi_qcow2.engine.v1.ResizeRequest
-	11, // 9: csi_qcow2.engine.v1.Engine.CreateSnapshot:input_type -> csi_qcow2.engine.v1.CreateSnapshotRequest
-	14, // 10: csi_qcow2.engine.v1.Engine.DeleteSnapshot:input_type -> csi_qcow2.engine.v1.DeleteSnapshotRequest
-	16, // 11: csi_qcow2.engine.v1.Engine.ListSnapshots:input_type -> csi_qcow2.engine.v1.ListSnapshotsRequest
-	18, // 12: csi_qcow2.engine.v1.Engine.Clone:input_type -> csi_qcow2.engine.v1.CloneRequest
-	1,  // 13: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
-	3,  // 14: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
-	5,  // 15: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
-	7,  // 16: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
-	10, // 17: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
-	12, // 18: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
-	15, // 19: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
-	17, // 20: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
-	19, // 21: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
-	13, // [13:22] is the sub-list for method output_type
-	4,  // [4:13] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	9,  // 1: csi_qcow2.engine.v1.Attachment.operations:type_name -> csi_qcow2.engine.v1.Operations
+	14, // 2: csi_qcow2.engine.v1.CreateSnapshotResponse.snapshot:type_name -> csi_qcow2.engine.v1.Snapshot
+	21, // 3: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
+	14, // 4: csi_qcow2.engine.v1.ListSnapshotsResponse.snapshots:type_name -> csi_qcow2.engine.v1.Snapshot
+	0,  // 5: csi_qcow2.engine.v1.Engine.Probe:input_type -> csi_qcow2.engine.v1.ProbeRequest
+	2,  // 6: csi_qcow2.engine.v1.Engine.Attach:input_type -> csi_qcow2.engine.v1.AttachRequest
+	4,  // 7: csi_qcow2.engine.v1.Engine.Detach:input_type -> csi_qcow2.engine.v1.DetachRequest
+	6,  // 8: csi_qcow2.engine.v1.Engine.List:input_type -> csi_qcow2.engine.v1.ListRequest
+	10, // 9: csi_qcow2.engine.v1.Engine.Resize:input_type -> csi_qcow2.engine.v1.ResizeRequest
+	12, // 10: csi_qcow2.engine.v1.Engine.CreateSnapshot:input_type -> csi_qcow2.engine.v1.CreateSnapshotRequest
+	15, // 11: csi_qcow2.engine.v1.Engine.DeleteSnapshot:input_type -> csi_qcow2.engine.v1.DeleteSnapshotRequest
+	17, // 12: csi_qcow2.engine.v1.Engine.ListSnapshots:input_type -> csi_qcow2.engine.v1.ListSnapshotsRequest
+	19, // 13: csi_qcow2.engine.v1.Engine.Clone:input_type -> csi_qcow2.engine.v1.CloneRequest
+	1,  // 14: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
+	3,  // 15: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
+	5,  // 16: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
+	7,  // 17: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
+	11, // 18: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
+	13, // 19: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
+	16, // 20: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
+	18, // 21: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
+	20, // 22: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
+	14, // [14:23] is the sub-list for method output_type
+	5,  // [5:14] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_pkg_engine_api_engine_proto_init() }
@@ -1132,7 +1229,7 @@ func file_pkg_engine_api_engine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pkg_engine_api_engine_proto_rawDesc), len(file_pkg_engine_api_engine_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

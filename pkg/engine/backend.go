@@ -1,0 +1,99 @@
+package engine
+
+import (
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// backend is the image as the device sees it. It counts the requests, and remembers the error after which the image
+// serves nothing more. After damage has been met nothing is written any more, but what is sound is read.
+type backend struct {
+	*qcow2.Image
+	failed    atomic.Pointer[error]
+	corrupted atomic.Bool // and said so
+
+	reads, writes, zeroes, discards, flushes operations
+}
+
+// operations counts the requests of one kind.
+type operations struct {
+	count, bytes, errors, nanoseconds atomic.Int64
+}
+
+func (b *backend) ReadAt(p []byte, off int64) (int, error) {
+	start := time.Now()
+	n, err := b.Image.ReadAt(p, off)
+	return n, b.note(&b.reads, start, int64(n), err)
+}
+
+func (b *backend) WriteAt(p []byte, off int64) (int, error) {
+	start := time.Now()
+	n, err := b.Image.WriteAt(p, off)
+	return n, b.note(&b.writes, start, int64(n), err)
+}
+
+func (b *backend) WriteZeroes(off, n int64) error {
+	start := time.Now()
+	return b.note(&b.zeroes, start, n, b.Image.WriteZeroes(off, n))
+}
+
+func (b *backend) Discard(off, n int64) error {
+	start := time.Now()
+	return b.note(&b.discards, start, n, b.Image.Discard(off, n))
+}
+
+func (b *backend) Flush() error {
+	start := time.Now()
+	return b.note(&b.flushes, start, 0, b.Image.Flush())
+}
+
+// note counts a request that has ended, and returns its error.
+func (b *backend) note(o *operations, start time.Time, n int64, err error) error {
+	o.count.Add(1)
+	o.bytes.Add(n)
+	o.nanoseconds.Add(int64(time.Since(start)))
+	if err == nil {
+		return nil // the usual way: no errors.Is
+	}
+	o.errors.Add(1)
+	switch {
+	case errors.Is(err, qcow2.ErrFailed):
+		if b.failed.CompareAndSwap(nil, &err) {
+			klog.ErrorS(err, "Image failed")
+		}
+	case errors.Is(err, qcow2.ErrCorrupt):
+		if b.corrupted.CompareAndSwap(false, true) {
+			klog.ErrorS(err, "Image is corrupt")
+		}
+	}
+	return err
+}
+
+// operations returns what has been counted.
+func (b *backend) operations() []*api.Operations {
+	var all []*api.Operations
+	for _, o := range []struct {
+		kind string
+		*operations
+	}{{"read", &b.reads}, {"write", &b.writes}, {"zero", &b.zeroes}, {"discard", &b.discards}, {"flush", &b.flushes}} {
+		all = append(all, &api.Operations{
+			Kind: o.kind, Count: o.count.Load(), Bytes: o.bytes.Load(), Errors: o.errors.Load(), Nanoseconds: o.nanoseconds.Load(),
+		})
+	}
+	return all
+}
+
+// errno is what a user of the device sees of an error.
+func errno(err error) uintptr {
+	if errors.Is(err, qcow2.ErrNoSpace) {
+		return uintptr(unix.ENOSPC)
+	}
+	return uintptr(unix.EIO)
+}
