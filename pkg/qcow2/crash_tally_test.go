@@ -159,8 +159,8 @@ func (y *crashTally) report(t *testing.T) {
 		fmt.Fprintf(&b, "%-20s %9d %9d %9d %9d %9d %9d %9d %9d\n", name, r.states, r.subset, r.torn, r.second, r.ours, r.qemu, r.check, r.findings)
 	}
 	fmt.Fprintf(&b, "\n%-20s %9s %9s %9s %9s %9s %9s %9s %9s\n", "crash during", "states", "subset", "torn", "2nd level", "go on", "QEMU on", "QEMU chk", "findings")
-	for k, r := range y.rows {
-		if r.states > 0 {
+	for k := range y.rows {
+		if r := y.rows[k]; r.states > 0 {
 			line(opKind(k).String(), r)
 		}
 	}
@@ -170,7 +170,8 @@ func (y *crashTally) report(t *testing.T) {
 		fmt.Fprintf(&b, " %9s", touched(1<<k))
 	}
 	b.WriteByte('\n')
-	for k, r := range y.rows {
+	for k := range y.rows {
+		r := &y.rows[k]
 		if r.states == 0 {
 			continue
 		}

@@ -326,24 +326,19 @@ func goesOn(t *testing.T, what string, img *Image, op faultOp, before crashState
 	}
 	switch {
 	case err == nil:
-		settled := make([]crashState, len(allowed))
-		if op.patch != nil { // a failed write may have written a part
-			both := before
-			both.pending = append(slices.Clone(before.pending), *op.patch)
-			for i := range settled {
-				settled[i] = allowed[i].settled()
-			}
-			both.durable, settled = settled[0].durable, append(settled, both)
-		} else {
-			for i := range settled {
-				settled[i] = allowed[i].settled()
-			}
+		allowed = slices.Clone(allowed)
+		for i := range allowed {
+			allowed[i] = allowed[i].settled()
 		}
-		allowed = settled
+		if op.patch != nil { // a failed write may have written a part
+			part := allowed[0]
+			part.pending = append(slices.Clone(before.pending), *op.patch)
+			allowed = append(allowed, part)
+		}
 		for i := range allowed {
 			allowed[i].durable = allowed[i].durable.clone()
 			probe.apply(allowed[i].durable)
-			allowed[i].pending = slices.DeleteFunc(slices.Clone(allowed[i].pending), func(p patch) bool { return p.off == 0 && p.n <= sectorSize })
+			allowed[i].pending = slices.DeleteFunc(allowed[i].pending, func(p patch) bool { return p.off == 0 && p.n <= sectorSize })
 		}
 	case errors.Is(err, ErrFailed):
 		for i := range allowed {
