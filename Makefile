@@ -35,7 +35,7 @@ fuzz: ## feed hostile images to the engine, FUZZTIME=1h for each group of target
 differential: ## let QEMU and us take turns on HISTORIES=5000 random images, and say what was tried
 	@hack/setup.sh test
 	@bash -o pipefail -c 'nice $(GO) test ./pkg/qcow2 -run "TestDifferential$$" -differential $(or $(HISTORIES),5000) \
-		-parallel 8 -timeout 0 -v | grep -vE "^ *(===|--- PASS) "'
+		-parallel 8 -timeout 0 -v | grep -vE "^ *(===|--- PASS)"'
 
 lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint

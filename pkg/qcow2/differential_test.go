@@ -180,7 +180,10 @@ func (d *duet) span() (off, n int64) {
 // qemu makes one turn with QEMU's tools.
 func (d *duet) qemu() {
 	d.t.Helper()
-	d.qemuSnapshot()
+	before := d.rng.IntN(2) == 0
+	if before {
+		d.qemuSnapshot()
+	}
 	var commands []string
 	for range 8 {
 		d.count++
@@ -208,7 +211,7 @@ func (d *duet) qemu() {
 	}
 	d.log = append(d.log, "QEMU: "+strings.Join(commands, "; "))
 	qemuIO(d.t, d.path, commands...)
-	if len(d.model.snaps) < d.kind.maxSnapshots() {
+	if !before && len(d.model.snaps) < d.kind.maxSnapshots() {
 		name := d.newName("qemu")
 		d.note("QEMU", "snapshots", " %s", name)
 		qemuImg(d.t, "snapshot", "-c", name, d.path)
@@ -335,7 +338,7 @@ func (d *duet) ourSnapshot(img *Image) {
 	d.forget(s.name)
 }
 
-// check demands a clean image in the eyes of both, and in the end that QEMU reads what the model has.
+// check demands a clean image in the eyes of both, and in the end that both read what the model has.
 func (d *duet) check(contents bool) {
 	d.t.Helper()
 	if r, err := checkFile(d.t.Context(), loadMemFile(d.t, d.path)); err != nil || r.ExitStatus() != 0 {
@@ -347,8 +350,13 @@ func (d *duet) check(contents bool) {
 	if c := runQemuCheck(d.t, d.path); c.exit != 0 {
 		d.t.Fatalf("qemu-img check: %s", c.output)
 	}
+	img, err := Open(loadMemFile(d.t, d.path), OpenOptions{ReadOnly: true})
+	must(d.t, err)
+	d.verify(&history{t: d.t, rng: d.rng, img: img})
+	must(d.t, img.Close())
 	qemuReads(d.t, d.path, "", d.model.active, d.model.active.size)
-	for _, s := range d.model.snaps {
+	if len(d.model.snaps) > 0 { // one of them: to start QEMU takes its time, and there are many histories
+		s := d.model.snaps[d.rng.IntN(len(d.model.snaps))]
 		qemuReads(d.t, d.path, s.name, s.content, d.model.active.size)
 	}
 }

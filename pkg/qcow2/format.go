@@ -75,7 +75,7 @@ func newGeometry(clusterBits, refcountOrder uint, extended bool) geometry {
 }
 
 // clusters returns how many clusters n bytes need.
-func (g geometry) clusters(n int64) int64 { return (n + g.clusterSize - 1) >> g.clusterBits }
+func (g geometry) clusters(n int64) int64 { return n>>g.clusterBits + min(g.inCluster(n), 1) }
 
 // aligned tells whether a host or guest offset is the first byte of a cluster.
 func (g geometry) aligned(off int64) bool { return off&(g.clusterSize-1) == 0 }

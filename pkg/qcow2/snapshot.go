@@ -120,7 +120,7 @@ func (img *Image) GotoSnapshot(s Selector) error {
 			return err
 		}
 		row := &n.row[i]
-		l1, err := img.snapshotL1(row)
+		l1, err := img.snapshotDiskL1(row)
 		if err != nil {
 			return err
 		}
@@ -131,8 +131,7 @@ func (img *Image) GotoSnapshot(s Selector) error {
 		if err := n.reference(l1, 1); err != nil {
 			return err
 		}
-		entries := max(n.g.l1Entries(row.diskSize), int64(len(l1)), 1)
-		n.l1 = append(l1, make([]l1Entry, entries-int64(len(l1)))...)
+		n.l1 = append(l1, make([]l1Entry, max(1-len(l1), 0))...)
 		n.h.size = row.diskSize
 		return n.flag(n.l1)
 	}})
@@ -219,4 +218,17 @@ func (img *Image) snapshotL1(row *snapshotRow) ([]l1Entry, error) {
 		l1[i] &^= flagCopied
 	}
 	return l1, nil
+}
+
+// snapshotDiskL1 is snapshotL1 with entries for all of the snapshot's disk.
+func (img *Image) snapshotDiskL1(row *snapshotRow) ([]l1Entry, error) {
+	need := img.g.l1Entries(row.diskSize)
+	if need > maxL1Bytes/8 {
+		return nil, fmt.Errorf("%s: %w: disk of %d bytes in snapshot %q", img.f.Name(), ErrLimit, row.diskSize, row.name)
+	}
+	l1, err := img.snapshotL1(row)
+	if err != nil {
+		return nil, err
+	}
+	return append(l1, make([]l1Entry, max(need-int64(len(l1)), 0))...), nil
 }

@@ -34,15 +34,9 @@ func (img *Image) OpenSnapshot(s Selector) (*View, error) {
 	if err != nil {
 		return nil, err
 	}
-	l1, err := img.snapshotL1(&row)
+	l1, err := img.snapshotDiskL1(&row)
 	if err != nil {
 		return nil, err
-	}
-	if need := img.g.l1Entries(row.diskSize); need > int64(len(l1)) {
-		if need > maxL1Bytes/8 {
-			return nil, fmt.Errorf("%s: %w: disk of %d bytes in snapshot %q", img.f.Name(), ErrLimit, row.diskSize, row.name)
-		}
-		l1 = append(l1, make([]l1Entry, need-int64(len(l1)))...)
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
