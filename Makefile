@@ -6,7 +6,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test crash fuzz differential lint fmt generate verify bench image setup clean
+.PHONY: help build demo test crash fuzz differential damage lint fmt generate verify bench image setup clean
 
 help: ## say what there is to make
 	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
@@ -36,6 +36,10 @@ differential: ## let QEMU and us take turns on HISTORIES=5000 random images, and
 	@hack/setup.sh test
 	@bash -o pipefail -c 'nice $(GO) test ./pkg/qcow2 -run "TestDifferential$$" -differential $(or $(HISTORIES),5000) \
 		-parallel 8 -timeout 0 -v | grep -vE "^ *(===|--- PASS)"'
+
+damage: ## damage DAMAGED=300 images, check them as QEMU does, repair them and read them again
+	@hack/setup.sh test
+	nice $(GO) test ./pkg/qcow2 -run "TestDamage$$" -damaged $(or $(DAMAGED),300) -sound 100 -timeout 0 -v | grep -vE "^ *(===|--- PASS) "
 
 lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint

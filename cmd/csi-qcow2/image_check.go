@@ -113,7 +113,7 @@ func withFile(path string, readOnly bool, work func(qcow2.File) error) (err erro
 func newCheckReport(path string, result qcow2.CheckResult) checkReport {
 	return checkReport{
 		Filename: path, Format: "qcow2",
-		Corruptions: result.Corruptions, Leaks: result.Leaks, Problems: result.Problems,
+		Errors: result.Errors, Corruptions: result.Corruptions, Leaks: result.Leaks, Problems: result.Problems,
 		Total: result.Clusters, Allocated: result.Allocated, ImageEnd: result.ImageEnd,
 	}
 }
@@ -143,6 +143,8 @@ func (r checkReport) table(w io.Writer) {
 		fmt.Fprintf(w, "%d references to content led nowhere and were given up.\n", r.Lost)
 	}
 	switch {
+	case r.Errors > 0:
+		fmt.Fprintf(w, "Not all of the image could be checked. It is corrupt: %d errors, %d leaked clusters.\n", r.Corruptions, r.Leaks)
 	case r.Corruptions > 0:
 		fmt.Fprintf(w, "The image is corrupt: %d errors, %d leaked clusters.\n", r.Corruptions, r.Leaks)
 	case r.Leaks > 0:

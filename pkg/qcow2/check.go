@@ -9,6 +9,7 @@ import (
 
 // CheckResult is the verdict on an image's metadata.
 type CheckResult struct {
+	Errors      int64    // what could not be checked, for it cannot be read
 	Corruptions int64    // contradictions that endanger data
 	Leaks       int64    // clusters that are counted as used more often than they are: lost space, no danger
 	Problems    []string // the first 1000 of both, each says what and where
@@ -20,9 +21,12 @@ type CheckResult struct {
 // maxProblems bounds CheckResult.Problems.
 const maxProblems = 1000
 
-// ExitStatus is what `qemu-img check` exits with for such an image: 0 clean, 2 corrupt, 3 leaks only.
+// ExitStatus is what `qemu-img check` exits with for such an image: 0 clean, 1 not all could be checked, 2 corrupt, 3
+// leaks only.
 func (r CheckResult) ExitStatus() int {
 	switch {
+	case r.Errors > 0:
+		return 1
 	case r.Corruptions > 0:
 		return 2
 	case r.Leaks > 0:
@@ -84,16 +88,6 @@ type checker struct {
 	result   CheckResult
 }
 
-// checkable refuses what a check cannot begin with. It judges itself an image without a refcount table.
-func (h *header) checkable() error {
-	if h.refTableClusters != 0 && h.refTableOffset != 0 {
-		if err := h.checkRefcountTable(); err != nil {
-			return err
-		}
-	}
-	return h.checkSnapshotTable()
-}
-
 // checkImage checks the image in f whose header is h. It only reads f, which must not change meanwhile.
 // progress, when not nil, is called with the bytes of L2 tables done and to do. An error means that the
 // image could not be checked: f cannot be read, ctx ended, or the snapshot table is beyond reading.
@@ -151,7 +145,10 @@ func (c *checker) markSnapshotTable() error {
 		return nil
 	}
 	rows, size, err := scanSnapshotTable(c.file, c.h)
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrCorrupt):
+		c.corrupt(1, "%v", err)
+	case err != nil:
 		return err
 	}
 	c.reference(origin{use: useSnapshotTable}, c.h.snapshotsOffset, size, 1)
@@ -160,6 +157,9 @@ func (c *checker) markSnapshotTable() error {
 		if c.h.version >= 3 && row.extraSize < 16 {
 			c.corrupt(1, "snapshot table row %d (id %q, name %q) has %d bytes of extra data, at least 16 are due",
 				i, row.id, row.name, row.extraSize)
+		}
+		if row.l1Offset < 0 && c.g.aligned(row.l1Offset) && row.l1Size > 0 {
+			c.result.Errors++ // like QEMU, which cannot read it
 		}
 		if err := row.check(c.g); err != nil {
 			c.corrupt(1, "snapshot table row %d (id %q, name %q): %v", i, row.id, row.name, err)

@@ -9,7 +9,12 @@ const (
 	bitmapRowBytes          = 24 // the fixed part of a directory row
 	maxBitmaps              = 65535
 	maxBitmapDirectoryBytes = 1024 * maxBitmaps
-	maxBitmapTableBytes     = 8 << 27
+	maxBitmapBytes          = 512 << 20 // of one bitmap
+	maxBitmapName           = 1023
+
+	bitmapInUse         = 1 << 0 // it is inconsistent
+	bitmapFlagsReserved = 0xfffffffc
+	bitmapDirty         = 1 // the only type
 
 	bitmapAllOnes  = 1 << 0
 	bitmapReserved = 0xff000000000001fe
@@ -23,17 +28,17 @@ func (c *checker) markBitmaps() error {
 		return nil
 	}
 	if len(ext) != bitmapsExtensionBytes {
-		c.corrupt(1, "the bitmaps extension has %d bytes", len(ext))
+		c.unusable("the bitmaps extension has %d bytes", len(ext))
 		return nil
 	}
 	count := binary.BigEndian.Uint32(ext)
 	size, off := binary.BigEndian.Uint64(ext[8:]), binary.BigEndian.Uint64(ext[16:])
 	switch {
 	case count == 0 || count > maxBitmaps || size < bitmapRowBytes || size > maxBitmapDirectoryBytes:
-		c.corrupt(1, "the bitmaps extension has %d bitmaps in a directory of %d bytes", count, size)
+		c.unusable("the bitmaps extension has %d bitmaps in a directory of %d bytes", count, size)
 		return nil
 	case off == 0 || off >= maxHostOffset || !c.g.aligned(int64(off)):
-		c.corrupt(1, "the bitmap directory is at offset %#x", off)
+		c.unusable("the bitmap directory is at offset %#x", off)
 		return nil
 	}
 	if !c.reference(origin{use: useBitmapDirectory}, int64(off), int64(size), 1) {
@@ -47,35 +52,72 @@ func (c *checker) markBitmaps() error {
 	if err != nil {
 		return err
 	}
-	return c.markBitmapTables(directory, int64(count))
-}
-
-// markBitmapTables walks the rows of the directory.
-func (c *checker) markBitmapTables(directory []byte, count int64) error {
-	for i := range count {
-		if len(directory) < bitmapRowBytes {
-			c.corrupt(1, "the bitmap directory ends before row %d of %d", i, count)
-			return nil
-		}
-		off, entries := binary.BigEndian.Uint64(directory), int64(binary.BigEndian.Uint32(directory[8:]))
-		length := align8(bitmapRowBytes + int64(binary.BigEndian.Uint16(directory[18:])) + int64(binary.BigEndian.Uint32(directory[20:])))
-		if length > int64(len(directory)) {
-			c.corrupt(1, "the bitmap directory ends within row %d of %d", i, count)
-			return nil
-		}
-		directory = directory[length:]
-		if off == 0 || off >= maxHostOffset || !c.g.aligned(int64(off)) || entries == 0 || entries*8 > maxBitmapTableBytes {
-			c.corrupt(1, "row %d of the bitmap directory names a table of %d entries at offset %#x", i, entries, off)
+	rows, ok := c.bitmapRows(directory, int64(count))
+	if !ok {
+		return nil
+	}
+	for i, row := range rows {
+		if !c.reference(origin{use: useBitmapTable, index: int64(i)}, row.table, row.entries*8, 1) {
 			continue
 		}
-		if !c.reference(origin{use: useBitmapTable, index: i}, int64(off), entries*8, 1) {
-			continue
-		}
-		if err := c.markBitmapData(int64(off), entries); err != nil {
+		if err := c.markBitmapData(row.table, row.entries); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// unusable notes damage that makes QEMU give up the check.
+func (c *checker) unusable(format string, args ...any) {
+	c.result.Errors++
+	c.corrupt(1, format, args...)
+}
+
+// bitmapRow is a row of the bitmap directory.
+type bitmapRow struct {
+	table, entries int64 // offset and length of the bitmap table
+}
+
+// bitmapRows decodes the directory. It is good as a whole or not at all.
+func (c *checker) bitmapRows(directory []byte, count int64) ([]bitmapRow, bool) {
+	var rows []bitmapRow
+	for i := range count {
+		if len(directory) < bitmapRowBytes {
+			c.unusable("the bitmap directory ends before row %d of %d", i, count)
+			return nil, false
+		}
+		b := directory
+		length := align8(bitmapRowBytes + int64(binary.BigEndian.Uint16(b[18:])) + int64(binary.BigEndian.Uint32(b[20:])))
+		if length > int64(len(directory)) {
+			c.unusable("the bitmap directory ends within row %d of %d", i, count)
+			return nil, false
+		}
+		directory = directory[length:]
+		off, entries := binary.BigEndian.Uint64(b), int64(binary.BigEndian.Uint32(b[8:]))
+		if off == 0 || off >= maxHostOffset || !c.g.aligned(int64(off)) || entries == 0 || entries<<c.g.clusterBits > maxBitmapBytes {
+			c.unusable("row %d of the bitmap directory names a table of %d entries at offset %#x", i, entries, off)
+			return nil, false
+		}
+		flags, kind, granularity := binary.BigEndian.Uint32(b[12:]), b[16], b[17]
+		name, extra := binary.BigEndian.Uint16(b[18:]), binary.BigEndian.Uint32(b[20:])
+		if flags&bitmapFlagsReserved != 0 || kind != bitmapDirty || granularity < 9 || granularity > 31 ||
+			name == 0 || name > maxBitmapName || extra != 0 || flags&bitmapInUse == 0 && !covers(entries<<c.g.clusterBits, granularity, c.h.size) {
+			c.unusable("row %d of the bitmap directory has flags %#x, type %d, granularity %d, %d bytes of name, %d of extra data",
+				i, flags, kind, granularity, name, extra)
+			return nil, false
+		}
+		rows = append(rows, bitmapRow{int64(off), entries})
+	}
+	if len(directory) > 0 {
+		c.unusable("the bitmap directory goes on after row %d", count-1)
+		return nil, false
+	}
+	return rows, true
+}
+
+// covers tells whether a bitmap of n bytes has a bit for each 2^granularity bytes of a disk.
+func covers(n int64, granularity uint8, size int64) bool {
+	return n*8 >= (size+1<<granularity-1)>>granularity
 }
 
 func (c *checker) markBitmapData(tableOffset, entries int64) error {

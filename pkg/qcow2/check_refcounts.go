@@ -15,7 +15,7 @@ func (c *checker) stored(off int64) uint64 {
 // it, if they lie behind the end of the file by a cluster or more (the last cluster may be a part only), or in
 // clusters that are in use for something that cannot share them.
 func (c *checker) reference(from origin, off, n, times int64) bool {
-	if off+n-c.length >= c.g.clusterSize {
+	if off >= maxHostOffset || off+n-c.length >= c.g.clusterSize {
 		c.corrupt(times, "%s: offset %#x, %#x bytes, is behind the end of the file", from, off, n)
 		return false
 	}
@@ -66,6 +66,10 @@ func (c *checker) loadRefcounts() error {
 func (c *checker) loadRefcountBlock(index int64, entry uint64) error {
 	from := origin{use: useRefcountBlock, table: c.h.refTableOffset, index: index}
 	off := int64(entry &^ refTableReserved)
+	if off < 0 || !c.g.aligned(off) {
+		// Like QEMU, which cannot read the counts.
+		c.result.Errors += max(0, min(c.g.blockCounts, c.clusters-index<<c.g.blockBits))
+	}
 	switch {
 	case entry >= maxHostOffset || off>>c.g.clusterBits >= c.clusters:
 		c.corrupt(1, "%s: offset %#x is behind the end of the file", from, uint64(off))

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"strings"
@@ -57,13 +58,7 @@ type header struct {
 func decodeHeader(b []byte) (header, error) {
 	h, err := parseHeader(b)
 	if err == nil {
-		err = h.checkL1Table()
-	}
-	if err == nil {
-		err = h.checkRefcountTable()
-	}
-	if err == nil {
-		err = h.checkSnapshotTable()
+		err = cmp.Or(h.checkable(), h.checkL1Table(), h.checkRefcountTable(), h.checkSnapshotTable())
 	}
 	return h, err
 }
@@ -193,42 +188,56 @@ func (h *header) decodeGeneration() error {
 	case h.l1Size < g.l1Entries(h.size):
 		return fmt.Errorf("%w: L1 table of %d entries is too small for a disk of %d bytes", ErrCorrupt, h.l1Size, h.size)
 	}
-	return h.checkPointer("l1_table_offset", 40, h.l1Offset)
+	return h.checkAligned("l1_table_offset", 40, h.l1Offset)
 }
 
 func (h *header) checkL1Table() error {
 	if h.l1Size > 0 && h.l1Offset == 0 {
 		return fmt.Errorf("%w: the L1 table is at offset 0, in the header", ErrCorrupt)
 	}
-	return nil
+	return h.checkPointer("l1_table_offset", 40, h.l1Offset)
 }
 
 // checkPointer refuses an offset that no cluster can have, at byte at of the header.
 func (h *header) checkPointer(name string, at int, off int64) error {
-	if off < 0 || off >= maxHostOffset || off&(1<<h.clusterBits-1) != 0 {
+	if off >= maxHostOffset {
+		return fmt.Errorf("%w: %s %#x at header offset %d", ErrCorrupt, name, off, at)
+	}
+	return h.checkAligned(name, at, off)
+}
+
+// checkAligned lets offsets pass that lie behind the end of any file: the checker judges them, as QEMU does.
+func (h *header) checkAligned(name string, at int, off int64) error {
+	if off < 0 || off&(1<<h.clusterBits-1) != 0 {
 		return fmt.Errorf("%w: %s %#x at header offset %d", ErrCorrupt, name, uint64(off), at)
 	}
 	return nil
 }
 
 func (h *header) checkRefcountTable() error {
-	switch {
-	case h.refTableClusters > maxRefcountTableBytes>>h.clusterBits:
-		return fmt.Errorf("%w: refcount table of %d clusters", ErrLimit, h.refTableClusters)
-	case h.refTableClusters == 0 || h.refTableOffset == 0:
+	if h.refTableClusters == 0 || h.refTableOffset == 0 {
 		return fmt.Errorf("%w: the image has no refcount table", ErrCorrupt)
 	}
 	return h.checkPointer("refcount_table_offset", 48, h.refTableOffset)
 }
 
 func (h *header) checkSnapshotTable() error {
-	switch {
-	case h.snapshots > maxSnapshots:
-		return fmt.Errorf("%w: %d snapshots", ErrLimit, h.snapshots)
-	case h.snapshots > 0 && h.snapshotsOffset == 0:
+	if h.snapshots > 0 && h.snapshotsOffset == 0 {
 		return fmt.Errorf("%w: the snapshot table is at offset 0, in the header", ErrCorrupt)
 	}
 	return h.checkPointer("snapshots_offset", 64, h.snapshotsOffset)
+}
+
+// checkable refuses what a check cannot begin with.
+func (h *header) checkable() error {
+	switch {
+	case h.refTableClusters > maxRefcountTableBytes>>h.clusterBits:
+		return fmt.Errorf("%w: refcount table of %d clusters", ErrLimit, h.refTableClusters)
+	case h.snapshots > maxSnapshots:
+		return fmt.Errorf("%w: %d snapshots", ErrLimit, h.snapshots)
+	}
+	return cmp.Or(h.checkAligned("refcount_table_offset", 48, h.refTableOffset),
+		h.checkAligned("snapshots_offset", 64, h.snapshotsOffset))
 }
 
 // encode returns the first sector with this generation's fields. Everything else stays as read.

@@ -71,9 +71,9 @@ func TestReclaimLeaks(t *testing.T) {
 	}
 }
 
-// TestReclaimLeaksBesideGuests searches while guests write, discard and flush, and snapshots come and go: nobody loses
+// TestOnlineReclaimLeaks searches while guests write, discard and flush, and snapshots come and go: nobody loses
 // anything, and in the end no leak is left.
-func TestReclaimLeaksBesideGuests(t *testing.T) {
+func TestOnlineReclaimLeaks(t *testing.T) {
 	for seed := range uint64(6) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()

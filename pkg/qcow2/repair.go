@@ -83,9 +83,9 @@ func (r *repairer) run() error {
 		r.result.FoundErr = err
 	}
 	switch found := r.result.Found; {
-	case r.result.FoundErr != nil, found.Corruptions > 0 && r.kind == RepairAll:
+	case r.result.FoundErr != nil, found.Corruptions+found.Errors > 0 && r.kind == RepairAll:
 		err = r.rebuild(h, false)
-	case found.Leaks > 0 && found.Corruptions == 0 && c.leaksFlags():
+	case found.Leaks > 0 && found.Corruptions+found.Errors == 0 && c.leaksFlags():
 		err = r.rebuild(h, true)
 	case found.Leaks > 0:
 		err = r.lowerCounts(c)
@@ -124,7 +124,7 @@ func (r *repairer) verify() error {
 		r.result.Left = c.result
 	}
 	const bits = incompatDirty | incompatCorrupt
-	if r.result.Left.Corruptions > 0 || h.incompatible&bits == 0 {
+	if r.result.Left.Corruptions+r.result.Left.Errors > 0 || h.incompatible&bits == 0 {
 		return nil
 	}
 	h.incompatible &^= bits

@@ -42,7 +42,7 @@ func (r *repairer) lowerCounts(c *checker) error {
 	if err == nil {
 		err = r.f.Sync()
 	}
-	if err != nil || r.result.Found.Corruptions > 0 {
+	if err != nil || r.result.Found.Corruptions+r.result.Found.Errors > 0 {
 		return err // what a damaged image has lost may be found in its leaks
 	}
 	for _, run := range free {

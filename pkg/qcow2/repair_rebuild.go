@@ -64,7 +64,7 @@ func (b *rebuild) salvageRows() error {
 		return nil
 	}
 	var rows []snapshotRow
-	err := b.h.checkPointer("snapshots_offset", 64, b.h.snapshotsOffset)
+	err := b.h.checkSnapshotTable()
 	if err == nil {
 		t := newSnapshotReader(b.file, b.h)
 		t.shorten = true
@@ -82,7 +82,7 @@ func (b *rebuild) salvageRows() error {
 
 // salvageRow keeps a row that can be used.
 func (b *rebuild) salvageRow(i int, row *snapshotRow) {
-	what := fmt.Sprintf("snapshot table row %d (id %q, name %q)", i, row.id, row.name)
+	what := fmt.Sprintf("snapshot table row %d (id %.40q, name %.80q)", i, row.id, row.name)
 	switch {
 	case row.extraSize > maxSnapshotExtraBytes:
 		b.rowsChanged = true

@@ -17,32 +17,6 @@ func repairFile(t testing.TB, f *memFile, kind RepairKind) RepairResult {
 	return r
 }
 
-// TestRepairQEMU repairs QEMU's images after many small damages. Whatever could be read before reads the same afterwards.
-func TestRepairQEMU(t *testing.T) {
-	for name, build := range qemuImages(t) {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			path := tempImage(t)
-			build(path)
-			sound := loadMemFile(t, path)
-			rng := rand.New(rand.NewPCG(3, uint64(len(name))))
-			for i := range *damages {
-				broken := sound.clone()
-				what := damage(t, broken, rng)
-				before := readable(t, broken)
-				r := repairFile(t, broken, RepairAll)
-				broken.save(t, path)
-				if q := runQemuCheck(t, path); q.exit != 0 || r.Left.ExitStatus() != 0 {
-					t.Errorf("damage %d: %s: repaired %+v, still\n%s", i, what, r, q.output)
-				}
-				if diff := before.changed(t, broken); diff != "" {
-					t.Errorf("damage %d: %s: repaired %q: %s", i, what, r.Mended, diff)
-				}
-			}
-		})
-	}
-}
-
 // content is what can be read of an image: by the name of a snapshot, "" for the active disk, and guest cluster.
 type content map[string]map[int64][]byte
 
