@@ -89,15 +89,15 @@ func (img *Image) owns(host int64) bool {
 	return ok
 }
 
-// mapped notes for a running operation that an active table has changed, and that it maps host now, if that is not 0.
-// Called with mu held.
-func (img *Image) mapped(index, host int64) {
+// mapped notes for a running operation that entry i of an active table has changed, and what it maps. Called with mu
+// held.
+func (img *Image) mapped(index, i int64, e l2Entry) {
 	if img.build == nil {
 		return
 	}
-	img.build.dirty[index] = true
-	if host != 0 {
-		img.build.own[host>>img.g.clusterBits] = struct{}{}
+	img.build.note(index).add(i * img.g.l2EntrySize() / sectorSize)
+	if e.own() {
+		img.build.own[e.offset()>>img.g.clusterBits] = struct{}{}
 	}
 }
 
@@ -137,41 +137,72 @@ func (img *Image) mappedEntries(c chunk) ([]l2Entry, error) {
 func (img *Image) ownTable(index int64) error {
 	img.tableMu.Lock()
 	defer img.tableMu.Unlock()
+	for {
+		old, content, err := img.sharedTable(index)
+		if err != nil || content.b == nil {
+			return err
+		}
+		got, err := img.alloc.take(1)
+		if err != nil {
+			return err
+		}
+		off := got[0].first << img.g.clusterBits
+		if _, err := img.f.WriteAt(content.b, off); err != nil {
+			return img.giveBack(got, fmt.Errorf("write a new L2 table: %w", err))
+		}
+		if img.replaceTable(index, old, &l2Table{index: index, offset: off, data: content}) {
+			return nil
+		}
+		// The generation was switched meanwhile: the copy has the flags of the old one.
+		if err := img.giveBack(got, nil); err != nil {
+			return err
+		}
+	}
+}
 
+// sharedTable returns the L1 entry and a copy of a table that the active state must not change in place, or has not got;
+// none if it may.
+func (img *Image) sharedTable(index int64) (l1Entry, table, error) {
 	img.mu.Lock()
-	old := img.l1[index]
-	own := old.copied() && img.owns(old.offset())
+	defer img.mu.Unlock()
+	e := img.l1[index]
 	t, err := img.activeTable(index)
+	if err != nil || t != nil && e.copied() && img.owns(e.offset()) {
+		return e, table{}, err
+	}
 	content := img.g.newTable()
 	if t != nil {
 		copy(content.b, t.data.b)
 	}
-	img.mu.Unlock()
-	if err != nil || own && t != nil {
-		return err
-	}
+	return e, content, nil
+}
 
-	got, err := img.alloc.take(1)
-	if err != nil {
-		return err
-	}
-	off := got[0].first << img.g.clusterBits
-	if _, err := img.f.WriteAt(content.b, off); err != nil {
-		return img.giveBack(got, fmt.Errorf("write a new L2 table: %w", err))
-	}
-
+// replaceTable makes t the active table if the L1 entry is still what it was.
+func (img *Image) replaceTable(index int64, old l1Entry, t *l2Table) bool {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	img.l2.put(&l2Table{index: index, offset: off, data: content})
-	img.l1[index] = l1Entry(off) | flagCopied
+	if img.l1[index] != old {
+		return false
+	}
+	img.l2.put(t)
+	img.l1[index] = l1Entry(t.offset) | flagCopied
 	img.l1Dirty.add(index * 8 / sectorSize)
-	img.mapped(index, off)
-	img.alloc.metadata.put(got[0], metadataL2)
-	if t != nil {
+	img.alloc.metadata.put(run{t.offset >> img.g.clusterBits, 1}, metadataL2)
+	if old.offset() != 0 {
 		img.barrier = true // the copy must be durable before L1 points at it
+	}
+	if n := img.build; n != nil {
+		n.own[t.offset>>img.g.clusterBits] = struct{}{}
+		n.note(index)
+		if n.settled {
+			n.late = append(n.late, lateTable{index, old.offset(), t.offset})
+			return true
+		}
+	}
+	if old.offset() != 0 {
 		img.freed.add(run{old.offset() >> img.g.clusterBits, 1})
 	}
-	return nil
+	return true
 }
 
 // setEntries replaces the entries of c, in a table that the active state owns, and queues the clusters that
@@ -198,11 +229,7 @@ func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
 			continue
 		}
 		t.set(c.first+int64(i), e)
-		if e.own() {
-			img.mapped(c.table, e.offset())
-		} else {
-			img.mapped(c.table, 0)
-		}
+		img.mapped(c.table, c.first+int64(i), e)
 		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].reference() != e.reference() {
 			img.freed.add(run{first, n})
 		}

@@ -18,14 +18,18 @@ type allocator struct {
 	switchHeader func(change func(*header)) error
 	metadata     *metadataMap
 
+	// ledger is held by whoever changes live counts and writes them, for as long as that takes. Taken before mu.
+	ledger sync.Mutex
+
 	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
 	rc     *refcounts
-	search *leakSearch  // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
-	build  *generation  // of a running operation: it holds free clusters, and follows each change of a count
-	next   int64        // no cluster below is free
-	ready  runs         // reserved
-	batch  int64        // clusters of the next reservation
-	length atomic.Int64 // of the file, bytes; changed with mu held
+	search *leakSearch        // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
+	build  *generation        // of a running operation: it holds free clusters, and follows each change of a count
+	unsafe map[int64]struct{} // refcount blocks whose free clusters are being punched: nothing is taken from them
+	next   int64              // no cluster below is free
+	ready  runs               // reserved
+	batch  int64              // clusters of the next reservation
+	length atomic.Int64       // of the file, bytes; changed with mu held
 }
 
 // A reservation starts small, so that a short visit leaks little when it crashes, and doubles while it is
@@ -53,18 +57,24 @@ func newAllocator(f File, g geometry, h *header) (*allocator, error) {
 
 // take hands out n clusters, neighbours where possible. Whoever fails to use them gives them to release.
 func (a *allocator) take(n int64) (runs, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	var have int64
-	for _, r := range a.ready {
-		have += r.n
-	}
-	if have < n {
-		if err := a.reserve(n - have); err != nil {
+	for {
+		got, missing := a.takeReady(n)
+		if missing == 0 {
+			return got, nil
+		}
+		if err := a.reserve(n); err != nil {
 			return nil, err
 		}
 	}
-	var got runs
+}
+
+// takeReady hands out n reserved clusters, or says how many are missing.
+func (a *allocator) takeReady(n int64) (got runs, missing int64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if have := a.ready.clusters(); have < n {
+		return nil, n - have
+	}
 	for n > 0 {
 		r := a.ready[0]
 		k := min(n, r.n)
@@ -75,19 +85,30 @@ func (a *allocator) take(n int64) (runs, error) {
 			a.ready = a.ready[1:]
 		}
 	}
-	return got, nil
+	return got, 0
 }
 
-// reserve is called with mu held. It adds at least n clusters to ready, or nothing.
+// reserve makes n clusters ready, or fails and has changed nothing.
 func (a *allocator) reserve(n int64) error {
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
+	a.mu.Lock()
+	n -= a.ready.clusters()
+	if n <= 0 { // somebody else did
+		a.mu.Unlock()
+		return nil
+	}
 	n = max(n, a.batch)
 	got, newBlocks, err := a.claim(n)
+	a.mu.Unlock()
 	if err == nil {
 		err = a.prepare(got)
 	}
 	if err == nil && len(newBlocks) > 0 {
 		err = a.link(newBlocks)
 	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	if err != nil {
 		a.unclaim(got, newBlocks)
 		return fmt.Errorf("reserve %d clusters: %w", n, err)
@@ -128,11 +149,15 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 		if c, err = a.rc.nextFree(c); err != nil {
 			return got, newBlocks, err
 		}
+		k := c >> a.g.blockBits
+		if _, busy := a.unsafe[k]; busy {
+			c = (k + 1) << a.g.blockBits
+			continue
+		}
 		if !a.free(c) {
 			c++
 			continue
 		}
-		k := c >> a.g.blockBits
 		if k >= int64(len(a.rc.table)) {
 			if err := a.growTable(); err != nil {
 				return got, newBlocks, err
@@ -222,7 +247,7 @@ func (a *allocator) refuse(r run) error {
 	return nil
 }
 
-// prepare makes reserved clusters read as zeros and, with their counts, durable.
+// prepare makes reserved clusters read as zeros and, with their counts, durable. Called with ledger held.
 func (a *allocator) prepare(got runs) error {
 	end := a.length.Load()
 	for _, r := range got {
@@ -233,7 +258,7 @@ func (a *allocator) prepare(got runs) error {
 		}
 		end = max(end, r.end()<<a.g.clusterBits)
 	}
-	if err := a.rc.writeBack(); err != nil {
+	if err := a.writeBack(); err != nil {
 		return err
 	}
 	length, err := a.f.Size() // a new refcount block may have made it longer
@@ -245,11 +270,25 @@ func (a *allocator) prepare(got runs) error {
 			return err
 		}
 	}
+	a.mu.Lock()
 	a.length.Store(end)
+	a.mu.Unlock()
 	return a.sync()
 }
 
-// link makes the refcount table point at new blocks, whose content is durable.
+// writeBack writes what has changed in the refcount blocks. It does not sync. Called with ledger held, but not mu.
+func (a *allocator) writeBack() error {
+	a.mu.Lock()
+	ws := a.rc.takeDirty()
+	a.mu.Unlock()
+	err := writeBlocks(a.f, ws)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.rc.wrote(ws, err)
+	return err
+}
+
+// link makes the refcount table point at new blocks, whose content is durable. Called with ledger held.
 func (a *allocator) link(blocks []int64) error {
 	for _, k := range blocks {
 		var e [8]byte
@@ -265,6 +304,11 @@ func (a *allocator) link(blocks []int64) error {
 // release gives clusters up once each: those that nobody counts any more are punched and free. Nothing durable
 // may reference them (I4).
 func (a *allocator) release(rs runs) error {
+	if len(rs) == 0 {
+		return nil
+	}
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.releaseLocked(rs)
@@ -304,6 +348,8 @@ func (a *allocator) punch(free runs) error {
 // close returns what is left of the reservation, writes all counts and cuts the free end off the file. It
 // syncs.
 func (a *allocator) close() error {
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err := a.giveBack(); err != nil {
@@ -336,12 +382,14 @@ func (a *allocator) close() error {
 
 // endReservation returns what is left of the reservation and writes all counts.
 func (a *allocator) endReservation() error {
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.giveBack()
 }
 
-// giveBack is endReservation with mu held.
+// giveBack is endReservation with its locks held.
 func (a *allocator) giveBack() error {
 	for len(a.ready) > 0 {
 		r := a.ready[0]

@@ -41,15 +41,19 @@ func (img *Image) commit() error {
 	return img.retire(w.freed)
 }
 
-// retire releases what is durably no longer referenced, or leaves it to a running operation: what it builds may
-// still need it.
+// retire releases what is durably no longer referenced. While an operation runs only the next generation gives it up:
+// the live one may still need it.
 func (img *Image) retire(rs runs) error {
 	img.mu.Lock()
-	if img.build != nil {
-		img.build.deferred = append(img.build.deferred, rs...)
-		rs = nil
+	n := img.build
+	if n != nil {
+		n.deferred = append(n.deferred, rs...)
 	}
 	img.mu.Unlock()
+	if n != nil {
+		n.giveUp(rs)
+		return nil
+	}
 	err := img.alloc.release(rs)
 	if err != nil && !errors.Is(err, ErrCorrupt) {
 		return img.fail(err)
@@ -108,10 +112,7 @@ func (img *Image) takeDirty() *commitWork {
 		}
 		t.writing, t.dirty = t.dirty, nil
 		w.tables = append(w.tables, t)
-		t.writing.each(func(first, n int64) {
-			at, end := first*sectorSize, (first+n)*sectorSize
-			w.writes = append(w.writes, metaWrite{t.offset + at, append([]byte(nil), t.data.b[at:end]...)})
-		})
+		w.writes = append(w.writes, t.writing.parts(t.data.b, t.offset)...)
 	}
 	w.l1Dirty.each(func(first, n int64) {
 		const perSector = sectorSize / 8

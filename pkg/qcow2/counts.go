@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 )
 
 // counts is a refcount block in memory, or several that follow each other, as it is on disk: counts of 1 << order
@@ -64,29 +65,153 @@ func (c counts) bits(i int64) (at int64, shift uint) {
 // at returns the offset in bytes of count i, or of the byte that holds it.
 func (c counts) at(i int64) int64 { return i << c.order >> 3 }
 
+// lanes are masks over 8 bytes of counts: the lowest and the highest bit of each count.
+func (c counts) lanes() (low, high uint64) {
+	width := uint(1) << c.order
+	low = math.MaxUint64 / (1<<width - 1)
+	return low, low << (width - 1)
+}
+
+// zeroLanes returns the highest bit of each count of w that is 0.
+func zeroLanes(w, high uint64) uint64 { return ^((w&^high + ^high) | w) & high }
+
+// words splits n counts from index i on into those before the first whole word of 8 bytes, the bytes of whole words,
+// and those behind.
+func (c counts) words(i, n int64) (head int64, b []byte, tail int64) {
+	per := int64(64) >> c.order
+	first, end := (i+per-1)&^(per-1), (i+n)&^(per-1)
+	if first >= end {
+		return i + n, nil, i + n
+	}
+	return first, c.b[c.at(first):c.at(end)], end
+}
+
+// fallen tells how low counts fell.
+type fallen struct{ to0, to1 bool }
+
 // add changes n counts from index i on by delta, 1 or -1. Nothing is changed if one of them would leave its range:
 // ErrLimit above, ErrCorrupt below.
-func (c counts) add(i, n int64, delta int) error {
-	for k := i; k < i+n; k++ {
-		switch v := c.get(k); {
-		case delta < 0 && v == 0:
-			return fmt.Errorf("%w: refcount of cluster %d of its block would fall below 0", ErrCorrupt, k)
-		case delta > 0 && v == c.max():
-			return fmt.Errorf("%w: refcount of cluster %d of its block would exceed %d", ErrLimit, k, c.max())
+func (c counts) add(i, n int64, delta int) (fallen, error) {
+	var fell fallen
+	if k := c.firstAt(i, n, delta); k >= 0 {
+		if delta < 0 {
+			return fell, fmt.Errorf("%w: refcount of cluster %d of its block would fall below 0", ErrCorrupt, k)
+		}
+		return fell, fmt.Errorf("%w: refcount of cluster %d of its block would exceed %d", ErrLimit, k, c.max())
+	}
+	low, high := c.lanes()
+	head, b, tail := c.words(i, n)
+	one := func(k int64) {
+		v := c.get(k) + uint64(int64(delta))
+		c.set(k, v)
+		fell.to0 = fell.to0 || delta < 0 && v == 0
+		fell.to1 = fell.to1 || delta < 0 && v == 1
+	}
+	for k := i; k < head; k++ {
+		one(k)
+	}
+	if delta > 0 {
+		for p := 0; p+8 <= len(b); p += 8 {
+			binary.BigEndian.PutUint64(b[p:], binary.BigEndian.Uint64(b[p:])+low)
+		}
+	} else {
+		var zeros, ones uint64
+		for p := 0; p+8 <= len(b); p += 8 {
+			w := binary.BigEndian.Uint64(b[p:]) - low
+			zeros |= zeroLanes(w, high)
+			ones |= zeroLanes(w^low, high)
+			binary.BigEndian.PutUint64(b[p:], w)
+		}
+		fell.to0, fell.to1 = fell.to0 || zeros != 0, fell.to1 || ones != 0
+	}
+	for k := tail; k < i+n; k++ {
+		one(k)
+	}
+	return fell, nil
+}
+
+// firstAt returns the first of n counts from index i on that cannot change by delta, or -1.
+func (c counts) firstAt(i, n int64, delta int) int64 {
+	end := uint64(0)
+	if delta > 0 {
+		end = c.max()
+	}
+	if k := c.find(i, n, end); k < i+n {
+		return k
+	}
+	return -1
+}
+
+// find returns the first of n indexes from i on whose count is v, or i+n. v is 0, 1 or the largest count.
+func (c counts) find(i, n int64, v uint64) int64 {
+	low, high := c.lanes()
+	pattern := low * v
+	head, b, tail := c.words(i, n)
+	for k := i; k < head; k++ {
+		if c.get(k) == v {
+			return k
 		}
 	}
-	for k := i; k < i+n; k++ {
-		c.set(k, c.get(k)+uint64(int64(delta)))
+	for p := 0; p+8 <= len(b); p += 8 {
+		if zeroLanes(binary.BigEndian.Uint64(b[p:])^pattern, high) != 0 {
+			tail = head + int64(p)<<3>>c.order
+			break
+		}
 	}
-	return nil
+	for k := tail; k < i+n; k++ {
+		if c.get(k) == v {
+			return k
+		}
+	}
+	return i + n
+}
+
+// all tells whether all of n counts from index i on are v, with v as in find.
+func (c counts) all(i, n int64, v uint64) bool {
+	low, _ := c.lanes()
+	head, b, tail := c.words(i, n)
+	for k := i; k < head; k++ {
+		if c.get(k) != v {
+			return false
+		}
+	}
+	for p := 0; p+8 <= len(b); p += 8 {
+		if binary.BigEndian.Uint64(b[p:]) != low*v {
+			return false
+		}
+	}
+	for k := tail; k < i+n; k++ {
+		if c.get(k) != v {
+			return false
+		}
+	}
+	return true
 }
 
 // nextZero returns the first index from i on whose count is 0, or the number of counts.
-func (c counts) nextZero(i int64) int64 {
-	for n := c.len(); i < n && c.get(i) != 0; {
-		i++
+func (c counts) nextZero(i int64) int64 { return c.find(i, c.len()-i, 0) }
+
+// nextNonzero returns the first index from i on whose count is not 0, or the number of counts.
+func (c counts) nextNonzero(i int64) int64 {
+	n := c.len() - i
+	head, b, tail := c.words(i, n)
+	for k := i; k < head; k++ {
+		if c.get(k) != 0 {
+			return k
+		}
 	}
-	return min(i, c.len())
+	for p := 0; p+8 <= len(b); p += 8 {
+		if binary.NativeEndian.Uint64(b[p:]) != 0 {
+			tail = head + int64(p)<<3>>c.order
+			break
+		}
+	}
+	for k := tail; k < i+n; k++ {
+		if c.get(k) != 0 {
+			return k
+		}
+	}
+	return i + n
 }
 
 // eachBlock splits a run of clusters at the borders of refcount blocks: fn gets the block's index, and the
@@ -115,4 +240,13 @@ func (rs *runs) add(r run) {
 		return
 	}
 	*rs = append(*rs, r)
+}
+
+// clusters returns how many there are in all.
+func (rs runs) clusters() int64 {
+	var n int64
+	for _, r := range rs {
+		n += r.n
+	}
+	return n
 }

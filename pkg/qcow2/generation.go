@@ -12,7 +12,7 @@ import (
 // punched and free.
 //
 // Guests may go on meanwhile: every change of a live count is made to both generations, nothing that guests give up
-// is released, and L2 tables that they change are written again. See switch.go for the order of it all.
+// is released, and L2 tables that they change are brought up to date. See switch.go for the order of it all.
 type generation struct {
 	img *Image
 	g   geometry
@@ -28,29 +28,40 @@ type generation struct {
 	cancelled atomic.Pointer[error] // why the build has to end early
 	done      chan struct{}         // closed when the operation has ended
 
-	// The allocator's lock guards these.
-	blocks map[int64]*shadowBlock // refcount blocks that differ from the live ones
-	next   int64                  // search for free clusters from here
-	freed  runs                   // clusters whose count fell to 0, and perhaps rose again
+	// The allocator's lock guards these. See generation_counts.go.
+	blocks  map[int64]*shadowBlock // refcount blocks that were looked at
+	loading map[int64]bool         // blocks that are being read; true: a live count in it has changed meanwhile
+	next    int64                  // search for free clusters from here
+	taken   runs                   // clusters that this generation has taken, in ascending order
+	zeroed  map[int64]struct{}     // refcount blocks in which a count fell to 0, and perhaps rose again
+	fell1   bool                   // a count fell to 1: COPIED has to be looked at
 
 	// The image's lock guards these.
-	frozen   bool               // what was mapped at the start belongs to a snapshot now, whatever COPIED says
-	own      map[int64]struct{} // if frozen: host clusters mapped since
-	dirty    map[int64]bool     // L1 indexes of tables that changed after the build saw them
-	deferred runs               // given up by guests, durably: released when the operation ends
-	deleting string             // ID of the snapshot that must not be opened any more
+	frozen   bool                 // what was mapped at the start belongs to a snapshot now, whatever COPIED says
+	own      map[int64]struct{}   // if frozen: host clusters mapped since
+	dirty    map[int64]*sectorSet // L1 indexes of tables that changed after the build saw them, and what changed there
+	deferred runs                 // given up by guests, durably: abort releases them
+	deleting string               // ID of the snapshot that must not be opened any more
+	settled  bool                 // the next generation has its mapping: what guests change now comes after it
+	late     []lateTable          // tables that guests made since then
 
 	// Only the operation's goroutine uses these.
-	tables  map[int64]int64 // offset of the next generation's own table, by L1 index
-	wrote   runs            // for abort
-	pending metaWrite       // neighbours that are written together
+	tables map[int64]*nextTable // tables that the next generation has to itself, by L1 index
+	copied map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
+	out    metaWriter
+	runs   []entryRun // of the table that is being looked at
 }
 
-// shadowBlock is a refcount block of the next generation.
-type shadowBlock struct {
-	counts counts
-	at     int64 // its offset, 0 as long as it has none
-	dirty  bool  // changed since it was written
+// nextTable is an L2 table of the next generation that takes the place of an active one.
+type nextTable struct {
+	at  int64
+	old int64 // offset of the live table whose reference has been taken away for it, 0 if there was none
+}
+
+// lateTable is a live table that came into being after the next generation had its mapping.
+type lateTable struct {
+	index     int64
+	old, made int64 // offsets; old is 0 if there was none
 }
 
 // newGeneration starts with what is live. Everything must be committed.
@@ -61,8 +72,10 @@ func (img *Image) newGeneration() *generation {
 	defer img.mu.Unlock()
 	return &generation{
 		img: img, g: img.g, h: *img.hdr.Load(), row: append([]snapshotRow(nil), img.rows...), l1Keep: int64(len(img.l1)),
-		done: make(chan struct{}), blocks: make(map[int64]*shadowBlock), next: img.alloc.next,
-		own: make(map[int64]struct{}), dirty: make(map[int64]bool), tables: make(map[int64]int64),
+		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f},
+		blocks: make(map[int64]*shadowBlock), loading: make(map[int64]bool), zeroed: make(map[int64]struct{}),
+		own: make(map[int64]struct{}), dirty: make(map[int64]*sectorSet),
+		tables: make(map[int64]*nextTable), copied: make(map[int64]int64),
 	}
 }
 
@@ -79,7 +92,8 @@ func (n *generation) interrupted() error {
 	return n.img.failed()
 }
 
-// locked runs fn with the allocator's lock held, in which all counts are looked at and changed.
+// locked runs fn with the allocator's lock held, in which all counts are looked at and changed. Guests' allocations
+// wait meanwhile: fn is short, and writes nothing.
 func (n *generation) locked(fn func() error) error {
 	if err := n.interrupted(); err != nil {
 		return err
@@ -89,166 +103,34 @@ func (n *generation) locked(fn func() error) error {
 	return fn()
 }
 
-// The following are called with the allocator's lock held.
-
-// block returns the next counts of refcount block i, to read; none if all are 0.
-func (n *generation) block(i int64) (counts, error) {
-	if b := n.blocks[i]; b != nil {
-		return b.counts, nil
-	}
-	b, err := n.img.alloc.rc.block(i)
-	if b == nil {
-		return counts{}, err
-	}
-	return b.counts, nil
-}
-
-// ownBlock returns block i to change.
-func (n *generation) ownBlock(i int64) (counts, error) {
-	if b := n.blocks[i]; b != nil {
-		b.dirty = true
-		return b.counts, nil
-	}
-	if i >= maxRefcountTableBytes/8 {
-		return counts{}, fmt.Errorf("%w: refcount block %d; the refcount table would exceed %d MiB", ErrLimit, i, maxRefcountTableBytes>>20)
-	}
-	live, err := n.block(i)
-	if err != nil {
-		return counts{}, err
-	}
-	b := &shadowBlock{counts: n.g.newCounts(1), dirty: true}
-	copy(b.counts.b, live.b)
-	n.blocks[i] = b
-	return b.counts, nil
-}
-
-// count returns a cluster's next count.
-func (n *generation) count(c int64) (uint64, error) {
-	b, err := n.block(c >> n.g.blockBits)
-	if b.none() {
-		return 0, err
-	}
-	return b.get(c & (n.g.blockCounts - 1)), nil
-}
-
-// add changes the next counts of a run.
-func (n *generation) add(r run, delta int) error {
-	n.img.alloc.search.touch(r)
-	return n.g.eachBlock(r, func(k, i, m int64) error {
-		b, err := n.ownBlock(k)
-		if err != nil {
-			return err
+// giveUp takes away references that guests have given up durably. The live counts keep them.
+func (n *generation) giveUp(rs runs) {
+	n.img.alloc.mu.Lock()
+	defer n.img.alloc.mu.Unlock()
+	for _, r := range rs {
+		if err := n.add(r, -1); err != nil {
+			n.cancel(err)
+			return
 		}
-		if err := b.add(i, m, delta); err != nil {
-			return fmt.Errorf("refcount block %d: %w", k, err)
-		}
-		for j := i; delta < 0 && j < i+m; j++ {
-			if b.get(j) == 0 {
-				n.freed.add(run{k<<n.g.blockBits + j, 1})
-			}
-		}
-		return nil
-	})
-}
-
-// mirror makes a change of live counts in the blocks that are no longer the live ones.
-func (n *generation) mirror(r run, delta int) error {
-	return n.g.eachBlock(r, func(k, i, m int64) error {
-		if n.blocks[k] == nil {
-			return nil
-		}
-		return n.add(run{k<<n.g.blockBits + i, m}, delta)
-	})
-}
-
-// holds tells that a cluster, which is free in the live generation, is not in this one.
-func (n *generation) holds(c int64) bool {
-	b := n.blocks[c>>n.g.blockBits]
-	return b != nil && b.counts.get(c&(n.g.blockCounts-1)) != 0
-}
-
-// take allocates k neighbouring clusters for the next generation.
-func (n *generation) take(k int64) (run, error) {
-	r := run{first: n.next}
-	for r.n < k {
-		c, err := n.img.alloc.rc.nextFree(r.end())
-		if err != nil {
-			return run{}, err
-		}
-		if n.holds(c) {
-			r = run{first: c + 1}
-			continue
-		}
-		if c != r.end() {
-			r = run{first: c}
-		}
-		r.n++
 	}
-	if err := n.img.alloc.refuse(r); err != nil {
-		return run{}, err
-	}
-	n.next = r.end()
-	return r, n.add(r, 1)
 }
 
 // place takes clusters for b, has it written and returns its offset.
 func (n *generation) place(b []byte) (int64, error) {
-	r, err := n.take(max(n.g.clusters(int64(len(b))), 1))
+	var r run
+	err := n.locked(func() (err error) {
+		r, err = n.take(max(n.g.clusters(int64(len(b))), 1))
+		return err
+	})
 	if err != nil {
 		return 0, err
 	}
-	return r.first << n.g.clusterBits, n.write(r, b)
-}
-
-// drop gives up the clusters of a structure of length bytes.
-func (n *generation) drop(off, length int64) error {
-	return n.add(run{off >> n.g.clusterBits, n.g.clusters(length)}, -1)
-}
-
-// unused returns the clusters that no longer have a count.
-func (n *generation) unused() runs {
-	var rs runs
-	for _, r := range n.freed {
-		for c := r.first; c < r.end(); c++ {
-			if !n.holds(c) {
-				rs.add(run{c, 1})
-			}
-		}
-	}
-	return rs
-}
-
-// maxPending bounds what write gathers, in bytes.
-const maxPending = 1 << 20
-
-// write puts b, padded to whole clusters, into clusters of the next generation. Neighbours that come one after the
-// other are written together: flush writes the rest. b is copied.
-func (n *generation) write(r run, b []byte) error {
+	n.img.alloc.metadata.put(r, metadataSole)
 	off := r.first << n.g.clusterBits
-	if p := &n.pending; off != p.off+int64(len(p.b)) || len(p.b)+len(b) > maxPending {
-		if err := n.flush(); err != nil {
-			return err
-		}
-		p.off = off
+	if err := n.out.write(off, b); err != nil {
+		return 0, err
 	}
-	n.wrote.add(r)
-	n.img.alloc.metadata.put(r, metadataSole) // adopt knows which are L2 tables
-	n.pending.b = append(n.pending.b, b...)
-	n.pending.b = append(n.pending.b, make([]byte, r.n<<n.g.clusterBits-int64(len(b)))...)
-	return nil
-}
-
-func (n *generation) flush() error {
-	p := &n.pending
-	if len(p.b) == 0 {
-		return nil
-	}
-	if _, err := n.img.f.WriteAt(p.b, p.off); err != nil {
-		return fmt.Errorf("write metadata: %w", err)
-	}
-	p.off += int64(len(p.b))
-	p.b = p.b[:0]
-	return nil
+	return off, n.out.zeros(r.n<<n.g.clusterBits - int64(len(b)))
 }
 
 // abort gives back what the build has written, and returns why it ended. The live generation is as if it had never
@@ -256,17 +138,24 @@ func (n *generation) flush() error {
 func (n *generation) abort(cause error) error {
 	n.img.commitMu.Lock()
 	defer n.img.commitMu.Unlock()
-	n.img.alloc.mu.Lock()
-	defer n.img.alloc.mu.Unlock()
+	n.img.alloc.ledger.Lock()
+	defer n.img.alloc.ledger.Unlock()
 	return n.abortLocked(cause)
 }
 
 // abortLocked is abort for who holds its locks.
 func (n *generation) abortLocked(cause error) error {
 	img, a := n.img, n.img.alloc
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	a.build = nil
 	img.mu.Lock()
 	img.build = nil
+	for _, t := range n.late {
+		if t.old != 0 {
+			img.freed.add(run{t.old >> n.g.clusterBits, 1})
+		}
+	}
 	img.mu.Unlock()
 	cause = fmt.Errorf("%s: %w", img.f.Name(), cause)
 	if img.failed() != nil {
@@ -275,8 +164,8 @@ func (n *generation) abortLocked(cause error) error {
 	if err := a.releaseLocked(n.deferred); err != nil {
 		return errors.Join(cause, img.fail(err))
 	}
-	if len(n.wrote) == 0 {
+	if len(n.taken) == 0 {
 		return cause
 	}
-	return errors.Join(cause, a.punch(n.wrote), img.f.Truncate(a.length.Load()))
+	return errors.Join(cause, a.punch(n.taken), img.f.Truncate(a.length.Load()))
 }

@@ -1,164 +1,238 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+	"maps"
+	"slices"
+)
 
-// reference changes the counts of all that an L1 table reaches: its L2 tables and their clusters, once per path.
-func (n *generation) reference(l1 []l1Entry, delta int) error {
-	return n.img.eachTable(l1, func(_, off int64, t table) error {
-		return n.locked(func() error { return n.referenceTable(off, t, delta) })
-	})
+// scan checks an L2 table, notes its runs and reads the refcount blocks that count them ahead of their use.
+func (n *generation) scan(off int64, t table) error {
+	var err error
+	if n.runs, err = t.entryRuns(n.g, n.img.version, n.runs[:0]); err != nil {
+		return fmt.Errorf("L2 table at file offset %#x, %w", off, err)
+	}
+	end := n.g.clusters(n.img.alloc.length.Load())
+	for _, r := range n.runs {
+		// Counts behind the end of the file would take memory that it does not justify.
+		if r.hosts.end() > end {
+			return fmt.Errorf("%w: L2 table at file offset %#x, entry %d maps clusters %d to %d, behind the end of the file",
+				ErrCorrupt, off, r.i, r.hosts.first, r.hosts.end()-1)
+		}
+	}
+	if err := n.preload(append(n.runs, entryRun{hosts: run{off >> n.g.clusterBits, 1}})); err != nil {
+		return err
+	}
+	return n.trim()
 }
 
-// referenceTable is reference for one L2 table. Called with the allocator's lock held.
-func (n *generation) referenceTable(off int64, t table, delta int) error {
+// referenceRuns changes the counts of an L2 table and, as scan found them, of its clusters. Called with the allocator's lock
+// held.
+func (n *generation) referenceRuns(off int64, delta int) error {
 	if err := n.add(run{off >> n.g.clusterBits, 1}, delta); err != nil {
 		return err
 	}
-	var rs runs
-	for i := range t.len() {
-		e := t.entry(i)
-		if err := e.check(n.g, n.img.version); err != nil {
-			return fmt.Errorf("L2 table at file offset %#x, entry %d: %w", off, i, err)
-		}
-		first, m := e.hostClusters(n.g)
-		rs.add(run{first, m})
-	}
-	end := n.g.clusters(n.img.alloc.length.Load())
-	for _, r := range rs {
-		// Counts behind the end of the file would take memory that it does not justify.
-		if r.end() > end {
-			return fmt.Errorf("%w: L2 table at file offset %#x maps clusters %d to %d, behind the end of the file", ErrCorrupt, off, r.first, r.end()-1)
-		}
+	for _, r := range n.runs {
 		if delta < 0 { // what becomes free must not be metadata
-			if err := n.img.alloc.metadata.refuse(r); err != nil {
+			if err := n.img.alloc.metadata.refuse(r.hosts); err != nil {
 				return fmt.Errorf("L2 table at file offset %#x: %w", off, err)
 			}
 		}
-		if err := n.add(r, delta); err != nil {
+		if err := n.add(r.hosts, delta); err != nil {
 			return fmt.Errorf("L2 table at file offset %#x: %w", off, err)
 		}
 	}
 	return nil
 }
 
-// flag gives the next generation a table of its own wherever COPIED flags of an active table do not agree with the
-// next counts (I2). The other one stays as it is, for a snapshot or for the old generation.
-func (n *generation) flag(l1 []l1Entry) error {
-	return n.img.eachTable(l1, func(i, _ int64, t table) error {
-		if n.sawChange(i) {
-			return nil // finish looks at it
+// unreference takes away the references of all that an L1 table reaches: its L2 tables and their clusters, once per path.
+func (n *generation) unreference(l1 []l1Entry) error {
+	return n.img.eachTable(l1, func(_, off int64, t table) error {
+		if err := n.scan(off, t); err != nil {
+			return err
 		}
-		return n.locked(func() error { return n.flagTable(i, t) })
+		return n.locked(func() error { return n.referenceRuns(off, -1) })
 	})
 }
 
-// flagTable is flag for one table, whose content becomes the next one. Called with the allocator's lock held.
-func (n *generation) flagTable(i int64, t table) error {
-	changed, err := n.setCopied(t)
-	if err != nil {
-		return err
-	}
-	if off, ok := n.tables[i]; ok {
-		return n.write(run{off >> n.g.clusterBits, 1}, t.b)
-	}
-	if changed {
-		n.tables[i], err = n.place(t.b)
-	}
-	return err
+// flag gives the next generation a table of its own wherever COPIED flags of an active table do not agree with the
+// next counts (I2). The other one stays as it is, for a snapshot or for the old generation.
+func (n *generation) flag(l1 []l1Entry) error {
+	return n.img.eachTable(l1, func(i, off int64, t table) error {
+		if n.sawChange(i) {
+			return nil // catchUp looks at it
+		}
+		return n.flagTable(i, off, t)
+	})
 }
 
-// setCopied sets COPIED in t where the next count is 1, and nowhere else.
-func (n *generation) setCopied(t table) (changed bool, err error) {
-	for i := range t.len() {
-		e := t.entry(i)
-		if e.kind() == kindCompressed || e.offset() == 0 {
+// flagTable is flag for the table that the live generation has at off, 0 for none. t becomes the next one.
+func (n *generation) flagTable(i, off int64, t table) error {
+	if err := n.scan(off, t); err != nil {
+		return err
+	}
+	changed, sole := false, false
+	if err := n.locked(func() (err error) {
+		if changed, err = n.setCopied(t, n.runs); err != nil || changed {
+			return err
+		}
+		c, err := n.count(off >> n.g.clusterBits)
+		sole = c == 1
+		return err
+	}); err != nil {
+		return err
+	}
+	if sole {
+		n.copied[i] = off
+	}
+	if !changed {
+		return nil
+	}
+	return n.replace(i, off, t)
+}
+
+// replace gives the next generation a table of its own for an active one, which the live generation has at off.
+func (n *generation) replace(i, off int64, t table) error {
+	next := &nextTable{old: off}
+	if err := n.locked(func() error {
+		r, err := n.take(1)
+		if err != nil {
+			return err
+		}
+		next.at = r.first << n.g.clusterBits
+		n.img.alloc.metadata.put(r, metadataL2)
+		if off == 0 {
+			return nil
+		}
+		return n.drop(off, n.g.clusterSize)
+	}); err != nil {
+		return err
+	}
+	n.tables[i] = next
+	return n.out.write(next.at, t.b)
+}
+
+// setCopied sets COPIED where the next count is 1, and nowhere else. t has the runs rs. Called with the allocator's
+// lock held.
+func (n *generation) setCopied(t table, rs []entryRun) (changed bool, err error) {
+	for _, r := range rs {
+		if r.packed {
 			continue
 		}
-		c, err := n.count(e.offset() >> n.g.clusterBits)
+		at := r.i
+		err = n.g.eachBlock(r.hosts, func(k, first, m int64) error {
+			b, err := n.block(k)
+			if err != nil {
+				return err
+			}
+			for j := first; j < first+m; j++ {
+				// Most often all of a run is as it should be, or none of it.
+				if c := b.counts; !c.none() && (r.copied && c.all(j, first+m-j, 1) || !r.copied && c.find(j, first+m-j, 1) == first+m) {
+					break
+				}
+				copied := !b.counts.none() && b.counts.get(j) == 1
+				if copied != r.copied {
+					t.set(at+j-first, t.entry(at+j-first).withCopied(copied))
+					changed = true
+				}
+			}
+			at += m
+			return nil
+		})
 		if err != nil {
 			return false, err
 		}
-		if flagged := e.withCopied(c == 1); flagged != e {
-			t.set(i, flagged)
-			changed = true
-		}
 	}
 	return changed, nil
+}
+
+// note notes that guests have changed a table, and returns the set of sectors to add to. Called with the image's lock held.
+func (n *generation) note(i int64) *sectorSet {
+	set := n.dirty[i]
+	if set == nil {
+		set = new(sectorSet)
+		n.dirty[i] = set
+	}
+	return set
 }
 
 // sawChange tells whether a guest has changed a table since the build last looked at it.
 func (n *generation) sawChange(i int64) bool {
 	n.img.mu.Lock()
 	defer n.img.mu.Unlock()
-	return n.dirty[i]
+	_, ok := n.dirty[i]
+	return ok
 }
 
-// changedTables returns copies of the active tables that guests have changed, and forgets that they have.
-func (n *generation) changedTables() (map[int64]table, error) {
-	n.img.mu.Lock()
-	defer n.img.mu.Unlock()
-	return n.changedLocked()
+// tableChange is what guests have changed in an active table since the build saw it.
+type tableChange struct {
+	index int64
+	live  int64     // offset of the table
+	set   sectorSet // the sectors that have changed
+	t     table     // the content; without bytes if it is on disk as it is in memory
 }
 
-// changedLocked is changedTables with the image's lock held.
-func (n *generation) changedLocked() (map[int64]table, error) {
-	ts := make(map[int64]table)
-	for i := range n.dirty {
-		t, err := n.img.activeTable(i)
-		if err != nil {
-			return nil, err
-		}
-		if t != nil && i < n.l1Keep {
-			ts[i] = n.g.table(append([]byte(nil), t.data.b...))
-		}
-	}
-	clear(n.dirty)
-	return ts, nil
-}
-
-// eachTable calls fn for each L2 table of an L1 table with its index, its offset and its content, which fn may change.
-// Tables that lie one after the other in the file are read together.
-func (img *Image) eachTable(l1 []l1Entry, fn func(index, off int64, t table) error) error {
-	length, err := img.f.Size()
-	if err != nil {
-		return err
-	}
-	for i := 0; i < len(l1); {
-		if l1[i].offset() == 0 {
-			i++
+// changes returns what guests have changed, and forgets that they have. Called with the image's lock held: it reads
+// nothing.
+func (n *generation) changes() []tableChange {
+	var cs []tableChange
+	for _, i := range slices.Sorted(maps.Keys(n.dirty)) {
+		if i >= n.l1Keep {
 			continue
 		}
-		k := img.neighbours(l1[i:])
-		for j := i; j < i+k; j++ {
-			if err := img.checkL1Entry(l1[j]); err != nil {
-				return fmt.Errorf("L1 entry %d: %w", j, err)
-			}
-			if l1[j].offset() >= length {
-				return fmt.Errorf("%w: L1 entry %d points at %#x, beyond the end of the file", ErrCorrupt, j, l1[j].offset())
-			}
+		c := tableChange{index: i, live: n.img.l1[i].offset(), set: *n.dirty[i], t: table{extended: n.g.extended}}
+		if t := n.img.l2.peek(i); t != nil {
+			c.t.b = append(c.t.b, t.data.b...)
 		}
-		b := make([]byte, int64(k)<<img.g.clusterBits)
-		off := l1[i].offset()
-		if err := readPadded(img.f, b, off); err != nil {
-			return fmt.Errorf("read L2 tables at file offset %#x: %w", off, err)
-		}
-		for j := range k {
-			at := int64(j) << img.g.clusterBits
-			if err := fn(int64(i+j), off+at, img.g.table(b[at:at+img.g.clusterSize])); err != nil {
-				return err
-			}
-		}
-		i += k
+		cs = append(cs, c)
 	}
-	return nil
+	clear(n.dirty)
+	return cs
 }
 
-// neighbours returns how many tables from the first on lie one after the other, as far as one read goes.
-func (img *Image) neighbours(l1 []l1Entry) int {
-	const most = 1 << 20 // bytes
-	k := 1
-	for k < len(l1) && int64(k)<<img.g.clusterBits < most && l1[k].offset() == l1[0].offset()+int64(k)<<img.g.clusterBits {
-		k++
+// apply brings the next generation's table up to date with a change.
+func (n *generation) apply(c tableChange) error {
+	if c.live == 0 {
+		return nil
 	}
-	return k
+	if c.t.b == nil {
+		var err error
+		if c.t, err = readL2(n.img.f, n.g, c.live); err != nil {
+			return err
+		}
+	}
+	next := n.tables[c.index]
+	if next == nil {
+		return n.flagTable(c.index, c.live, c.t)
+	}
+	if next.old != c.live { // a guest has given its table up for a new one
+		err := n.locked(func() error {
+			if err := n.add(run{next.old >> n.g.clusterBits, 1}, 1); err != nil {
+				return err
+			}
+			return n.drop(c.live, n.g.clusterSize)
+		})
+		if err != nil {
+			return err
+		}
+		next.old = c.live
+	}
+	if c.set.empty() {
+		return nil
+	}
+	var err error
+	c.set.each(func(first, k int64) {
+		at := first * sectorSize
+		part := table{c.t.b[at : at+k*sectorSize], n.g.extended}
+		if err == nil {
+			err = n.scan(c.live, part)
+		}
+		if err == nil {
+			err = n.locked(func() error { _, err := n.setCopied(part, n.runs); return err })
+		}
+		if err == nil {
+			err = n.out.write(next.at+at, part.b)
+		}
+	})
+	return err
 }

@@ -47,6 +47,14 @@ func (c *l2Cache) get(index int64) *l2Table {
 	return e.Value.(*l2Table)
 }
 
+// peek is get for who does not use the table as a guest does.
+func (c *l2Cache) peek(index int64) *l2Table {
+	if e := c.tables[index]; e != nil {
+		return e.Value.(*l2Table)
+	}
+	return nil
+}
+
 // put adds or replaces a table and drops the least recently used clean ones beyond the limit.
 func (c *l2Cache) put(t *l2Table) {
 	c.drop(t.index)
@@ -82,12 +90,17 @@ func (s *sectorSet) add(i int64) {
 	(*s)[i/64] |= 1 << (i % 64)
 }
 
+// addRange adds the sectors that bytes [from, to) touch.
+func (s *sectorSet) addRange(from, to int64) {
+	for i := from / sectorSize; i*sectorSize < to; i++ {
+		s.add(i)
+	}
+}
+
 // allSectors is the set of all sectors of a table.
 func (g geometry) allSectors() sectorSet {
 	var s sectorSet
-	for i := range g.clusterSize / sectorSize {
-		s.add(i)
-	}
+	s.addRange(0, g.clusterSize)
 	return s
 }
 
@@ -126,4 +139,14 @@ func (s sectorSet) each(fn func(first, n int64)) {
 		}
 		fn(first, i-first)
 	}
+}
+
+// parts returns copies of the sectors in the set of b, which lies at off.
+func (s sectorSet) parts(b []byte, off int64) []metaWrite {
+	var ps []metaWrite
+	s.each(func(first, n int64) {
+		at, end := first*sectorSize, min((first+n)*sectorSize, int64(len(b)))
+		ps = append(ps, metaWrite{off + at, append([]byte(nil), b[at:end]...)})
+	})
+	return ps
 }

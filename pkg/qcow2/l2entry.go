@@ -182,6 +182,9 @@ func (t table) entrySize() int64 {
 	return 8
 }
 
+// l2EntrySize is table.entrySize.
+func (g geometry) l2EntrySize() int64 { return table{extended: g.extended}.entrySize() }
+
 func (t table) entry(i int64) l2Entry {
 	if t.extended {
 		return l2Entry{binary.BigEndian.Uint64(t.b[i*16:]), subBitmap(binary.BigEndian.Uint64(t.b[i*16+8:]))}

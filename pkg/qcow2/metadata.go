@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"math"
+	"math/bits"
 	"sync"
 )
 
@@ -13,8 +15,33 @@ import (
 type metadataMap struct {
 	limit int // L2 tables are not noted beyond it
 
-	mu    sync.RWMutex // guards uses; no other lock is taken while it is held
-	kinds map[int64]metadataKind
+	mu     sync.RWMutex // guards all below; no other lock is taken while it is held
+	groups map[int64]kindGroup
+	noted  int // clusters in groups
+}
+
+// kindGroup is the kinds of kindGroupClusters neighbouring host clusters: the lower bits of all, and the higher ones. Most
+// groups that are asked about do not exist, which makes a question about a long run cheap.
+type kindGroup struct{ low, high uint64 }
+
+const kindGroupClusters = 64
+
+func (g kindGroup) kind(c int64) metadataKind {
+	i := uint(c) % kindGroupClusters
+	return metadataKind(g.low>>i&1 | g.high>>i&1<<1)
+}
+
+// kindGroups calls fn for each group that r touches, until it returns false, with the group's number and the clusters of
+// r in it as a mask.
+func (r run) kindGroups(fn func(group int64, mask uint64) bool) {
+	for c := r.first; c < r.end(); {
+		end := min((c/kindGroupClusters+1)*kindGroupClusters, r.end())
+		mask := uint64(math.MaxUint64) >> (kindGroupClusters - uint(end-c)) << (uint(c) % kindGroupClusters)
+		if !fn(c/kindGroupClusters, mask) {
+			return
+		}
+		c = end
+	}
 }
 
 // metadataKind is what a host cluster holds. L2 tables may be shared, nothing else may.
@@ -42,7 +69,7 @@ const (
 )
 
 func newMetadataMap(bytes int64) *metadataMap {
-	return &metadataMap{limit: int(bytes / tableNoteBytes), kinds: make(map[int64]metadataKind)}
+	return &metadataMap{limit: int(bytes / tableNoteBytes), groups: make(map[int64]kindGroup)}
 }
 
 // add notes what r holds from now on. ErrCorrupt if it is something else already that cannot be the same.
@@ -50,11 +77,9 @@ func (m *metadataMap) add(r run, kind metadataKind) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for c := r.first; c < r.end(); c++ {
-		switch have := m.kinds[c]; {
+		switch have := m.groups[c/kindGroupClusters].kind(c); {
 		case have == 0:
-			if kind == metadataSole || len(m.kinds) < m.limit {
-				m.kinds[c] = kind
-			}
+			m.set(c, kind)
 		case have != metadataL2 || kind != metadataL2:
 			return fmt.Errorf("%w: cluster %d is %s and %s", ErrCorrupt, c, have, kind)
 		}
@@ -67,46 +92,69 @@ func (m *metadataMap) put(r run, kind metadataKind) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for c := r.first; c < r.end(); c++ {
-		if kind == metadataSole || m.kinds[c] != 0 || len(m.kinds) < m.limit {
-			m.kinds[c] = kind
-		}
+		m.set(c, kind)
 	}
+}
+
+// set notes one cluster. Called with mu held.
+func (m *metadataMap) set(c int64, kind metadataKind) {
+	g := m.groups[c/kindGroupClusters]
+	if g.kind(c) == 0 {
+		if kind != metadataSole && m.noted >= m.limit {
+			return
+		}
+		m.noted++
+	}
+	bit := uint64(1) << (uint(c) % kindGroupClusters)
+	if g.low &^= bit; kind&1 != 0 {
+		g.low |= bit
+	}
+	if g.high &^= bit; kind&2 != 0 {
+		g.high |= bit
+	}
+	m.groups[c/kindGroupClusters] = g
 }
 
 // remove forgets clusters that are free.
 func (m *metadataMap) remove(r run) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if r.n > int64(len(m.kinds)) {
-		for c := range m.kinds {
-			if c >= r.first && c < r.end() {
-				delete(m.kinds, c)
-			}
+	r.kindGroups(func(group int64, mask uint64) bool {
+		g, ok := m.groups[group]
+		if !ok {
+			return true
 		}
-		return
-	}
-	for c := r.first; c < r.end(); c++ {
-		delete(m.kinds, c)
-	}
+		m.noted -= bits.OnesCount64((g.low | g.high) & mask)
+		if g.low, g.high = g.low&^mask, g.high&^mask; g == (kindGroup{}) {
+			delete(m.groups, group)
+		} else {
+			m.groups[group] = g
+		}
+		return true
+	})
 }
 
 // kind returns what is known about a cluster, 0 if nothing.
 func (m *metadataMap) kind(c int64) metadataKind {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	return m.kinds[c]
+	return m.groups[c/kindGroupClusters].kind(c)
 }
 
 // refuse returns ErrCorrupt if one of the clusters, which are to hold data or something new, is metadata.
 func (m *metadataMap) refuse(r run) error {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	for c := r.first; c < r.end(); c++ {
-		if k := m.kinds[c]; k != 0 {
-			return fmt.Errorf("%w: cluster %d is %s and in use for something else", ErrCorrupt, c, k)
+	var err error
+	r.kindGroups(func(group int64, mask uint64) bool {
+		g := m.groups[group]
+		if used := (g.low | g.high) & mask; used != 0 {
+			c := group*kindGroupClusters + int64(bits.TrailingZeros64(used))
+			err = fmt.Errorf("%w: cluster %d is %s and in use for something else", ErrCorrupt, c, g.kind(c))
 		}
-	}
-	return nil
+		return err == nil
+	})
+	return err
 }
 
 // noteMetadata fills the map of an image that is being opened. Structures of which each has its clusters to itself must

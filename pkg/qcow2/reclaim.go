@@ -313,6 +313,8 @@ func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
 	img.commitMu.Lock()
 	defer img.commitMu.Unlock()
 	a := img.alloc
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err := img.failed(); err != nil {

@@ -17,8 +17,18 @@ type refcounts struct {
 
 // refBlock is a refcount block in memory.
 type refBlock struct {
-	counts counts
-	dirty  sectorSet
+	counts  counts
+	dirty   sectorSet
+	writing bool // its dirty sectors were taken and are not yet written
+}
+
+// add changes n counts from index i on, see counts.add.
+func (b *refBlock) add(i, n int64, delta int) (fallen, error) {
+	fell, err := b.counts.add(i, n, delta)
+	if err == nil {
+		b.dirty.addRange(b.counts.at(i), b.counts.at(i+n-1)+1)
+	}
+	return fell, err
 }
 
 // refBlockCacheBytes bounds the clean refcount blocks in memory: 8 MiB count 256 GiB of 64 KiB clusters.
@@ -72,7 +82,7 @@ func (rc *refcounts) keep(i int64, b *refBlock) {
 		if len(rc.blocks) < rc.limit {
 			break
 		}
-		if old.dirty.empty() {
+		if old.dirty.empty() && !old.writing {
 			delete(rc.blocks, k)
 		}
 	}
@@ -94,6 +104,42 @@ func (rc *refcounts) nextFree(c int64) (int64, error) {
 	}
 }
 
+// freeRun returns how many clusters from c on have a count of 0, up to k.
+func (rc *refcounts) freeRun(c, k int64) (int64, error) {
+	free := int64(0)
+	for free < k {
+		b, err := rc.block((c + free) >> rc.g.blockBits)
+		if err != nil {
+			return 0, err
+		}
+		i := (c + free) & (rc.g.blockCounts - 1)
+		end := rc.g.blockCounts
+		if b != nil {
+			end = b.counts.nextNonzero(i)
+		}
+		free += end - i
+		if end < rc.g.blockCounts {
+			break
+		}
+	}
+	return min(free, k), nil
+}
+
+// nextFreeRun returns the first cluster from c on from which k clusters have a count of 0.
+func (rc *refcounts) nextFreeRun(c, k int64) (int64, error) {
+	for {
+		first, err := rc.nextFree(c)
+		if err != nil {
+			return 0, err
+		}
+		free, err := rc.freeRun(first, k)
+		if err != nil || free == k {
+			return first, err
+		}
+		c = first + free
+	}
+}
+
 // add changes the counts of clusters that have refcount blocks and returns those that fell to 0.
 func (rc *refcounts) add(r run, delta int) (zero runs, err error) {
 	err = rc.g.eachBlock(r, func(k, i, n int64) error {
@@ -104,37 +150,65 @@ func (rc *refcounts) add(r run, delta int) (zero runs, err error) {
 		if b == nil {
 			return fmt.Errorf("%s: %w: clusters %d to %d are in use but have no refcount block", rc.f.Name(), ErrCorrupt, r.first, r.end()-1)
 		}
-		if err := b.counts.add(i, n, delta); err != nil {
+		fell, err := b.add(i, n, delta)
+		if err != nil {
 			return fmt.Errorf("%s: refcount block %d: %w", rc.f.Name(), k, err)
 		}
-		for s := b.counts.at(i) / sectorSize; s <= b.counts.at(i+n-1)/sectorSize; s++ {
-			b.dirty.add(s)
-		}
-		for j := i; delta < 0 && j < i+n; j++ {
-			if b.counts.get(j) == 0 {
-				zero.add(run{k<<rc.g.blockBits + j, 1})
-			}
+		for j := i; fell.to0 && j < i+n; {
+			from := b.counts.find(j, i+n-j, 0)
+			j = min(b.counts.nextNonzero(from), i+n)
+			zero.add(run{k<<rc.g.blockBits + from, j - from})
 		}
 		return nil
 	})
 	return zero, err
 }
 
+// blockWrite is a block's sectors on their way to the disk.
+type blockWrite struct {
+	block *refBlock
+	dirty sectorSet
+	parts []metaWrite
+}
+
+// takeDirty collects what has changed in the blocks; wrote tells what became of it.
+func (rc *refcounts) takeDirty() []blockWrite {
+	var ws []blockWrite
+	for i, b := range rc.blocks {
+		if b.dirty.empty() {
+			continue
+		}
+		ws = append(ws, blockWrite{b, b.dirty, b.dirty.parts(b.counts.b, rc.table[i])})
+		b.dirty, b.writing = nil, true
+	}
+	return ws
+}
+
+// wrote ends what takeDirty began: what was not written is dirty again.
+func (rc *refcounts) wrote(ws []blockWrite, err error) {
+	for _, w := range ws {
+		w.block.writing = false
+		if err != nil {
+			w.block.dirty.addAll(w.dirty)
+		}
+	}
+}
+
 // writeBack writes what has changed in the blocks. It does not sync.
 func (rc *refcounts) writeBack() error {
-	for i, b := range rc.blocks {
-		var err error
-		b.dirty.each(func(first, n int64) {
-			if err != nil {
-				return
+	ws := rc.takeDirty()
+	err := writeBlocks(rc.f, ws)
+	rc.wrote(ws, err)
+	return err
+}
+
+func writeBlocks(f File, ws []blockWrite) error {
+	for _, w := range ws {
+		for _, m := range w.parts {
+			if _, err := f.WriteAt(m.b, m.off); err != nil {
+				return fmt.Errorf("write a refcount block: %w", err)
 			}
-			at, end := first*sectorSize, (first+n)*sectorSize
-			_, err = rc.f.WriteAt(b.counts.b[at:end], rc.table[i]+at)
-		})
-		if err != nil {
-			return fmt.Errorf("write refcount block %d: %w", i, err)
 		}
-		b.dirty = b.dirty[:0]
 	}
 	return nil
 }

@@ -88,27 +88,27 @@ func (img *Image) activeL1() []l1Entry {
 }
 
 // create makes row a snapshot of the state that l1 maps. The snapshot gets its L2 tables; the active state gets new
-// ones, in which nothing that it shares is COPIED.
-func (n *generation) create(row *snapshotRow, l1 []l1Entry) error {
-	err := n.locked(func() (err error) {
-		if len(l1) == 0 {
-			return nil // an empty disk of QEMU's: there is no table to count
-		}
+// ones where COPIED is set, for it shares all that was mapped.
+func (n *generation) create(row *snapshotRow, l1 []l1Entry) (err error) {
+	if len(l1) > 0 { // else it is an empty disk of QEMU's: there is no table to count
 		row.l1Offset, err = n.place(encodeL1(l1))
-		return err
-	})
+	}
 	if err != nil {
 		return err
 	}
 	n.row = append(n.row, *row)
 	return n.img.eachTable(l1[:n.l1Keep], func(i, off int64, t table) error {
+		if err := n.scan(off, t); err != nil {
+			return err
+		}
 		changed := n.sawChange(i) // then its flags wait for what it has become
-		return n.locked(func() error {
-			if err := n.referenceTable(off, t, 1); err != nil || changed {
-				return err
-			}
-			return n.flagTable(i, t)
-		})
+		if err := n.locked(func() error { return n.referenceRuns(off, 1) }); err != nil {
+			return err
+		}
+		if changed || !t.clearCopied() {
+			return nil
+		}
+		return n.replace(i, off, t)
 	})
 }
 
@@ -124,16 +124,9 @@ func (img *Image) GotoSnapshot(s Selector) error {
 		if err != nil {
 			return err
 		}
-		// The old state goes first: narrow refcounts may have no room for both.
-		if err := n.reference(img.activeL1(), -1); err != nil {
-			return err
-		}
-		if err := n.reference(l1, 1); err != nil {
-			return err
-		}
 		n.l1 = append(l1, make([]l1Entry, max(1-len(l1), 0))...)
 		n.h.size = row.diskSize
-		return n.flag(n.l1)
+		return n.restore(img.activeL1())
 	}})
 }
 
@@ -160,13 +153,17 @@ func (img *Image) DeleteSnapshot(s Selector) error {
 			if err != nil {
 				return err
 			}
-			if err := n.reference(l1, -1); err != nil {
+			if err := n.unreference(l1); err != nil {
 				return err
 			}
 			if err := n.locked(func() error { return n.drop(row.l1Offset, row.l1Size*8) }); err != nil {
 				return err
 			}
 			n.row = slices.Delete(n.row, at, at+1)
+			look := false
+			if err := n.locked(func() error { look = n.fell1; return nil }); err != nil || !look {
+				return err
+			}
 			return n.flag(img.activeL1())
 		},
 	})
@@ -176,7 +173,7 @@ func (img *Image) DeleteSnapshot(s Selector) error {
 func (img *Image) DropActive() error {
 	return img.change(operation{stop: true, begin: nothing, build: func(n *generation) error {
 		n.l1 = make([]l1Entry, max(n.l1Keep, 1))
-		return n.reference(img.activeL1(), -1)
+		return n.unreference(img.activeL1())
 	}})
 }
 
@@ -198,7 +195,7 @@ func (img *Image) Resize(size int64) error {
 		n.l1 = img.activeL1()
 		if have < int64(len(n.l1)) {
 			// What lies beyond the disk, a VM's state, must not become part of it.
-			if err := n.reference(n.l1[have:], -1); err != nil {
+			if err := n.unreference(n.l1[have:]); err != nil {
 				return err
 			}
 			clear(n.l1[have:])

@@ -1,0 +1,321 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+)
+
+// finish completes the generation and switches to it: two syncs, and what has changed since catchUp. Commits and
+// reservations wait meanwhile; guests' reads and writes go on, to clusters that are reserved.
+func (n *generation) finish() error {
+	img, a := n.img, n.img.alloc
+	img.commitMu.Lock()
+	defer img.commitMu.Unlock()
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
+
+	err := n.interrupted()
+	if err == nil {
+		err = n.complete()
+	}
+	if err != nil {
+		return n.abortLocked(err)
+	}
+	if err := img.sync(); err != nil {
+		return err
+	}
+	if err := img.switchHeader(func(h *header) {
+		n.h.incompatible = h.incompatible // guests may have found corruption meanwhile
+		*h = n.h
+	}); err != nil {
+		return err
+	}
+	return n.adopt()
+}
+
+// complete writes all that is missing.
+func (n *generation) complete() error {
+	old := n.img.hdr.Load()
+	cs := n.settle()
+	for _, c := range cs {
+		if err := n.apply(c); err != nil {
+			return err
+		}
+	}
+	if err := n.completeL1(); err != nil {
+		return err
+	}
+	rows, err := encodeSnapshotTable(n.row)
+	if err != nil {
+		return err
+	}
+	n.h.snapshots, n.h.snapshotsOffset = int64(len(n.row)), 0
+	if len(n.row) > 0 {
+		if n.h.snapshotsOffset, err = n.place(rows); err != nil {
+			return err
+		}
+	}
+	n.h.l1Size = int64(len(n.l1))
+	if n.h.l1Offset, err = n.place(encodeL1(n.l1)); err != nil {
+		return err
+	}
+	if err := n.locked(func() error {
+		if err := n.drop(old.snapshotsOffset, n.img.rowBytes); err != nil {
+			return err
+		}
+		return n.drop(old.l1Offset, old.l1Size*8)
+	}); err != nil {
+		return err
+	}
+	if err := n.completeRefcounts(); err != nil {
+		return err
+	}
+	return n.out.flush()
+}
+
+// settle fixes, in one instant, which mapping the next generation has: it notes the L1 table and returns what is still
+// to be written. What guests have given up and not yet committed stays theirs: a table that both generations use has it
+// on disk still.
+func (n *generation) settle() []tableChange {
+	n.img.mu.Lock()
+	defer n.img.mu.Unlock()
+	n.settled = true
+	if n.replaces = n.l1 != nil; !n.replaces {
+		n.l1 = slices.Clone(n.img.l1)
+		clear(n.l1[n.l1Keep:])
+	}
+	return n.changes()
+}
+
+// completeL1 makes the next active L1 table.
+func (n *generation) completeL1() error {
+	if len(n.l1) == 0 {
+		n.l1 = make([]l1Entry, 1) // QEMU writes none for an empty disk; a table has a cluster
+	}
+	for i, e := range n.l1 {
+		off := e.offset()
+		switch next := n.tables[int64(i)]; {
+		case next != nil:
+			n.l1[i] = l1Entry(next.at) | flagCopied
+		case off == 0:
+			n.l1[i] = 0
+		case n.replaces:
+			if err := n.flagL1(i); err != nil {
+				return err
+			}
+		case n.frozen && !n.isOwn(off):
+			n.l1[i] = l1Entry(off)
+		case n.copied[int64(i)] == off:
+			n.l1[i] = l1Entry(off) | flagCopied
+		}
+	}
+	return nil
+}
+
+// flagL1 sets COPIED in an L1 entry by the table's count.
+func (n *generation) flagL1(i int) error {
+	return n.locked(func() error {
+		off := n.l1[i].offset()
+		c, err := n.count(off >> n.g.clusterBits)
+		if n.l1[i] = l1Entry(off); c == 1 {
+			n.l1[i] |= flagCopied
+		}
+		return err
+	})
+}
+
+func (n *generation) isOwn(off int64) bool {
+	n.img.mu.Lock()
+	defer n.img.mu.Unlock()
+	return n.img.owns(off)
+}
+
+// completeRefcounts places what is left of the refcount blocks, and the table, gives up their old clusters, and writes
+// them. Each of that changes counts, perhaps in one more block: it goes on until all have a place.
+func (n *generation) completeRefcounts() error {
+	rc := n.img.alloc.rc
+	if err := n.locked(func() error { return n.drop(rc.tableAt.first<<n.g.clusterBits, rc.tableAt.n<<n.g.clusterBits) }); err != nil {
+		return err
+	}
+	var at run // the table
+	for {
+		if err := n.placeBlocks(); err != nil {
+			return err
+		}
+		again := false
+		if err := n.locked(func() (err error) {
+			again, err = n.dropBlocks()
+			if need := n.tableClusters(); err == nil && at.n < need {
+				again = true
+				at, err = n.takeTable(at, need)
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+		if !again {
+			break
+		}
+	}
+	if err := n.writeBlocks(); err != nil {
+		return err
+	}
+	// Live blocks that stay are part of the next generation as they are in memory.
+	if err := n.img.alloc.writeBack(); err != nil {
+		return err
+	}
+	n.h.refTableOffset, n.h.refTableClusters = at.first<<n.g.clusterBits, at.n
+	raw := make([]byte, at.n<<n.g.clusterBits)
+	for i, off := range n.refTable() {
+		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
+	}
+	n.img.alloc.metadata.put(at, metadataSole)
+	return n.out.write(n.h.refTableOffset, raw)
+}
+
+// dropBlocks gives up live blocks that have come into being since their next ones were placed. Called with the
+// allocator's lock held.
+func (n *generation) dropBlocks() (again bool, err error) {
+	for k, b := range n.blocks {
+		if old := b.old; b.at != 0 && err == nil {
+			err = n.dropBlock(k)
+			again = again || b.old != old
+		}
+	}
+	return again, err
+}
+
+// takeTable takes clusters for the refcount table in place of at. Called with the allocator's lock held.
+func (n *generation) takeTable(at run, need int64) (run, error) {
+	if at.n > 0 {
+		if err := n.add(at, -1); err != nil {
+			return run{}, err
+		}
+	}
+	if need<<n.g.clusterBits > maxRefcountTableBytes {
+		return run{}, fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, maxRefcountTableBytes>>20)
+	}
+	return n.take(need)
+}
+
+// tableClusters returns how many clusters the refcount table needs: as many as it has, or half as many again as the
+// blocks ask for. Called with the allocator's lock held.
+func (n *generation) tableClusters() int64 {
+	have := n.img.alloc.rc.tableAt.n
+	need := have
+	for i, b := range n.blocks {
+		if b.at != 0 || !b.dirty.empty() {
+			need = max(need, n.g.clusters((i+1)*8))
+		}
+	}
+	if need > have {
+		need = max(need, min(need+need/2+1, maxRefcountTableBytes>>n.g.clusterBits))
+	}
+	return need
+}
+
+// refTable returns the next refcount table.
+func (n *generation) refTable() []int64 {
+	table := make([]int64, n.h.refTableClusters<<n.g.clusterBits/8)
+	copy(table, n.img.alloc.rc.table)
+	for i, b := range n.blocks {
+		if b.at != 0 {
+			table[i] = b.at
+		}
+	}
+	return table
+}
+
+// adopt makes the image use what is now the live generation. Called with the locks of finish held.
+func (n *generation) adopt() error {
+	img, a := n.img, n.img.alloc
+	length, err := img.f.Size()
+	if err != nil {
+		return img.fail(err)
+	}
+	table := n.refTable()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.build = nil
+	a.rc.setTable(table, run{n.h.refTableOffset >> n.g.clusterBits, n.h.refTableClusters})
+	for k, b := range n.blocks {
+		switch {
+		case b.at == 0:
+		case b.counts.none():
+			delete(a.rc.blocks, k)
+		default:
+			a.rc.blocks[k] = &b.refBlock // the next one to be read drops what is beyond the limit
+		}
+	}
+	a.unsafe = n.zeroed
+	a.length.Store(max(a.length.Load(), length))
+
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.build = nil
+	img.l1, img.l1Dirty, img.rows, img.rowBytes = n.l1, nil, n.row, n.rowBytes()
+	return n.adoptTables()
+}
+
+// adoptTables brings the L2 cache up to date, and what guests have changed since settle, which is still to be committed.
+func (n *generation) adoptTables() error {
+	img, c := n.img, n.img.l2
+	if n.replaces {
+		c.clear()
+		return nil
+	}
+	for _, l := range n.late {
+		n.adoptLate(l)
+	}
+	for i, e := range c.tables {
+		next, t := n.tables[i], e.Value.(*l2Table)
+		_, changed := n.dirty[i]
+		switch {
+		case next == nil:
+		case !changed:
+			c.drop(i)
+		default:
+			if err := n.adoptTable(next, t); err != nil {
+				return img.fail(err)
+			}
+		}
+	}
+	return nil
+}
+
+// adoptTable moves a table that guests have changed since settle into the next generation's place for it.
+func (n *generation) adoptTable(next *nextTable, t *l2Table) error {
+	rs, err := t.data.entryRuns(n.g, n.img.version, nil)
+	if err != nil {
+		return err
+	}
+	if _, err := n.setCopied(t.data, rs); err != nil {
+		return err
+	}
+	t.offset, t.dirty = next.at, n.g.allSectors()
+	n.img.dirty++
+	return nil
+}
+
+// adoptLate settles what becomes of a table that a guest made after settle. Where the next generation has a table of its
+// own, that one is used and the guest's given up; else the guest's takes the place of the one that it was copied from.
+func (n *generation) adoptLate(l lateTable) {
+	img := n.img
+	if n.tables[l.index] != nil {
+		img.freed.add(run{l.made >> n.g.clusterBits, 1})
+		return
+	}
+	if l.old != 0 {
+		img.freed.add(run{l.old >> n.g.clusterBits, 1})
+	}
+	img.l1[l.index] = l1Entry(l.made) | flagCopied
+	img.l1Dirty.add(l.index * 8 / sectorSize)
+	img.barrier = true
+}
+
+// rowBytes returns the length of the snapshot table.
+func (n *generation) rowBytes() int64 {
+	b, _ := encodeSnapshotTable(n.row) // complete has encoded it before
+	return int64(len(b))
+}

@@ -1,0 +1,51 @@
+package qcow2
+
+import (
+	"maps"
+	"slices"
+)
+
+// punchZeroed gives the blocks of clusters that became free back to the file system, in long runs, after the switch. Until
+// then the allocator takes nothing from the refcount blocks in which they are counted. An error costs host blocks
+// only: a free cluster is punched again before it is handed out.
+func (n *generation) punchZeroed() {
+	a := n.img.alloc
+	for _, k := range slices.Sorted(maps.Keys(n.zeroed)) {
+		free := a.freeIn(k)
+		for _, r := range free {
+			at := r.first << n.g.clusterBits
+			if length := min(r.n<<n.g.clusterBits, a.length.Load()-at); length > 0 {
+				_ = a.f.PunchHole(at, length)
+			}
+		}
+		a.reopen(k, free)
+	}
+}
+
+// freeIn returns the clusters that block k counts as free.
+func (a *allocator) freeIn(k int64) runs {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	b, err := a.rc.block(k)
+	if err != nil || b == nil {
+		return nil
+	}
+	var free runs
+	for i := b.counts.nextZero(0); i < b.counts.len(); {
+		end := b.counts.nextNonzero(i)
+		free.add(run{k<<a.g.blockBits + i, end - i})
+		i = b.counts.nextZero(end)
+	}
+	return free
+}
+
+// reopen lets clusters be taken again that block k counts as free.
+func (a *allocator) reopen(k int64, free runs) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range free {
+		a.metadata.remove(r)
+		a.next = min(a.next, r.first)
+	}
+	delete(a.unsafe, k)
+}

@@ -1,0 +1,117 @@
+package qcow2
+
+import "fmt"
+
+// This file reads L2 tables in bulk (C4).
+
+const (
+	batchBytes  = 1 << 20 // of tables that are read together
+	batchesRead = 4       // at a time, ahead of their use
+)
+
+// tableBatch is L2 tables that are read into one buffer.
+type tableBatch struct {
+	first, end int // L1 indexes; those of no table have no place in b
+	b          []byte
+	err        error
+	done       chan struct{} // closed when b or err is there
+}
+
+// eachTable calls fn for each L2 table of an L1 table with its index, its offset and its content, in order. fn may change
+// the content, which is valid until it returns. Several reads are under way at a time, and tables that lie one after
+// the other are read together.
+func (img *Image) eachTable(l1 []l1Entry, fn func(index, off int64, t table) error) (err error) {
+	length, err := img.f.Size()
+	if err != nil {
+		return err
+	}
+	var ahead []*tableBatch
+	defer func() {
+		for _, b := range ahead {
+			<-b.done
+		}
+	}()
+	var spare [][]byte
+	for next := 0; ; {
+		for next < len(l1) && len(ahead) < batchesRead {
+			var buf []byte
+			if k := len(spare); k > 0 {
+				buf, spare = spare[k-1], spare[:k-1]
+			}
+			b := img.nextBatch(l1, next, buf)
+			next = b.end
+			ahead = append(ahead, b)
+			go func() {
+				defer close(b.done)
+				b.err = img.readBatch(l1, b, length)
+			}()
+		}
+		if len(ahead) == 0 {
+			return nil
+		}
+		b := ahead[0]
+		ahead = ahead[1:]
+		<-b.done
+		if b.err != nil {
+			return b.err
+		}
+		at := int64(0)
+		for i := b.first; i < b.end; i++ {
+			off := l1[i].offset()
+			if off == 0 {
+				continue
+			}
+			if err := fn(int64(i), off, img.g.table(b.b[at:at+img.g.clusterSize])); err != nil {
+				return err
+			}
+			at += img.g.clusterSize
+		}
+		spare = append(spare, b.b)
+	}
+}
+
+// nextBatch plans a batch from an L1 index on. buf is a buffer to use, if it has one.
+func (img *Image) nextBatch(l1 []l1Entry, first int, buf []byte) *tableBatch {
+	b := &tableBatch{first: first, end: first, done: make(chan struct{})}
+	size, most := int64(0), max(batchBytes, img.g.clusterSize)
+	for ; b.end < len(l1) && size < most; b.end++ {
+		if l1[b.end].offset() != 0 {
+			size += img.g.clusterSize
+		}
+	}
+	if int64(cap(buf)) < size {
+		buf = make([]byte, size, most)
+	}
+	b.b = buf[:size]
+	return b
+}
+
+func (img *Image) readBatch(l1 []l1Entry, b *tableBatch, length int64) error {
+	size := img.g.clusterSize
+	at := int64(0)
+	for i := b.first; i < b.end; {
+		off := l1[i].offset()
+		if off == 0 {
+			i++
+			continue
+		}
+		k := int64(0) // tables that lie one after the other
+		for ; i < b.end && (l1[i].offset() == off+k*size || l1[i].offset() == 0); i++ {
+			if l1[i].offset() == 0 {
+				continue
+			}
+			if err := img.checkL1Entry(l1[i]); err != nil {
+				return fmt.Errorf("L1 entry %d: %w", i, err)
+			}
+			if l1[i].offset() >= length {
+				return fmt.Errorf("%w: L1 entry %d points at %#x, beyond the end of the file", ErrCorrupt, i, l1[i].offset())
+			}
+			k++
+		}
+		if err := readPadded(img.f, b.b[at:at+k*size], off); err != nil {
+			return fmt.Errorf("read L2 tables at file offset %#x: %w", off, err)
+		}
+		at += k * size
+	}
+	return nil
+}
