@@ -62,12 +62,14 @@ func (n *generation) flag(l1 []l1Entry) error {
 		if n.sawChange(i) {
 			return nil // catchUp looks at it
 		}
-		return n.flagTable(i, off, t)
+		return n.flagTable(i, off, t, false)
 	})
 }
 
-// flagTable is flag for the table that the live generation has at off, 0 for none. t becomes the next one.
-func (n *generation) flagTable(i, off int64, t table) error {
+// flagTable is flag for the table that the live generation has at off, 0 for none. t becomes the next one. If that is not
+// what lies at off, both generations cannot have that: what guests have given up there would keep flags that only the
+// live one's counts agree with.
+func (n *generation) flagTable(i, off int64, t table, differs bool) error {
 	if err := n.scan(off, t); err != nil {
 		return err
 	}
@@ -85,7 +87,7 @@ func (n *generation) flagTable(i, off int64, t table) error {
 	if sole {
 		n.copied[i] = off
 	}
-	if !changed {
+	if !changed && !differs {
 		return nil
 	}
 	return n.replace(i, off, t)
@@ -166,10 +168,11 @@ func (n *generation) sawChange(i int64) bool {
 
 // tableChange is what guests have changed in an active table since the build saw it.
 type tableChange struct {
-	index int64
-	live  int64     // offset of the table
-	set   sectorSet // the sectors that have changed
-	t     table     // the content; without bytes if it is on disk as it is in memory
+	index   int64
+	live    int64     // offset of the table
+	set     sectorSet // the sectors that have changed
+	t       table     // the content; without bytes if it is on disk as it is in memory
+	differs bool      // from what is on disk
 }
 
 // changes returns what guests have changed, and forgets that they have. Called with the image's lock held: it reads
@@ -182,7 +185,7 @@ func (n *generation) changes() []tableChange {
 		}
 		c := tableChange{index: i, live: n.img.l1[i].offset(), set: *n.dirty[i], t: table{extended: n.g.extended}}
 		if t := n.img.l2.peek(i); t != nil {
-			c.t.b = append(c.t.b, t.data.b...)
+			c.t.b, c.differs = append(c.t.b, t.data.b...), !t.clean()
 		}
 		cs = append(cs, c)
 	}
@@ -203,7 +206,7 @@ func (n *generation) apply(c tableChange) error {
 	}
 	next := n.tables[c.index]
 	if next == nil {
-		return n.flagTable(c.index, c.live, c.t)
+		return n.flagTable(c.index, c.live, c.t, c.differs)
 	}
 	if next.old != c.live { // a guest has given its table up for a new one
 		err := n.locked(func() error {
