@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Without the lines that tell about each history.
-go test ./pkg/qcow2 -count 1 -v -timeout 5h -run '^Test(Crash|CrashOnline|Faults.*)$' \
+GOGC=400 go test ./pkg/qcow2 -count 1 -v -timeout 5h -run '^Test(Crash|CrashOnline|Faults.*)$' \
 	-crash-states "${1:-200000}" -online-histories 200 | grep -vE '^ *(===|--- PASS)'

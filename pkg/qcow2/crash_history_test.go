@@ -30,12 +30,12 @@ func crashConfigs() []crashParams {
 	}
 	compressed := func(p *crashParams) { p.compressed = true }
 	zstd := func(p *crashParams) { p.compressed, p.zstd = true, true }
-	extended := func(p *crashParams) { p.compressed, p.ExtendedL2 = true, true }
+	extended := func(p *crashParams) { p.compressed, p.ExtendedL2, p.size = true, true, 13*p.ClusterSize+sectorSize }
 	return []crashParams{
-		image(512, 16, func(p *crashParams) { p.size = 300 << 10 }), // more than one refcount block counts
+		image(512, 16, func(p *crashParams) { p.size = 140 << 10 }), // more than one refcount block counts
 		image(16<<10, 16, extended),
 		image(512, 64, compressed),
-		image(4096, 16, func(p *crashParams) { p.Version = 2; p.compressed = true }),
+		image(4096, 16, func(p *crashParams) { p.Version, p.compressed = 2, true }),
 		image(512, 2, nil),
 		image(16<<10, 32, func(p *crashParams) { extended(p); zstd(p) }),
 		image(512, 1, nil),
@@ -44,8 +44,9 @@ func crashConfigs() []crashParams {
 		image(512, 4, nil),
 		image(512, 16, func(p *crashParams) { p.Version = 2 }),
 		image(512, 8, compressed),
-		image(64<<10, 16, func(p *crashParams) { p.size = 12 * 64 << 10 }),
-		image(512, 32, func(p *crashParams) { p.size = 100 << 10; p.zstd = true; p.compressed = true }),
+		image(64<<10, 16, func(p *crashParams) { p.size = 7 * 64 << 10 }),
+		image(512, 16, func(p *crashParams) { p.size = 4 * 512 }), // a request changes all of its table
+		image(512, 32, func(p *crashParams) { p.size = 60 << 10; p.zstd = true; p.compressed = true }),
 	}
 }
 
@@ -325,8 +326,8 @@ func (h *crashHistory) rounds(turn int) {
 	ops := []func(){h.create, h.gotoSnapshot, h.deleteSnapshot, h.grow, h.clone, h.dropActive, h.reopen}
 	for i := range ops {
 		ops[(i*3+turn)%len(ops)]()
-		h.dress(h.rng.Int64N(2))
 		h.create()
+		h.dress(h.rng.Int64N(2))
 		for range 4 { // seven times four: each request to each kind of cluster
 			h.guest()
 		}
@@ -453,8 +454,8 @@ func (h *crashHistory) closed() {
 	img, err := Open(h.file.clone(), OpenOptions{ReadOnly: true})
 	must(h.t, err)
 	defer img.Close()
-	got, err := observe(img)
-	must(h.t, err)
+	var got observation
+	must(h.t, got.observe(img))
 	if w := h.state.differs(&got); w != "" {
 		h.t.Fatalf("after it was closed: %s\n%s", w, h.history())
 	}

@@ -20,6 +20,7 @@ type judge struct {
 	log   *crashLog
 	*timeline
 	events []string
+	got    observation // of the crash being judged
 }
 
 // crashPlan says how much is tried.
@@ -113,27 +114,23 @@ func (j *judge) judge(c crash, allowed []crashState, running []*crashOp) {
 	if err != nil {
 		j.fail(c, running, c.file, "%v", err)
 	}
-	got, err := observe(img) // and never closed: it dies
-	if err != nil {
+	got := &j.got
+	if err := got.observe(img); err != nil { // and never closed: it dies
 		j.fail(c, running, c.file, "%v", err)
 	}
-	if ok, wrong := matches(&got, allowed); !ok {
+	if ok, wrong := matches(got, allowed); !ok {
 		j.fail(c, running, c.file, "the content is none of those allowed: %q", wrong)
 	}
 	if j.level == 1 && j.one(j.plan.goOn) {
 		j.y.add(running, func(r *crashRow) { r.ours++ })
-		if r.Leaks > 0 {
-			j.goOn(c, &got, append(events[:len(events):len(events)], leaksFirst))
-		} else {
-			j.goOn(c, &got, events)
-		}
+		j.goOn(c, got, events, r.Leaks > 0)
 	}
 	if j.level == 1 && r.Leaks > 0 && j.one(2*j.plan.goOn) {
-		j.repair(c, &got, events)
+		j.repair(c, got, events)
 	}
 	if j.one(j.plan.qemu) {
 		j.y.add(running, func(r *crashRow) { r.qemu++ })
-		if w := j.goOnQEMU(c.file, &got); w != "" {
+		if w := j.goOnQEMU(c.file, got); w != "" {
 			j.fail(c, running, c.file, "then QEMU: %s", w)
 		}
 	}
@@ -141,8 +138,11 @@ func (j *judge) judge(c crash, allowed []crashState, running []*crashOp) {
 
 // goOn opens what a crash left and works with it. Nothing may change but by that, and it may crash again at any moment
 // from the opening on.
-func (j *judge) goOn(c crash, got *observation, events []string) {
+func (j *judge) goOn(c crash, got *observation, events []string, leaks bool) {
 	j.t.Helper()
+	if leaks {
+		events = append(events[:len(events):len(events)], leaksFirst)
+	}
 	img, err := Open(c.file.clone(), OpenOptions{ReadOnly: true})
 	must(j.t, err)
 	h := &crashHistory{
@@ -157,8 +157,12 @@ func (j *judge) goOn(c crash, got *observation, events []string) {
 	for range 3 {
 		h.guest()
 	}
-	for range 5 {
-		h.step()
+	if leaks && j.one(2) {
+		(&besideHistory{crashHistory: h}).reclaim()
+	} else {
+		for range 5 {
+			h.step()
+		}
 	}
 	h.end()
 	if r, err := checkFile(j.t.Context(), h.file.reopen()); err != nil || r.Corruptions != 0 {
@@ -236,8 +240,8 @@ func (j *judge) goOnQEMU(f *memFile, got *observation) string {
 		return fmt.Sprintf("%q: %v", commands, err)
 	}
 	defer img.Close()
-	now, err := observe(img)
-	if err != nil {
+	var now observation
+	if err := now.observe(img); err != nil {
 		return fmt.Sprintf("%q: %v", commands, err)
 	}
 	if w := state.differs(&now); w != "" {

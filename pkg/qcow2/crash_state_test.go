@@ -155,27 +155,31 @@ type observedSnapshot struct {
 	content []byte
 }
 
-// observe reads all of an image.
-func observe(img *Image) (observation, error) {
-	o := observation{active: make([]byte, img.Size())}
+// observe reads all of an image. It reuses the memory of the observation before.
+func (o *observation) observe(img *Image) error {
+	o.active = resized(o.active, img.Size())
 	if _, err := img.ReadAt(o.active, 0); err != nil {
-		return o, err
+		return err
 	}
-	for _, s := range img.Snapshots() {
+	snapshots := img.Snapshots()
+	o.snaps = slices.Grow(o.snaps[:0], len(snapshots))[:len(snapshots)]
+	for i, s := range snapshots {
 		v, err := img.OpenSnapshot(ByName(s.Name))
 		if err != nil {
-			return o, err
+			return err
 		}
-		content := make([]byte, v.Size())
-		_, err = v.ReadAt(content, 0)
+		snap := &o.snaps[i]
+		snap.name, snap.content = s.Name, resized(snap.content, v.Size())
+		_, err = v.ReadAt(snap.content, 0)
 		_ = v.Close()
 		if err != nil {
-			return o, err
+			return err
 		}
-		o.snaps = append(o.snaps, observedSnapshot{s.Name, content})
 	}
-	return o, nil
+	return nil
 }
+
+func resized(b []byte, n int64) []byte { return slices.Grow(b[:0], int(n))[:n] }
 
 // state returns the observation as what is promised from now on.
 func (o *observation) state() crashState {

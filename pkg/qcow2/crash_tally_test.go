@@ -29,6 +29,7 @@ const (
 	opRepair
 	opCreateBeside
 	opDeleteBeside
+	opReclaim
 	opKinds
 )
 
@@ -36,7 +37,7 @@ func (k opKind) String() string {
 	return [...]string{
 		"open and close", "write", "zero", "discard", "flush", "snapshot create", "snapshot goto", "snapshot delete",
 		"grow", "drop active", "clone", "repair",
-		"create beside guest", "delete beside guest",
+		"create beside guest", "delete beside guest", "reclaim leaks",
 	}[k]
 }
 

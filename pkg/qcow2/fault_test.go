@@ -366,8 +366,8 @@ func acceptable(t *testing.T, what string, f *memFile, allowed []crashState) {
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
-	got, err := observe(img)
-	must(t, err)
+	var got observation
+	must(t, got.observe(img))
 	if ok, wrong := matches(&got, allowed); !ok {
 		t.Fatalf("%s: the content is none of those allowed: %q", what, wrong)
 	}
