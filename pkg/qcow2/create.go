@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"math/bits"
@@ -15,7 +16,10 @@ type CreateOptions struct {
 	RefcountBits int
 	// ExtendedL2: clusters of 32 subclusters, so that a small write allocates but little of a large cluster. In
 	// version 3 with clusters of 16 KiB or more.
-	ExtendedL2 bool
+	ExtendedL2    bool
+	Preallocation Preallocation
+	// Stop, if not nil, is asked now and then while preallocation goes on, which may take long; its error ends it.
+	Stop func() error
 }
 
 // geometry fills in what is not given and checks the rest.
@@ -44,7 +48,7 @@ func (o *CreateOptions) geometry() (geometry, error) {
 }
 
 // Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
-// it. It does not close f.
+// it. It does not close f, which is empty again when it fails.
 func Create(f File, size int64, o CreateOptions) error {
 	g, err := o.geometry()
 	if err != nil {
@@ -57,17 +61,34 @@ func Create(f File, size int64, o CreateOptions) error {
 		return err
 	}
 	size = roundToSectors(size)
-	l, err := newLayout(g, o.Version, size, 0, 0)
-	if err == nil {
-		err = l.writeRefcounts(f)
-	}
-	if err == nil {
-		err = l.writeHeader(f)
-	}
-	if err != nil {
-		return fmt.Errorf("create %s: %w", f.Name(), err)
+	if err := create(f, g, size, o); err != nil {
+		// Nothing half-made is left, and no space taken.
+		return errors.Join(fmt.Errorf("create %s: %w", f.Name(), err), f.Truncate(0))
 	}
 	return nil
+}
+
+func create(f File, g geometry, size int64, o CreateOptions) error {
+	var l2, data int64
+	if o.Preallocation != PreallocationOff {
+		l2, data = g.l1Entries(size), g.clusters(size)
+	}
+	l, err := newLayout(g, o.Version, size, l2, data)
+	if err != nil {
+		return err
+	}
+	if err := l.writeRefcounts(f); err != nil {
+		return err
+	}
+	if l2 > 0 {
+		if err := l.preallocate(f, o.Preallocation, o.Stop); err != nil {
+			return err
+		}
+		if err := l.writeMapping(f); err != nil {
+			return err
+		}
+	}
+	return l.writeHeader(f)
 }
 
 // roundToSectors rounds a disk's size up, as QEMU does: it cannot serve a part of a sector.

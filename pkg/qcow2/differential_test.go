@@ -155,8 +155,10 @@ func (d *duet) create() {
 	case k.ours:
 		f, err := CreateFile(d.path)
 		must(d.t, err)
+		prealloc, err := ParsePreallocation(k.preallocation)
+		must(d.t, err)
 		must(d.t, Create(f, size, CreateOptions{
-			ClusterSize: k.cluster, Version: k.version, RefcountBits: k.refcountBits, ExtendedL2: k.extended,
+			ClusterSize: k.cluster, Version: k.version, RefcountBits: k.refcountBits, ExtendedL2: k.extended, Preallocation: prealloc,
 		}))
 		must(d.t, f.Close())
 	default:

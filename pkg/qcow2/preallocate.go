@@ -1,0 +1,99 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Preallocation says what of a new image's disk has host clusters from the start. What is discarded later is given up
+// all the same.
+type Preallocation int
+
+// The kinds of preallocation, as QEMU has them.
+const (
+	PreallocationOff      Preallocation = iota // none
+	PreallocationMetadata                      // all clusters are mapped; the file is sparse
+	PreallocationFalloc                        // and the file system has reserved their blocks
+	PreallocationFull                          // and zeros are written to them
+)
+
+var preallocationNames = [...]string{"off", "metadata", "falloc", "full"}
+
+// ParsePreallocation returns the kind of that name: off, metadata, falloc or full.
+func ParsePreallocation(name string) (Preallocation, error) {
+	for i, n := range preallocationNames {
+		if n == name {
+			return Preallocation(i), nil
+		}
+	}
+	return 0, fmt.Errorf("%w: preallocation %q; it is off, metadata, falloc or full", ErrUnsupported, name)
+}
+
+// String returns the name.
+func (p Preallocation) String() string { return preallocationNames[p] }
+
+// preallocatePiece is how much is filled between two looks at stop, in bytes.
+const preallocatePiece = 1 << 30
+
+// preallocate fills the data clusters of a file that has its length already. A full disk is met before anything is
+// written, where the file system can tell.
+func (l layout) preallocate(f File, kind Preallocation, stop func() error) error {
+	if kind < PreallocationFalloc {
+		return nil
+	}
+	err := l.eachPiece(stop, func(off, n int64) error {
+		a, ok := f.(Allocator)
+		if !ok {
+			return errors.ErrUnsupported
+		}
+		return a.Allocate(off, n)
+	})
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) || err == nil && kind == PreallocationFalloc {
+		return err
+	}
+	zeros := make([]byte, zeroChunk)
+	return l.eachPiece(stop, func(off, n int64) error {
+		for end := off + n; off < end; off += zeroChunk {
+			if _, err := f.WriteAt(zeros[:min(zeroChunk, end-off)], off); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// eachPiece calls fn for the data clusters piece by piece.
+func (l layout) eachPiece(stop func() error, fn func(off, n int64) error) error {
+	for off, end := l.dataAt(), l.clusters()<<l.g.clusterBits; off < end; off += preallocatePiece {
+		if stop != nil {
+			if err := stop(); err != nil {
+				return err
+			}
+		}
+		if err := fn(off, min(preallocatePiece, end-off)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeMapping maps all of the disk to the data clusters, in order.
+func (l layout) writeMapping(f File) error {
+	l1 := make([]l1Entry, l.l1Size)
+	w := newMetadataWriter(f, l.l2At())
+	t, mapped := l.g.newTable(), int64(0)
+	for i := range l.l2 {
+		clear(t.b)
+		for k := range min(l.g.l2Entries, l.data-mapped) {
+			t.set(k, ownEntry(l.dataAt()+(mapped+k)<<l.g.clusterBits, subAllocated))
+		}
+		mapped += l.g.l2Entries
+		_, _ = w.Write(t.b) // Flush tells
+		l1[i] = l1Entry(l.l2At()+i<<l.g.clusterBits) | flagCopied
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	_, err := f.WriteAt(encodeL1(l1), l.l1At())
+	return err
+}
