@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -72,18 +73,40 @@ func addSnapshotFlag(cmd *cobra.Command) *string {
 
 // createFlags are those of the commands that make an image.
 type createFlags struct {
-	clusterSize sizeFlag
-	version     int
+	clusterSize   sizeFlag
+	version       int
+	refcountBits  int
+	extendedL2    bool
+	preallocation string
 }
 
 func (c *createFlags) register(cmd *cobra.Command) {
 	c.clusterSize = qcow2.DefaultClusterSize
 	cmd.Flags().Var(&c.clusterSize, "cluster-size", "a power of two from 512 to 2M")
 	cmd.Flags().IntVar(&c.version, "version", 3, "of the format, 2 or 3")
+	cmd.Flags().IntVar(&c.refcountBits, "refcount-bits", 16, "width of a reference count, a power of two from 1 to 64; narrow ones limit the snapshots")
+	cmd.Flags().BoolVar(&c.extendedL2, "extended-l2", false, "divide clusters (of 16K or more) into 32 subclusters")
+}
+
+// options returns what the flags say. stop ends a preallocation early.
+func (c *createFlags) options(stop func() error) (qcow2.CreateOptions, error) {
+	o := qcow2.CreateOptions{
+		ClusterSize: int64(c.clusterSize), Version: c.version, RefcountBits: c.refcountBits, ExtendedL2: c.extendedL2, Stop: stop,
+	}
+	if c.preallocation == "" {
+		return o, nil
+	}
+	var err error
+	o.Preallocation, err = qcow2.ParsePreallocation(c.preallocation)
+	return o, err
 }
 
 // create makes an image of size bytes at path and lets fill write it. When anything fails, no image is left.
-func (c *createFlags) create(path string, size int64, fill func(*qcow2.Image) error) (err error) {
+func (c *createFlags) create(ctx context.Context, path string, size int64, fill func(*qcow2.Image) error) (err error) {
+	options, err := c.options(ctx.Err)
+	if err != nil {
+		return err
+	}
 	f, err := qcow2.CreateFile(path)
 	if err != nil {
 		return err
@@ -93,7 +116,7 @@ func (c *createFlags) create(path string, size int64, fill func(*qcow2.Image) er
 			err = errors.Join(err, os.Remove(path))
 		}
 	}()
-	err = qcow2.Create(f, roundUp(size, 512), qcow2.CreateOptions{ClusterSize: int64(c.clusterSize), Version: c.version})
+	err = qcow2.Create(f, roundUp(size, 512), options)
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
@@ -127,19 +150,25 @@ func newImageCreateCommand() *cobra.Command {
 		Use:   "create FILE SIZE",
 		Short: "Create an image that reads as zeros",
 		Long: `Create an image of SIZE virtual bytes (rounded up to a multiple of 512, as QEMU does) that reads as
-zeros. It occupies next to nothing until it is written. FILE must not exist.`,
+zeros. Without preallocation it occupies next to nothing until it is written. FILE must not exist.
+
+Preallocation is QEMU's: metadata maps all of the disk to a sparse file, so that a write changes no mapping; falloc
+also reserves the blocks, so that a write cannot meet a full file system; full also writes zeros to them. What the guest
+discards later is given up, and a snapshot makes the next writes need new blocks.`,
 		Example: `  csi-qcow2 image create disk.qcow2 10G
-  csi-qcow2 image create disk.qcow2 4T --cluster-size 1M`,
+  csi-qcow2 image create disk.qcow2 4T --cluster-size 1M
+  csi-qcow2 image create disk.qcow2 10G --preallocation falloc`,
 		Args: takes("FILE", "SIZE"),
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			size, err := parseSize(args[1])
 			if err != nil {
 				return err
 			}
-			return flags.create(args[0], size, func(*qcow2.Image) error { return nil })
+			return flags.create(cmd.Context(), args[0], size, func(*qcow2.Image) error { return nil })
 		},
 	}
 	flags.register(cmd)
+	cmd.Flags().StringVar(&flags.preallocation, "preallocation", "off", "`off`, metadata, falloc or full")
 	return cmd
 }
 

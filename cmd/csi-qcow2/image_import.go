@@ -35,7 +35,7 @@ multiple of 512. Zeros take no space.`,
 			}
 			p := newProgress(cmd.ErrOrStderr(), "importing "+args[0])
 			defer p.end()
-			return flags.create(args[1], size, func(img *qcow2.Image) error {
+			return flags.create(cmd.Context(), args[1], size, func(img *qcow2.Image) error {
 				return importRaw(cmd.Context(), img, raw, size, p)
 			})
 		},

@@ -80,7 +80,7 @@ func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeReq
 	defer done()
 	return v, p.Create(ctx, v, func(ctx context.Context, path string) error {
 		if r.source.kind == noSource {
-			return createImage(path, size, r.parameters.clusterSize)
+			return createImage(ctx, path, size, r.parameters)
 		}
 		return c.copyImage(ctx, p, origin, path, size)
 	})
@@ -114,14 +114,17 @@ func (r volumeRequest) match(v pool.Volume) error {
 // match tells whether a volume has these parameters. What is not given matches anything.
 func (p volumeParameters) match(v pool.Volume) bool {
 	has := recordedParameters(v.Parameters)
-	return (p.clusterSize == 0 || p.clusterSize == has.clusterSize) && (p.fsType == "" || p.fsType == has.fsType)
+	return (p.clusterSize == 0 || p.clusterSize == has.clusterSize) && (p.fsType == "" || p.fsType == has.fsType) &&
+		p.preallocation == has.preallocation
 }
 
 // createImage writes an empty image at path, which must not exist.
-func createImage(path string, size, clusterSize int64) error {
+func createImage(ctx context.Context, path string, size int64, p volumeParameters) error {
 	file, err := qcow2.CreateFile(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(qcow2.Create(file, size, qcow2.CreateOptions{ClusterSize: clusterSize}), file.Close())
+	return errors.Join(qcow2.Create(file, size, qcow2.CreateOptions{
+		ClusterSize: p.clusterSize, Preallocation: p.preallocation, Stop: ctx.Err,
+	}), file.Close())
 }

@@ -11,9 +11,10 @@ import (
 
 // Keys of a StorageClass's and a VolumeSnapshotClass's parameters, and of pool.Volume.Parameters.
 const (
-	paramClusterSize = "clusterSize"
-	paramFSType      = "fsType"
-	paramFSFreeze    = "fsFreeze"
+	paramClusterSize   = "clusterSize"
+	paramPreallocation = "preallocation"
+	paramFSType        = "fsType"
+	paramFSFreeze      = "fsFreeze"
 )
 
 const (
@@ -24,8 +25,10 @@ const (
 
 // volumeParameters are those of a StorageClass.
 type volumeParameters struct {
-	clusterSize int64  // bytes; 0: not given
-	fsType      string // what a capability without a file system gets; "": not given
+	clusterSize int64 // bytes; 0: not given
+	// preallocation of a new volume; a restored or cloned one is as thin as its origin.
+	preallocation qcow2.Preallocation
+	fsType        string // what a capability without a file system gets; "": not given
 }
 
 // parseVolumeParameters refuses keys that it does not know. Those that the sidecars add are ignored.
@@ -37,6 +40,10 @@ func parseVolumeParameters(in map[string]string) (volumeParameters, error) {
 		switch {
 		case key == paramClusterSize:
 			out.clusterSize, err = parseClusterSize(value)
+		case key == paramPreallocation:
+			if out.preallocation, err = qcow2.ParsePreallocation(value); err != nil {
+				err = invalid("parameter %s is %q; it can be off, metadata, falloc or full", paramPreallocation, value)
+			}
 		case strings.EqualFold(key, paramFSType), key == "csi.storage.k8s.io/fstype":
 			out.fsType, err = value, checkFSType(value)
 		case fromSidecar(key):
@@ -63,6 +70,9 @@ func (p volumeParameters) record() map[string]string {
 	if p.fsType != "" {
 		out[paramFSType] = p.fsType
 	}
+	if p.preallocation != qcow2.PreallocationOff {
+		out[paramPreallocation] = p.preallocation.String()
+	}
 	return out
 }
 
@@ -72,7 +82,11 @@ func recordedParameters(in map[string]string) volumeParameters {
 	if err != nil {
 		size = qcow2.DefaultClusterSize
 	}
-	return volumeParameters{clusterSize: size, fsType: in[paramFSType]}
+	preallocation, err := qcow2.ParsePreallocation(in[paramPreallocation])
+	if err != nil {
+		preallocation = qcow2.PreallocationOff
+	}
+	return volumeParameters{clusterSize: size, preallocation: preallocation, fsType: in[paramFSType]}
 }
 
 // parseSnapshotParameters returns whether a mounted file system is to be frozen.

@@ -5,6 +5,8 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 func TestVolumeParameters(t *testing.T) {
@@ -19,6 +21,8 @@ func TestVolumeParameters(t *testing.T) {
 		{map[string]string{"clusterSize": "64KiB"}, volumeParameters{clusterSize: 65536}, codes.OK},
 		{map[string]string{"clusterSize": "4k"}, volumeParameters{clusterSize: 4096}, codes.OK},
 		{map[string]string{"clusterSize": "2Mi"}, volumeParameters{clusterSize: 2 * mib}, codes.OK},
+		{map[string]string{"preallocation": "falloc"}, volumeParameters{preallocation: qcow2.PreallocationFalloc}, codes.OK},
+		{map[string]string{"preallocation": "some"}, volumeParameters{}, codes.InvalidArgument},
 		{map[string]string{"clusterSize": "2K"}, volumeParameters{}, codes.InvalidArgument},
 		{map[string]string{"clusterSize": "512"}, volumeParameters{}, codes.InvalidArgument},
 		{map[string]string{"clusterSize": "4M"}, volumeParameters{}, codes.InvalidArgument},
@@ -40,7 +44,7 @@ func TestVolumeParameters(t *testing.T) {
 }
 
 func TestParametersSurviveTheirRecord(t *testing.T) {
-	for _, p := range []volumeParameters{{clusterSize: 4096}, {clusterSize: 2 * mib, fsType: "xfs"}} {
+	for _, p := range []volumeParameters{{clusterSize: 4096}, {clusterSize: 2 * mib, fsType: "xfs"}, {clusterSize: 4096, preallocation: qcow2.PreallocationFull}} {
 		if got := recordedParameters(p.record()); got != p {
 			t.Errorf("%+v became %+v", p, got)
 		}

@@ -73,7 +73,9 @@ func TestImagesAreSharedByReaders(t *testing.T) {
 	p, err := pool.Open(dir)
 	must(t, err)
 	v := pool.Volume{ID: p.NewID("v"), Name: "v", Size: mib}
-	must(t, p.Create(t.Context(), v, func(_ context.Context, path string) error { return createImage(path, mib, 65536) }))
+	must(t, p.Create(t.Context(), v, func(ctx context.Context, path string) error {
+		return createImage(ctx, path, mib, volumeParameters{clusterSize: 65536})
+	}))
 
 	s := newImages()
 	reading, finish := make(chan struct{}), make(chan struct{})

@@ -44,7 +44,7 @@ func blocksOf(t *testing.T, path string) int64 {
 // TestPreallocation compares our images with those that qemu-img creates: mapping, length, blocks, and that a check is
 // clean. A guest's write finds its clusters there.
 func TestPreallocation(t *testing.T) {
-	const size = 5<<20 + 512
+	const size = 1<<20 + 512
 	for _, options := range []CreateOptions{
 		{}, {ClusterSize: 512}, {ClusterSize: 4 << 10, Version: 2}, {ClusterSize: 2 << 20}, {ClusterSize: 16 << 10, ExtendedL2: true},
 		{ClusterSize: 4 << 10, RefcountBits: 1}, {ClusterSize: 4 << 10, RefcountBits: 64},
