@@ -181,7 +181,7 @@ func (img *Image) DropActive() error {
 // does not shrink: ErrUnsupported.
 func (img *Image) Resize(size int64) error {
 	size = roundToSectors(size)
-	return img.change(operation{stop: true, begin: nothing, build: func(n *generation) error {
+	return img.change(operation{stop: true, prepare: img.zeroBehindEnd, begin: nothing, build: func(n *generation) error {
 		have, need := n.g.l1Entries(n.h.size), n.g.l1Entries(size)
 		switch {
 		case size < n.h.size:

@@ -4,6 +4,8 @@ import "fmt"
 
 // operation is a change of the metadata's generation: a snapshot created, deleted or gone to, a resize.
 type operation struct {
+	// prepare, if not nil, changes the active disk before the operation begins, as a guest does.
+	prepare func() error
 	// begin checks the request and notes what it wants. Guest requests wait for it, all that came before is
 	// committed; it reads nothing.
 	begin func(n *generation) error
@@ -19,6 +21,11 @@ func (img *Image) change(op operation) (err error) {
 	defer func() { err = img.judge(err) }()
 	img.changeMu.Lock()
 	defer img.changeMu.Unlock()
+	if op.prepare != nil {
+		if err := op.prepare(); err != nil {
+			return err
+		}
+	}
 	if err := img.settleFirst(); err != nil {
 		return err
 	}

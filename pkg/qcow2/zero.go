@@ -94,3 +94,24 @@ func (img *Image) zeroPart(c chunk, replace func(l2Entry) l2Entry) error {
 	}
 	return img.setEntries(c, old, es, false)
 }
+
+// zeroBehindEnd makes what the last L2 table maps behind the end of the disk read as zeros. A shrunk disk has its old
+// content there, and so has a snapshot whose row names a smaller disk than its tables: growth must not show it.
+func (img *Image) zeroBehindEnd() error {
+	if err := img.begin(0, 0, true); err != nil {
+		return err
+	}
+	defer img.end()
+	size := img.Size()
+	end := img.g.l1Entries(size) * img.g.l2Coverage
+	return img.g.parts(size, end-size, img.g.l2Coverage, func(c chunk) error {
+		unlock := img.lock(c, true)
+		defer unlock()
+		for _, part := range img.g.wholeClusters(c, end) {
+			if err := img.zeroPart(part, func(l2Entry) l2Entry { return img.zeroEntry() }); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
