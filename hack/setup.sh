@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what a make target needs and the machine lacks, from Debian's packages.
-# Usage: hack/setup.sh demo|test|lint|generate|image|all
+# Usage: hack/setup.sh demo|test|lint|generate|image|e2e|all
 set -euo pipefail
 
 # package=file: a package is missing when its file is.
@@ -28,8 +28,21 @@ lint=(
 	shellcheck=/usr/bin/shellcheck
 )
 image=(
-	buildah=/usr/bin/buildah
-	mmdebstrap=/usr/bin/mmdebstrap
+	e2fsprogs=/sbin/mkfs.ext4
+	xfsprogs=/sbin/mkfs.xfs
+	mount=/bin/mount
+	util-linux=/sbin/blkid
+)
+e2e=(
+	"${image[@]}"
+	qemu-utils=/usr/bin/qemu-img
+	containerd=/usr/bin/containerd
+	runc=/usr/sbin/runc
+	containernetworking-plugins=/usr/lib/cni/bridge
+	iproute2=/sbin/ip
+	openssl=/usr/bin/openssl
+	busybox-static=/bin/busybox # what the tests' pods run
+	fio=/usr/bin/fio
 )
 
 case "${1-}" in
@@ -38,9 +51,10 @@ test) want=("${test[@]}") ;;
 generate) want=("${generate[@]}") ;;
 lint) want=("${lint[@]}") ;;
 image) want=("${image[@]}") ;;
-all) want=("${test[@]}" "${generate[@]}" "${lint[@]}" "${image[@]}") ;;
+e2e) want=("${e2e[@]}") ;;
+all) want=("${test[@]}" "${e2e[@]}" "${generate[@]}" "${lint[@]}") ;;
 *)
-	echo "usage: $0 demo|test|lint|generate|image|all" >&2
+	echo "usage: $0 demo|test|lint|generate|image|e2e|all" >&2
 	exit 1
 	;;
 esac

@@ -17,3 +17,24 @@ func TestPoolInit(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A directory whose disk is not mounted is not taken; one at which something is mounted is.
+func TestPoolInitRequireMount(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if _, err := run(t, "pool", "init", "--require-mount", dir); err == nil {
+		t.Error("a directory that nothing is mounted at was taken")
+	}
+	if _, err := os.Stat(filepath.Join(dir, "pool.json")); !os.IsNotExist(err) {
+		t.Errorf("pool.json in a refused directory: %v", err)
+	}
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	mustRun(t, "pool", "init", "--require-mount", dir)
+}

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# One node: own network, mount, PID, UTS and IPC namespaces, in them containerd and kubelet.
+# Usage: node.sh up|crash NAME
+#
+# crash is a power cut: every process of the node ends at once, and its mounts and network go. What it has written
+# stays, and `up` boots it again. The pool's disk is a file system of its own on a loop device, and what had not been
+# synced to it is lost as far as a kernel that lives on can forget: see pool_down.
+set -euo pipefail
+. "$(dirname "$0")/env.sh"
+node=$2
+netns=q2e-$node
+dir=$STATE/$node
+
+# The v1 hierarchies, or the one of v2.
+cgroups() {
+	if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then
+		echo /sys/fs/cgroup
+	else
+		awk '$3 == "cgroup" { print $2 }' /proc/mounts
+	fi
+}
+
+make_cgroups() {
+	local root file
+	for root in $(cgroups); do
+		mkdir -p "$root/$netns"
+		for file in cpuset.cpus cpuset.mems; do # in v1 a new cpuset is empty
+			[[ ! -e $root/$file ]] || cat "$root/$file" >"$root/$netns/$file"
+		done
+	done
+}
+
+# A kubelet that finds the old ones waits for ever.
+remove_cgroups() {
+	local root
+	for root in $(cgroups); do
+		[[ ! -d $root/$netns ]] || find "$root/$netns" -depth -type d -exec rmdir {} +
+	done
+}
+
+make_network() {
+	ip netns add "$netns"
+	ip link add "$netns" netns "$CONTROL" type veth peer name eth0 netns "$netns"
+	in_netns "$CONTROL" bash -e <<-S
+		ip link set $netns master nodes up
+		ip route replace $(pod_net "$node") via $(node_ip "$node")
+	S
+	in_netns "$netns" bash -e <<-S
+		ip link set lo up
+		ip addr add $(node_ip "$node")/24 dev eth0
+		ip link set eth0 up
+		ip route add default via $control_ip
+		sysctl -qw net.ipv4.ip_forward=1
+	S
+}
+
+write_configuration() {
+	mkdir -p "$dir"/{containerd,kubelet,cni,state,log}
+	cat >"$dir/cni/10-pods.conflist" <<-S
+		{"cniVersion": "0.4.0", "name": "pods", "plugins": [{
+		  "type": "bridge", "bridge": "pods", "isGateway": true,
+		  "ipam": {"type": "host-local", "ranges": [[{"subnet": "$(pod_net "$node")"}]], "routes": [{"dst": "0.0.0.0/0"}]}
+		}]}
+	S
+	cat >"$dir/containerd.toml" <<-S
+		version = 2
+		[plugins."io.containerd.grpc.v1.cri"]
+		  sandbox_image = "localhost/pause:e2e"
+		  disable_apparmor = true
+		  restrict_oom_score_adj = true # where root may not lower it
+		  [plugins."io.containerd.grpc.v1.cri".cni]
+		    bin_dir = "/usr/lib/cni"
+		    conf_dir = "$dir/cni"
+		  [plugins."io.containerd.grpc.v1.cri".containerd]
+		    default_runtime_name = "runc"
+		    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+		      runtime_type = "io.containerd.runc.v2"
+	S
+	: >"$dir/resolv.conf"
+	cat >"$dir/kubelet.yaml" <<-S
+		apiVersion: kubelet.config.k8s.io/v1beta1
+		kind: KubeletConfiguration
+		failCgroupV1: false
+		cgroupDriver: cgroupfs
+		cgroupRoot: /$netns
+		containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+		authentication: {x509: {clientCAFile: $PKI/ca.crt}}
+		tlsCertFile: $PKI/$node.crt
+		tlsPrivateKeyFile: $PKI/$node.key
+		address: $(node_ip "$node")
+		resolvConf: $dir/resolv.conf
+		failSwapOn: false
+		oomScoreAdj: 0
+		makeIPTablesUtilChains: false # there are no Services to forward
+		maxPods: 200
+		imageGCHighThresholdPercent: 100
+		evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}
+		nodeStatusUpdateFrequency: 2s
+		# The tests watch what kubelet reacts to.
+		volumeStatsAggPeriod: 10s
+	S
+}
+
+up() {
+	make_cgroups
+	make_network
+	write_configuration
+	setsid nsenter --net="/run/netns/$netns" \
+		unshare --mount --uts --ipc --pid --fork --kill-child --mount-proc --propagation slave \
+		"$E2E/cluster/node-init.sh" "$node" >"$dir/log/init.log" 2>&1 </dev/null &
+	echo "$!" >"$dir/pid"
+}
+
+# The node's first process takes everything in its PID namespace along.
+crash() {
+	local pid
+	if pid=$(cat "$dir/pid" 2>/dev/null) && [[ -d /proc/$pid ]] && grep -qz "$E2E/cluster/node-init.sh" "/proc/$pid/cmdline"; then
+		kill -9 "$pid"
+		wait_for 30 test ! -d "/proc/$pid"
+	fi
+	rm -f "$dir/pid"
+	wait_for 30 no_processes
+	ip netns del "$netns" 2>/dev/null || true
+	wait_for 10 remove_cgroups
+	remove_loops
+}
+
+# A process that is being killed stays in its cgroup until it has ended.
+no_processes() {
+	local root
+	for root in $(cgroups); do
+		[[ -d $root/$netns ]] || continue
+		[[ -z $(find "$root/$netns" -name cgroup.procs -exec cat {} +) ]] || return 1
+	done
+}
+
+# The devices that the node's engine served, and kubelet's own on top of them. A volume's ID has the first half of its
+# pool's UUID in it.
+remove_loops() {
+	local pool device file
+	pool=$(sed -nE 's/.*"uuid": *"([0-9a-f]{8}).*/\1/p' "$dir/state/pool/pool.json" 2>/dev/null) || true
+	[[ $pool ]] || return 0
+	losetup --noheadings --raw --output NAME,BACK-FILE | while read -r device file; do
+		case $file in
+		*-"$pool"-????????*) losetup --detach "$device" ;;
+		esac
+	done
+}
+
+"$1"

@@ -1,0 +1,37 @@
+// Package e2e plays what users do with csi-qcow2 on a real cluster, through Kubernetes' objects alone. run.sh starts
+// the cluster that it needs.
+package e2e
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	snapshots "github.com/kubernetes-csi/external-snapshotter/client/v8/clientset/versioned"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// patience is how long anything in the cluster may take before the test fails. The machine may be small and busy.
+const patience = 3 * time.Minute
+
+var (
+	restConfig *rest.Config
+	client     *kubernetes.Clientset
+	snapClient *snapshots.Clientset
+)
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		var err error
+		restConfig, err = clientcmd.BuildConfigFromFlags("", os.Getenv("KUBECONFIG"))
+		if err != nil {
+			panic(err)
+		}
+		restConfig.QPS, restConfig.Burst = 100, 200
+		client = kubernetes.NewForConfigOrDie(restConfig)
+		snapClient = snapshots.NewForConfigOrDie(restConfig)
+		return m.Run()
+	}())
+}

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Starts a cluster, runs the tests on it, takes it down, and fails if anything is left.
+# Usage: run.sh [FLAG OF go test...]
+set -euo pipefail
+cd "$(dirname "$0")"
+. cluster/env.sh
+
+leftovers() {
+	ip netns | grep -E '^q2e-' | sed 's/^/network namespace /'
+	grep -F "$STATE" /proc/self/mountinfo | cut -d' ' -f5 | sed 's/^/mount /'
+	losetup --noheadings --output NAME,BACK-FILE | sort | comm -13 "$before" - | sed 's/^/loop device /'
+	find /sys/fs/cgroup -maxdepth 2 -name 'q2e-*' | sed 's/^/cgroup /'
+	local exe
+	for exe in /proc/[0-9]*/exe; do
+		[[ $(readlink "$exe") != "$CACHE"/* ]] || echo "process $exe"
+	done
+	[[ ! -e $STATE ]] || echo "directory $STATE"
+} 2>/dev/null || true
+
+finish() {
+	local status=$? left
+	if ((status)) && [[ -d $STATE/log ]]; then
+		cluster/logs.sh || true
+	fi
+	cluster/down.sh || status=1
+	left=$(leftovers)
+	rm -f "$before"
+	if [[ $left ]]; then
+		printf 'The tests left behind:\n%s\n' "$left" >&2
+		status=1
+	fi
+	exit "$status"
+}
+before=$(mktemp)
+trap finish EXIT
+cluster/down.sh # of an earlier run that was killed
+losetup --noheadings --output NAME,BACK-FILE | sort >"$before"
+
+CGO_ENABLED=0 GOFLAGS=-buildvcs=false go test -c -trimpath -o "$CACHE/e2e.test" .
+cluster/up.sh 2
+KUBECONFIG=$KUBECONFIG_ADMIN in_netns "$CONTROL" "$CACHE/e2e.test" -test.v -test.timeout 20m "$@"
