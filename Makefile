@@ -6,12 +6,12 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test crash fuzz differential damage lint fmt generate verify bench image setup clean
+.PHONY: help build demo test crash fuzz differential damage lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
 
 help: ## say what there is to make
 	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## build bin/csi-qcow2, static
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/csi-qcow2 ./cmd/csi-qcow2
@@ -45,7 +45,7 @@ lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint
 	$(GO) mod tidy -diff
 	$(TOOL) golangci-lint run --allow-parallel-runners
-	shellcheck hack/*.sh .ci/run
+	shellcheck hack/*.sh .ci/run test/e2e/*.sh test/e2e/cluster/*.sh test/e2e/cluster/kubectl
 
 fmt: ## format the Go code
 	$(TOOL) gofumpt -l -w cmd pkg
@@ -61,9 +61,21 @@ verify: ## check that the generated code is what its sources give
 bench: ## run the benchmarks (none yet)
 	@echo 'There are no benchmarks yet: they come with the performance work.'
 
-image: ## write dist/csi-qcow2.tar, an OCI image of the node's binary and tools, without a registry
+image: ## write dist/csi-qcow2.tar, the image of the driver and its tools, without a registry
 	@hack/setup.sh image
 	@VERSION=$(VERSION) hack/image.sh
+
+e2e: ## run the tests on a real cluster, which is built the first time (a quarter of an hour or more) and taken down
+	@hack/setup.sh e2e
+	@test/e2e/run.sh
+
+cluster-up: ## start a cluster of two nodes with the driver, and say how to use it
+	@hack/setup.sh e2e
+	@test/e2e/cluster/up.sh 2
+	@echo "Use it with test/e2e/cluster/kubectl, end it with make cluster-down."
+
+cluster-down: ## end that cluster and remove everything that it left
+	@test/e2e/cluster/down.sh
 
 setup: ## install the Debian packages that any of the above needs
 	@hack/setup.sh all

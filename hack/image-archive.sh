@@ -10,9 +10,11 @@ trap 'rm -rf "$work"' EXIT
 reproducible=(--sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 --format=gnu)
 tar "${reproducible[@]}" -cf "$work/layer.tar" -C "$root" .
 layer=$(sha256sum "$work/layer.tar" | cut -d' ' -f1)
+config='"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]'
+[[ -z $entrypoint ]] || config+=", \"Entrypoint\": [\"$entrypoint\"]"
 cat >"$work/config.json" <<-S
 	{"architecture": "$(dpkg --print-architecture)", "os": "linux",
-	 "config": {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]${entrypoint:+, "Entrypoint": ["$entrypoint"]}},
+	 "config": {$config},
 	 "rootfs": {"type": "layers", "diff_ids": ["sha256:$layer"]}}
 S
 cat >"$work/manifest.json" <<-S

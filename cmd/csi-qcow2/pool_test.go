@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestPoolInit(t *testing.T) {
@@ -22,7 +24,7 @@ func TestPoolInit(t *testing.T) {
 func TestPoolInitRequireMount(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if _, err := run(t, "pool", "init", "--require-mount", dir); err == nil {
+	if r := run(t, "pool", "init", "--require-mount", dir); r.status == 0 {
 		t.Error("a directory that nothing is mounted at was taken")
 	}
 	if _, err := os.Stat(filepath.Join(dir, "pool.json")); !os.IsNotExist(err) {
