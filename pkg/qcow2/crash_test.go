@@ -36,6 +36,7 @@ func TestCrash(t *testing.T) {
 				t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 					t.Parallel()
 					crashOnce(t, y, seed, p, plan)
+					t.Logf("%d states so far", y.states())
 				})
 			}
 			for i := range uint64(besideHistories) {
@@ -43,6 +44,7 @@ func TestCrash(t *testing.T) {
 				t.Run(fmt.Sprintf("beside a guest, seed %d", seed), func(t *testing.T) {
 					t.Parallel()
 					crashBeside(t, y, seed, plan)
+					t.Logf("%d states so far", y.states())
 				})
 			}
 		})
