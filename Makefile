@@ -58,8 +58,9 @@ verify: ## check that the generated code is what its sources give
 	@hack/setup.sh generate
 	@hack/generate.sh --check
 
-bench: ## run the benchmarks (none yet)
-	@echo 'There are no benchmarks yet: they come with the performance work.'
+bench: build ## compare with QEMU in one run: BENCH=offline BENCHFLAGS='-sizes 64G -pairs 3'
+	@hack/setup.sh test
+	$(GO) run ./hack/bench -run '$(or $(BENCH),.)' $(BENCHFLAGS)
 
 image: ## write dist/csi-qcow2.tar, the image of the driver and its tools, without a registry
 	@hack/setup.sh image

@@ -1,0 +1,132 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// served is an image in use: a disk and the operations that go on beside its guest.
+type served struct {
+	target
+	create, remove func() error
+	close          func() error
+}
+
+// serveOurs opens an image in this process.
+func serveOurs(path string) (*served, error) {
+	f, err := qcow2.OpenFile(path, false)
+	if err != nil {
+		return nil, err
+	}
+	img, err := qcow2.Open(f, qcow2.OpenOptions{})
+	if err != nil {
+		return nil, err
+	}
+	return &served{
+		target: img,
+		create: func() error { _, err := img.CreateSnapshot("online", nil); return err },
+		remove: func() error { return img.DeleteSnapshot(qcow2.ByName("online")) },
+		close:  img.Close,
+	}, nil
+}
+
+// online compares what a guest's requests suffer while a snapshot is taken and deleted: 4 KiB writes at random places one
+// after the other, reads beside them, a flush every 100 ms. Ours is the engine in this process; QEMU's is
+// qemu-storage-daemon, exported through FUSE.
+func (b *bench) online(ctx context.Context) error {
+	table("online", "ours", "QEMU", "times better")
+	for _, size := range b.sizes {
+		var l [2]*latencies
+		for who, serve := range []func(string) (*served, error){serveOurs, func(path string) (*served, error) { return serveQEMU(ctx, b.dir, path) }} {
+			master, err := b.mapped(ctx, size)
+			if err != nil {
+				return err
+			}
+			path, err := b.fresh(ctx, master, "online.qcow2")
+			if err != nil {
+				return err
+			}
+			if l[who], err = b.underLoad(ctx, path, size, serve); err != nil {
+				return err
+			}
+			if _, err := command(ctx, "qemu-img", "check", "-q", path); err != nil {
+				return err
+			}
+		}
+		b.reportOnline(size, l)
+	}
+	return os.Remove(filepath.Join(b.dir, "online.qcow2"))
+}
+
+func (b *bench) underLoad(ctx context.Context, path, size string, serve func(string) (*served, error)) (*latencies, error) {
+	n, err := parseSize(size)
+	if err != nil {
+		return nil, err
+	}
+	s, err := serve(path)
+	if err != nil {
+		return nil, err
+	}
+	l := &latencies{of: map[string][]request{}, phases: map[string]span{}}
+	guest, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		work(guest, s, n, l)
+	}()
+	idle := func() error {
+		select {
+		case <-ctx.Done():
+		case <-time.After(b.load):
+		}
+		return ctx.Err()
+	}
+	for _, phase := range []struct {
+		name string
+		do   func() error
+	}{{"before", idle}, {"create", s.create}, {"between", idle}, {"delete", s.remove}, {"after", idle}} {
+		if err == nil {
+			err = l.phase(phase.name, phase.do)
+		}
+	}
+	stop()
+	<-done
+	if e := s.close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = l.err
+	}
+	return l, err
+}
+
+func (b *bench) reportOnline(size string, l [2]*latencies) {
+	for _, phase := range []string{"before", "create", "delete"} {
+		for _, kind := range []string{"write", "read", "flush"} {
+			for _, q := range []struct {
+				name  string
+				share float64
+			}{{"99.9 %", 0.999}, {"longest", 1}} {
+				x := row{Part: "online", Unit: "ms", Name: fmt.Sprintf("%s %s: %s, %s, ms", size, phase, kind, q.name)}
+				x.Ours = milliseconds(quantile(l[0].during(phase, kind), q.share))
+				x.QEMU = milliseconds(quantile(l[1].during(phase, kind), q.share))
+				b.report.add(x, false)
+			}
+		}
+	}
+	for _, phase := range []string{"create", "delete"} {
+		x := row{Part: "online", Unit: "ms", Name: fmt.Sprintf("%s %s: the operation itself, ms", size, phase)}
+		x.Ours, x.QEMU = milliseconds(l[0].took(phase)), milliseconds(l[1].took(phase))
+		b.report.add(x, false)
+	}
+	for _, phase := range []string{"before", "create", "between", "delete", "after"} {
+		x := row{Part: "online", Unit: "1/s", Name: fmt.Sprintf("%s %s: writes per second", size, phase)}
+		x.Ours, x.QEMU = l[0].rate(phase), l[1].rate(phase)
+		b.report.add(x, true)
+	}
+}
