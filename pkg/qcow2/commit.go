@@ -10,7 +10,7 @@ func (img *Image) Flush() error {
 	if err := img.begin(0, 0, false); err != nil {
 		return err
 	}
-	defer img.end()
+	img.end() // a snapshot's freeze does not wait for syncs
 	if img.readOnly {
 		return nil
 	}
@@ -64,7 +64,7 @@ func (img *Image) retire(rs runs) error {
 // commitMapping makes the mapping durable, and with it all data if there is anything in it to commit.
 func (img *Image) commitMapping() error {
 	img.mu.Lock()
-	clean := img.dirty == 0 && img.l1Dirty.empty() && len(img.freed) == 0
+	clean := img.dirty == 0 && len(img.frozen) == 0 && img.l1Dirty.empty() && len(img.freed) == 0
 	img.mu.Unlock()
 	if clean {
 		return nil
@@ -90,6 +90,7 @@ type commitWork struct {
 	freed   runs
 	tables  []*l2Table
 	l1Dirty sectorSet
+	frozen  []metaWrite // see Image.frozen: they come first
 	writes  []metaWrite
 }
 
@@ -103,8 +104,8 @@ func (img *Image) takeDirty() *commitWork {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	img.started++
-	w := &commitWork{number: img.started, barrier: img.barrier, freed: img.freed, l1Dirty: img.l1Dirty}
-	img.barrier, img.freed, img.l1Dirty, img.dirty = false, nil, nil, 0
+	w := &commitWork{number: img.started, barrier: img.barrier, freed: img.freed, l1Dirty: img.l1Dirty, frozen: img.frozen}
+	img.barrier, img.freed, img.l1Dirty, img.dirty, img.frozen = false, nil, nil, 0, nil
 	for _, e := range img.l2.tables {
 		t := e.Value.(*l2Table)
 		if t.dirty.empty() {
@@ -122,13 +123,25 @@ func (img *Image) takeDirty() *commitWork {
 	return w
 }
 
+// freeze notes what tables hold that is not yet on disk, for the next commit: guests will change copies of them, and the
+// tables themselves are a snapshot's. Called with mu held, while guests are stopped.
+func (img *Image) freeze() {
+	for _, e := range img.l2.tables {
+		t := e.Value.(*l2Table)
+		var pending sectorSet
+		pending.addAll(t.dirty)
+		pending.addAll(t.writing) // the commit under way may fail
+		img.frozen = append(img.frozen, pending.parts(t.data.b, t.offset)...)
+	}
+}
+
 func (w *commitWork) write(img *Image) error {
 	if w.barrier {
 		if err := img.sync(); err != nil {
 			return err
 		}
 	}
-	for _, m := range w.writes {
+	for _, m := range append(w.frozen, w.writes...) {
 		if _, err := img.f.WriteAt(m.b, m.off); err != nil {
 			return fmt.Errorf("write metadata: %w", err)
 		}
@@ -146,6 +159,7 @@ func (img *Image) settle(w *commitWork, err error) {
 	} else {
 		img.barrier = true
 		img.freed = append(w.freed, img.freed...)
+		img.frozen = append(w.frozen, img.frozen...)
 		img.l1Dirty.addAll(w.l1Dirty)
 	}
 	for _, t := range w.tables {

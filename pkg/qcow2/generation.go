@@ -49,6 +49,8 @@ type generation struct {
 	tables map[int64]*nextTable // tables that the next generation has to itself, by L1 index
 	copied map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
 	out    metaWriter
+	idle   int64      // guest requests when pace looked last
+	paced  int64      // bytes written then
 	runs   []entryRun // of the table that is being looked at
 }
 
@@ -64,7 +66,7 @@ type lateTable struct {
 	old, made int64 // offsets; old is 0 if there was none
 }
 
-// newGeneration starts with what is live. Everything must be committed.
+// newGeneration starts with what is live.
 func (img *Image) newGeneration() *generation {
 	img.alloc.mu.Lock()
 	defer img.alloc.mu.Unlock()
@@ -72,7 +74,7 @@ func (img *Image) newGeneration() *generation {
 	defer img.mu.Unlock()
 	return &generation{
 		img: img, g: img.g, h: *img.hdr.Load(), row: append([]snapshotRow(nil), img.rows...), l1Keep: int64(len(img.l1)),
-		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f},
+		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f}, idle: img.requests.Load(),
 		blocks: make(map[int64]*shadowBlock), loading: make(map[int64]bool), zeroed: make(map[int64]struct{}),
 		own: make(map[int64]struct{}), dirty: make(map[int64]*sectorSet),
 		tables: make(map[int64]*nextTable), copied: make(map[int64]int64),

@@ -47,7 +47,7 @@ func (n *generation) referenceRuns(off int64, delta int) error {
 
 // unreference takes away the references of all that an L1 table reaches: its L2 tables and their clusters, once per path.
 func (n *generation) unreference(l1 []l1Entry) error {
-	return n.img.eachTable(l1, func(_, off int64, t table) error {
+	return n.eachTable(l1, func(_, off int64, t table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}
@@ -58,7 +58,7 @@ func (n *generation) unreference(l1 []l1Entry) error {
 // flag gives the next generation a table of its own wherever COPIED flags of an active table do not agree with the
 // next counts (I2). The other one stays as it is, for a snapshot or for the old generation.
 func (n *generation) flag(l1 []l1Entry) error {
-	return n.img.eachTable(l1, func(i, off int64, t table) error {
+	return n.eachTable(l1, func(i, off int64, t table) error {
 		if n.sawChange(i) {
 			return nil // catchUp looks at it
 		}

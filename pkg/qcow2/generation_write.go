@@ -42,6 +42,9 @@ func (w *metaWriter) flush() error {
 	if _, err := w.f.WriteAt(w.b, w.off); err != nil {
 		return fmt.Errorf("write metadata: %w", err)
 	}
+	if f, ok := w.f.(writebacker); ok {
+		f.StartWriteback(w.off, int64(len(w.b))) // the disk works while we go on, and a sync has less to do
+	}
 	w.total += int64(len(w.b))
 	w.off += int64(len(w.b))
 	w.b = w.b[:0]

@@ -52,15 +52,18 @@ type Image struct {
 	l1        []l1Entry  // the active L1 table
 	l1Dirty   sectorSet
 	l2        *l2Cache
-	dirty     int    // tables that have changed since the last commit, at least
-	freed     runs   // no longer referenced in memory; released after the next commit (I4)
-	barrier   bool   // data and copied tables must be durable before the mapping is written
-	started   uint64 // commits
-	completed uint64 // the latest commit that succeeded
+	dirty     int         // tables that have changed since the last commit, at least
+	frozen    []metaWrite // sectors of L2 tables as they were when a snapshot was taken, for the next commit
+	freed     runs        // no longer referenced in memory; released after the next commit (I4)
+	barrier   bool        // data and copied tables must be durable before the mapping is written
+	started   uint64      // commits
+	completed uint64      // the latest commit that succeeded
 	rows      []snapshotRow
 	rowBytes  int64          // length of the snapshot table
 	views     map[string]int // open views by snapshot ID
 	build     *generation    // of the running operation, nil if there is none
+
+	requests atomic.Int64 // of guests so far
 
 	hdrMu sync.Mutex // held while the header is switched
 	hdr   atomic.Pointer[header]
@@ -248,6 +251,7 @@ func (img *Image) Close() error {
 
 // begin lets a request in: gate is held shared until end. It checks that n bytes at off lie on the disk.
 func (img *Image) begin(off, n int64, write bool) error {
+	img.requests.Add(1)
 	img.gate.RLock()
 	err := img.usable(write)
 	if size := img.Size(); err == nil && (off < 0 || n < 0 || off > size || n > size-off) {

@@ -112,3 +112,10 @@ func (o *osFile) CloneRange(src File, srcOff, dstOff, n int64) error {
 		return at(err, dstOff)
 	}
 }
+
+var _ writebacker = (*osFile)(nil)
+
+// StartWriteback is a hint: an error in writing is Sync's to tell.
+func (o *osFile) StartWriteback(off, n int64) {
+	_ = o.control(func(fd int) error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WRITE) })
+}

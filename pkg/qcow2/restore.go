@@ -26,7 +26,7 @@ func (n *generation) restore(old []l1Entry) error {
 	if err := n.unreference(gone); err != nil {
 		return err
 	}
-	return n.img.eachTable(come, func(i, off int64, t table) error {
+	return n.eachTable(come, func(i, off int64, t table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}
@@ -49,7 +49,7 @@ func (n *generation) sameTables(a, b []l1Entry) ([]int64, error) {
 	}
 	var same []int64
 	first := n.g.newTable()
-	err := n.img.eachTable(pairs, func(k, _ int64, t table) error {
+	err := n.eachTable(pairs, func(k, _ int64, t table) error {
 		t.clearCopied()
 		if k%2 == 0 {
 			copy(first.b, t.b)

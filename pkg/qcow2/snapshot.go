@@ -97,7 +97,7 @@ func (n *generation) create(row *snapshotRow, l1 []l1Entry) (err error) {
 		return err
 	}
 	n.row = append(n.row, *row)
-	return n.img.eachTable(l1[:n.l1Keep], func(i, off int64, t table) error {
+	return n.eachTable(l1[:n.l1Keep], func(i, off int64, t table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}

@@ -52,17 +52,32 @@ func (img *Image) change(op operation) (err error) {
 	return nil
 }
 
-// settleFirst commits, so that start, for which guests stop, has little to commit.
+// settleFirst commits, so that little is left to be committed when the operation begins.
 func (img *Image) settleFirst() error {
 	if err := img.begin(0, 0, true); err != nil {
 		return err
 	}
-	defer img.end()
+	img.end()
 	return img.commitMapping()
 }
 
-// start stops guests, commits and begins a generation. It keeps them stopped only for an operation that wants it.
+// start begins a generation at an instant at which no guest request is under way, and commits what came before. Guests
+// stop for the instant only, which waits for no sync, unless the operation wants them to.
 func (img *Image) start(op operation) (*generation, error) {
+	n, err := img.freezeFor(op)
+	if err != nil || op.stop {
+		return n, err
+	}
+	if err := img.commit(); err != nil {
+		err = n.abort(err)
+		close(n.done)
+		return nil, err
+	}
+	return n, nil
+}
+
+// freezeFor stops guests and begins a generation.
+func (img *Image) freezeFor(op operation) (*generation, error) {
 	img.gate.Lock()
 	ok := false
 	defer func() {
@@ -73,8 +88,10 @@ func (img *Image) start(op operation) (*generation, error) {
 	if err := img.usable(true); err != nil {
 		return nil, err
 	}
-	if err := img.commitMapping(); err != nil {
-		return nil, err // data may wait for the sync before the switch
+	if op.stop {
+		if err := img.commitMapping(); err != nil {
+			return nil, err // data may wait for the sync before the switch
+		}
 	}
 	n := img.newGeneration()
 	if err := op.begin(n); err != nil {
@@ -82,7 +99,9 @@ func (img *Image) start(op operation) (*generation, error) {
 	}
 	ok = true
 	img.mu.Lock()
-	img.build = n
+	if img.build = n; n.frozen {
+		img.freeze()
+	}
 	img.mu.Unlock()
 	img.alloc.mu.Lock()
 	img.alloc.build = n
@@ -101,7 +120,7 @@ const (
 // catchUp writes most of what finish would have to write while guests wait for their flushes: refcount blocks, and
 // what guests have changed meanwhile.
 func (n *generation) catchUp() error {
-	for range catchUpRounds {
+	for round := range catchUpRounds {
 		n.img.mu.Lock()
 		cs := n.changes()
 		n.img.mu.Unlock()
@@ -110,10 +129,16 @@ func (n *generation) catchUp() error {
 				return err
 			}
 		}
-		for _, step := range []func() error{n.placeBlocks, n.writeBlocks, n.out.flush, n.img.sync} {
+		for _, step := range []func() error{n.placeBlocks, n.writeBlocks, n.out.flush} {
 			if err := step(); err != nil {
 				return err
 			}
+		}
+		if round == 0 && !n.busy() {
+			break // nobody waits for a long sync
+		}
+		if err := n.img.sync(); err != nil {
+			return err
 		}
 		if len(cs) <= fewTables {
 			break

@@ -42,3 +42,10 @@ func (s *syncer) Sync() error {
 	}
 	return err
 }
+
+// StartWriteback does nothing if the file cannot.
+func (s *syncer) StartWriteback(off, n int64) {
+	if f, ok := s.File.(writebacker); ok {
+		f.StartWriteback(off, n)
+	}
+}

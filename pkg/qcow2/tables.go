@@ -20,7 +20,8 @@ type tableBatch struct {
 // eachTable calls fn for each L2 table of an L1 table with its index, its offset and its content, in order. fn may change
 // the content, which is valid until it returns. Several reads are under way at a time, and tables that lie one after
 // the other are read together.
-func (img *Image) eachTable(l1 []l1Entry, fn func(index, off int64, t table) error) (err error) {
+func (n *generation) eachTable(l1 []l1Entry, fn func(index, off int64, t table) error) error {
+	img := n.img
 	length, err := img.f.Size()
 	if err != nil {
 		return err
@@ -67,6 +68,7 @@ func (img *Image) eachTable(l1 []l1Entry, fn func(index, off int64, t table) err
 			at += img.g.clusterSize
 		}
 		spare = append(spare, b.b)
+		n.pace()
 	}
 }
 

@@ -8,6 +8,14 @@ import (
 // WriteAt writes p to the active disk at off: all of it, or an error and how much came before. It is durable
 // after the next Flush.
 func (img *Image) WriteAt(p []byte, off int64) (int, error) {
+	n, err := img.write(p, off)
+	if err == nil {
+		err = img.relieve()
+	}
+	return n, img.judge(err)
+}
+
+func (img *Image) write(p []byte, off int64) (int, error) {
 	if err := img.begin(off, int64(len(p)), true); err != nil {
 		return 0, err
 	}
@@ -20,7 +28,7 @@ func (img *Image) WriteAt(p []byte, off int64) (int, error) {
 		}
 		return err
 	})
-	return done, img.judge(err)
+	return done, err
 }
 
 func (img *Image) writeChunk(c chunk, p []byte) error {
@@ -29,10 +37,7 @@ func (img *Image) writeChunk(c chunk, p []byte) error {
 	}
 	unlock := img.lock(c, true)
 	defer unlock()
-	if err := img.withSpace(func() error { return img.writeMapping(c, p) }); err != nil {
-		return err
-	}
-	return img.relieve()
+	return img.withSpace(func() error { return img.writeMapping(c, p) })
 }
 
 // withSpace calls fn again when it met a full disk and an operation on snapshots could be given up for it.

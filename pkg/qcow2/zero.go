@@ -24,11 +24,19 @@ func (img *Image) zeroEntry() l2Entry { return l2Entry{} }
 // eachToZero replaces the entry of each whole cluster that does not read as zeros by replace's, and writes zeros
 // to the parts of clusters at the ends.
 func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error {
+	err := img.toZero(off, n, replace)
+	if err == nil {
+		err = img.relieve()
+	}
+	return img.judge(err)
+}
+
+func (img *Image) toZero(off, n int64, replace func(l2Entry) l2Entry) error {
 	if err := img.begin(off, n, true); err != nil {
 		return err
 	}
 	defer img.end()
-	err := img.g.parts(off, n, img.g.l2Coverage, func(c chunk) error {
+	return img.g.parts(off, n, img.g.l2Coverage, func(c chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.wholeClusters(c, img.Size()) {
@@ -36,9 +44,8 @@ func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error 
 				return err
 			}
 		}
-		return img.relieve()
+		return nil
 	})
-	return img.judge(err)
 }
 
 // wholeClusters splits c into the parts of clusters at its ends and what lies between. The last cluster of the
