@@ -3,22 +3,15 @@
 # Usage: node.sh up|crash NAME
 #
 # crash is a power cut: every process of the node ends at once, and its mounts and network go. What it has written
-# stays, and `up` boots it again. The pool's disk is a file system of its own on a loop device, and what had not been
-# synced to it is lost as far as a kernel that lives on can forget: see pool_down.
+# stays, and `up` boots it again; the page cache, which a real power cut takes along, stays too.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 node=$2
 netns=q2e-$node
 dir=$STATE/$node
 
-# The v1 hierarchies, or the one of v2.
-cgroups() {
-	if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then
-		echo /sys/fs/cgroup
-	else
-		awk '$3 == "cgroup" { print $2 }' /proc/mounts
-	fi
-}
+# The hierarchies: those of v1, that of v2, or both.
+cgroups() { awk '$3 ~ /^cgroup2?$/ { print $2 }' /proc/mounts; }
 
 make_cgroups() {
 	local root file
@@ -55,7 +48,7 @@ make_network() {
 }
 
 write_configuration() {
-	mkdir -p "$dir"/{containerd,kubelet,cni,state,log}
+	mkdir -p "$dir"/{cni,log}
 	cat >"$dir/cni/10-pods.conflist" <<-S
 		{"cniVersion": "0.4.0", "name": "pods", "plugins": [{
 		  "type": "bridge", "bridge": "pods", "isGateway": true,
@@ -138,7 +131,7 @@ no_processes() {
 # pool's UUID in it.
 remove_loops() {
 	local pool device file
-	pool=$(sed -nE 's/.*"uuid": *"([0-9a-f]{8}).*/\1/p' "$dir/state/pool/pool.json" 2>/dev/null) || true
+	pool=$(sed -nE 's/.*"uuid": *"([0-9a-f]{8}).*/\1/p' "$dir/var/csi-qcow2/pool/pool.json" 2>/dev/null) || true
 	[[ $pool ]] || return 0
 	losetup --noheadings --raw --output NAME,BACK-FILE | while read -r device file; do
 		case $file in
