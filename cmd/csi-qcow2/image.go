@@ -152,9 +152,9 @@ func newImageCreateCommand() *cobra.Command {
 		Long: `Create an image of SIZE virtual bytes (rounded up to a multiple of 512, as QEMU does) that reads as
 zeros. Without preallocation it occupies next to nothing until it is written. FILE must not exist.
 
-Preallocation is QEMU's: metadata maps all of the disk to a sparse file, so that a write changes no mapping; falloc
-also reserves the blocks, so that a write cannot meet a full file system; full also writes zeros to them. What the guest
-discards later is given up, and a snapshot makes the next writes need new blocks.`,
+Preallocation is QEMU's: metadata maps all of the disk to a sparse file, so that a write changes no
+mapping; falloc also reserves the blocks, so that a write cannot meet a full file system; full also writes
+zeros to them. What the guest discards later is given up, and after a snapshot writes need new blocks.`,
 		Example: `  csi-qcow2 image create disk.qcow2 10G
   csi-qcow2 image create disk.qcow2 4T --cluster-size 1M
   csi-qcow2 image create disk.qcow2 10G --preallocation falloc`,

@@ -97,7 +97,7 @@ func (c counts) add(i, n int64, delta int) (fallen, error) {
 		if delta < 0 {
 			return fell, fmt.Errorf("%w: refcount of cluster %d of its block would fall below 0", ErrCorrupt, k)
 		}
-		return fell, fmt.Errorf("%w: refcount of cluster %d of its block would exceed %d", ErrLimit, k, c.max())
+		return fell, fmt.Errorf("%w: refcount of cluster %d of its block would exceed %d; delete a snapshot first, or use an image with wider reference counts", ErrLimit, k, c.max())
 	}
 	low, high := c.lanes()
 	head, b, tail := c.words(i, n)
