@@ -167,7 +167,7 @@ func (d *duet) create() {
 	d.model.active.size = size
 }
 
-func (d *duet) note(who, what string, format string, args ...any) {
+func (d *duet) note(who, what, format string, args ...any) {
 	d.tally.add(who + " " + what)
 	d.log = append(d.log, fmt.Sprintf(who+" "+what+format, args...))
 }

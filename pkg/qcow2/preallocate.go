@@ -17,11 +17,11 @@ const (
 	PreallocationFull                          // and zeros are written to them
 )
 
-var preallocationNames = [...]string{"off", "metadata", "falloc", "full"}
+func preallocationNames() []string { return []string{"off", "metadata", "falloc", "full"} }
 
 // ParsePreallocation returns the kind of that name: off, metadata, falloc or full.
 func ParsePreallocation(name string) (Preallocation, error) {
-	for i, n := range preallocationNames {
+	for i, n := range preallocationNames() {
 		if n == name {
 			return Preallocation(i), nil
 		}
@@ -30,7 +30,7 @@ func ParsePreallocation(name string) (Preallocation, error) {
 }
 
 // String returns the name.
-func (p Preallocation) String() string { return preallocationNames[p] }
+func (p Preallocation) String() string { return preallocationNames()[p] }
 
 // preallocatePiece is how much is filled between two looks at stop, in bytes.
 const preallocatePiece = 1 << 30

@@ -49,7 +49,7 @@ func TestPreallocation(t *testing.T) {
 		{}, {ClusterSize: 512}, {ClusterSize: 4 << 10, Version: 2}, {ClusterSize: 2 << 20}, {ClusterSize: 16 << 10, ExtendedL2: true},
 		{ClusterSize: 4 << 10, RefcountBits: 1}, {ClusterSize: 4 << 10, RefcountBits: 64},
 	} {
-		for kind, name := range preallocationNames {
+		for kind, name := range preallocationNames() {
 			o := options
 			o.Preallocation = Preallocation(kind)
 			t.Run(fmt.Sprintf("%+v", o), func(t *testing.T) {
