@@ -13,6 +13,7 @@ import (
 )
 
 const (
+	spareSuffix   = ".spare" // see replaceFile
 	reservedBytes = 4096
 	fsNoCOW       = 0x00800000 // FS_NOCOW_FL of linux/fs.h
 )
@@ -110,7 +111,7 @@ func (d dir) isAt(name string, f *os.File) (bool, error) {
 // The old file stays as a spare, and the next replacement writes into its blocks: once a file has been
 // replaced, replacing it by up to 4 KiB takes no space. A volume must become a tombstone on a full file system too.
 func (d dir) replaceFile(name string, data []byte) error {
-	spare := name + ".spare"
+	spare := name + spareSuffix
 	f, err := d.openReserved(spare)
 	if err != nil {
 		return err

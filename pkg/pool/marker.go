@@ -62,8 +62,9 @@ func (l *Lease) WasUnclean() (bool, error) {
 	return !set, err
 }
 
+// unmark keeps the file as the spare of the next replacement, which then needs no space.
 func unmark(d dir, m Marker) error {
-	if err := d.Remove(string(m)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := d.Rename(string(m), string(m)+spareSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return d.sync()

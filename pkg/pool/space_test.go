@@ -138,6 +138,7 @@ func TestDeletingOnAFullFileSystem(t *testing.T) {
 			for range 3 {
 				must(t, l.Update(func(v *Volume) { v.Tombstone = !v.Tombstone }))
 			}
+			must(t, l.ClearAttached(), l.MarkAttached(), l.ClearAttached())
 			must(t, l.Unlock())
 			if v, err := p.Volume(tombstone); err != nil || !v.Tombstone {
 				t.Errorf("no tombstone: %+v, %v", v, err)
