@@ -82,6 +82,7 @@ func (c *controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequ
 		return nil, err
 	}
 	defer release()
+	defer refillReserve(ctx, p)
 	if err := c.images.change(ctx, p, id, deleteVolume); err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return nil, err
 	}

@@ -98,6 +98,9 @@ func (c *controller) createSnapshot(
 		return nil, err
 	}
 	defer release()
+	if err := p.KeepReserve(); err != nil { // else nobody could delete it from a full pool
+		return nil, fmt.Errorf("snapshot %q of volume %s: the pool's reserve: %w", name, id, err)
+	}
 	made := snapshot{volume: v}
 	err = wherever(func() (err error) {
 		made.Snapshot, err = c.snapshotAttached(ctx, id, name, freeze)
@@ -156,6 +159,7 @@ func (c *controller) DeleteSnapshot(
 		return nil, err
 	}
 	defer release()
+	defer refillReserve(ctx, p)
 	if err := c.deleteSnapshot(ctx, p, id, volumeID); err != nil && !isNotFound(err) {
 		return nil, fmt.Errorf("delete snapshot %q: %w", id, err)
 	}

@@ -117,6 +117,13 @@ func (d *Driver) newServer() *grpc.Server {
 	return server
 }
 
+// refillReserve restores the pool's reserve after what may have used it.
+func refillReserve(ctx context.Context, p *pool.Pool) {
+	if err := p.KeepReserve(); err != nil {
+		klog.FromContext(ctx).Error(err, "The pool has no reserve: deletions on a full file system may fail")
+	}
+}
+
 // pool returns the pool if its directory is one now. pool.ErrNotReady if it is not, or holds another pool
 // than before.
 func (d *Driver) pool() (*pool.Pool, error) {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
@@ -150,4 +151,69 @@ func TestPromises(t *testing.T) {
 		t.Errorf("%d of %d bytes are back", left, at)
 	}
 	r.wantEmpty()
+}
+
+// TestDeleteOnFullPool: on a pool that is full to its last byte a snapshot can be deleted, whether its volume is in use,
+// is not, or has been deleted itself; then there is space again.
+func TestDeleteOnFullPool(t *testing.T) {
+	const data = 16 // MiB
+	r := newSmallRig(t, 256*mib, Options{Overcommit: 100})
+	write := func(path string, seek int) error {
+		return exec.Command("dd", "if=/dev/urandom", "of="+path, "bs=1M", fmt.Sprint("count=", data), fmt.Sprint("seek=", seek),
+			"oflag=direct", "conv=notrunc,fsync", "status=none").Run()
+	}
+	victim := func(name string) (v *testVolume, snapshot, path string) {
+		v = r.create(name, 256*mib, blockCapability(writer))
+		path = v.publish("vm")
+		must(t, write(path, 0))
+		snapshot = v.snapshot(name)
+		must(t, write(path, 0))
+		return v, snapshot, path
+	}
+	attached, attachedSnapshot, path := victim("attached")
+	detached, detachedSnapshot, _ := victim("detached")
+	detached.unstage("vm")
+	deleted, deletedSnapshot, _ := victim("deleted")
+	deleted.unstage("vm")
+
+	last := filepath.Join(r.dir, "last")
+	full := func() {
+		t.Helper()
+		_ = os.Remove(last)
+		fillUp(t, r.dir)
+		if err := write(path, 100); err == nil {
+			t.Fatal("a full pool has space")
+		}
+		fillUp(t, r.dir) // what the write gave back
+	}
+	free := func(what string) {
+		t.Helper()
+		if left := freeBytes(t, r.dir); left < data/2*mib {
+			t.Errorf("after the deletion of %s %d bytes are free", what, left)
+		}
+	}
+	full()
+	r.deleteSnapshots(detachedSnapshot)
+	free("a detached volume's snapshot")
+	full()
+	r.deleteSnapshots(attachedSnapshot)
+	free("an attached volume's snapshot")
+	must(t, write(path, 200))
+	full()
+	deleted.delete()
+	free("a volume with a snapshot")
+	full()
+	r.deleteSnapshots(deletedSnapshot)
+	free("a deleted volume's last snapshot")
+	must(t, write(path, 100))
+	attached.unstage("vm")
+	attached.delete()
+	detached.delete()
+}
+
+func freeBytes(t *testing.T, dir string) int64 {
+	t.Helper()
+	var st unix.Statfs_t
+	must(t, unix.Statfs(dir, &st))
+	return int64(st.Bavail) * st.Frsize
 }

@@ -94,13 +94,14 @@ func clone(v Volume) Volume {
 	return v
 }
 
-// Open opens the image. The caller closes it before Unlock. ErrInUse if one of QEMU's programs has it.
+// Open opens the image, which may give up the pool's reserve: whoever deletes from it calls KeepReserve afterwards. The
+// caller closes it before Unlock. ErrInUse if one of QEMU's programs has it.
 func (l *Lease) Open(readOnly bool) (*qcow2.Image, error) {
 	f, err := l.openFile(readOnly)
 	if err != nil {
 		return nil, err
 	}
-	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly})
+	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly, MakeRoom: l.pool.GiveUpReserve})
 }
 
 func (l *Lease) openFile(readOnly bool) (qcow2.File, error) {

@@ -13,8 +13,8 @@ import (
 // which a deletion that has met a full file system gives up, and which is filled again afterwards.
 
 const (
-	// reserveSlack is what a deletion needs besides L2 tables and refcount blocks, in bytes.
-	reserveSlack = 1 << 20
+	// reserveClusters is how many clusters a deletion needs besides L2 entries and reference counts, at most.
+	reserveClusters = 16
 	// reserveShare bounds the reserve to this part of the file system.
 	reserveShare = 16
 )
@@ -93,7 +93,7 @@ func (p *Pool) reserveNeed(root dir) (int64, error) {
 	err = eachVolumeIn(root, volumesDir, func(string) bool { return true }, func(id string, _ Volume, _ error) {
 		need = max(need, deletionNeed(all, id+"/"+imageFile, total))
 	})
-	return min(need+reserveSlack, total/reserveShare) &^ 4095, err
+	return min(need, total/reserveShare) &^ 4095, err
 }
 
 // deletionNeed returns how much the metadata of an image may come to on a file system of total bytes: an L2 entry for
@@ -112,5 +112,5 @@ func deletionNeed(d dir, image string, total int64) int64 {
 	if head.extendedL2 {
 		entry = 16
 	}
-	return head.size>>head.clusterBits*entry + total>>head.clusterBits*2
+	return head.size>>head.clusterBits*entry + total>>head.clusterBits*2 + reserveClusters<<head.clusterBits
 }

@@ -196,7 +196,9 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 }
 
 // free tells that no running operation holds a cluster whose count is 0.
-func (a *allocator) free(c int64) bool { return a.build == nil || !a.build.holds(c) }
+func (a *allocator) free(c int64) bool {
+	return a.build == nil || !a.build.holds(c) && !a.build.room.has(c)
+}
 
 // add changes live counts, and with them those of a generation that is being built.
 func (a *allocator) add(r run, delta int) (zero runs, err error) {

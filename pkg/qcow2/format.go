@@ -133,3 +133,5 @@ func encodeL1(l1 []l1Entry) []byte {
 type run struct{ first, n int64 }
 
 func (r run) end() int64 { return r.first + r.n }
+
+func (r run) has(c int64) bool { return c >= r.first && c < r.end() }

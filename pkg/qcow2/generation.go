@@ -25,6 +25,9 @@ type generation struct {
 	l1Keep   int64
 	replaces bool
 
+	frees bool // a guest that meets a full file system waits for the end, rather than end it
+	room  run  // clusters for this generation alone; see room.go
+
 	cancelled atomic.Pointer[error] // why the build has to end early
 	done      chan struct{}         // closed when the operation has ended
 

@@ -19,6 +19,9 @@ import (
 type OpenOptions struct {
 	ReadOnly    bool
 	L2CacheSize int64 // bytes of L2 tables kept in memory; 0 = 32 MiB
+	// MakeRoom, if not nil, gives blocks back to a file system that is full, for an operation that will free more. It may
+	// be called by DeleteSnapshot and DropActive, and is not safe for concurrent use.
+	MakeRoom func() error
 }
 
 const defaultL2CacheSize = 32 << 20
@@ -31,7 +34,8 @@ type Image struct {
 	readOnly bool
 	version  int
 	packed   decompressor
-	alloc    *allocator // nil if read-only
+	makeRoom func() error // see OpenOptions
+	alloc    *allocator   // nil if read-only
 	failure  atomic.Pointer[error]
 	corrupt  atomic.Pointer[error] // why nothing may be written any more
 
@@ -100,7 +104,10 @@ func open(file File, o OpenOptions) (*Image, error) {
 		}
 	}
 	g := h.geometry()
-	img := &Image{f: f, g: g, readOnly: o.ReadOnly, version: h.version, guests: newRangeLock(), views: make(map[string]int)}
+	img := &Image{
+		f: f, g: g, readOnly: o.ReadOnly, version: h.version, makeRoom: o.MakeRoom,
+		guests: newRangeLock(), views: make(map[string]int),
+	}
 	img.packed.kind = h.compressionType
 	img.hdr.Store(&h)
 	if img.l1, err = readL1(f, g, h.l1Offset, h.l1Size); err != nil {

@@ -137,6 +137,7 @@ func nothing(*generation) error { return nil }
 func (img *Image) DeleteSnapshot(s Selector) error {
 	var at int
 	return img.change(operation{
+		frees: true,
 		begin: func(n *generation) (err error) {
 			if at, err = findSnapshot(n.row, s); err != nil {
 				return err
@@ -171,7 +172,7 @@ func (img *Image) DeleteSnapshot(s Selector) error {
 
 // DropActive makes the active disk read as zeros and frees what no snapshot needs. Guests wait.
 func (img *Image) DropActive() error {
-	return img.change(operation{stop: true, begin: nothing, build: func(n *generation) error {
+	return img.change(operation{stop: true, frees: true, begin: nothing, build: func(n *generation) error {
 		n.l1 = make([]l1Entry, max(n.l1Keep, 1))
 		return n.unreference(img.activeL1())
 	}})

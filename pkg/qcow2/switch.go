@@ -1,6 +1,9 @@
 package qcow2
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // operation is a change of the metadata's generation: a snapshot created, deleted or gone to, a resize.
 type operation struct {
@@ -13,6 +16,10 @@ type operation struct {
 	build func(n *generation) error
 	// stop: guests wait until the operation has ended.
 	stop bool
+	// frees: it gives more space than it takes.
+	frees bool
+	// takeRoom, if not nil, makes room on a full file system, and returns it. Guests wait.
+	takeRoom func() (run, error)
 }
 
 // change carries out an operation. If it fails before the header is written nothing has changed; if it fails there
@@ -21,13 +28,23 @@ func (img *Image) change(op operation) (err error) {
 	defer func() { err = img.judge(err) }()
 	img.changeMu.Lock()
 	defer img.changeMu.Unlock()
+	err = img.attempt(op)
+	if op.frees && errors.Is(err, ErrNoSpace) && img.failed() == nil {
+		err = img.changeInRoom(op, err)
+	}
+	return err
+}
+
+func (img *Image) attempt(op operation) error {
 	if op.prepare != nil {
 		if err := op.prepare(); err != nil {
 			return err
 		}
 	}
-	if err := img.settleFirst(); err != nil {
-		return err
+	if op.takeRoom == nil { // else the commit may need it, too
+		if err := img.settleFirst(); err != nil {
+			return err
+		}
 	}
 	n, err := img.start(op)
 	if err != nil {
@@ -88,12 +105,22 @@ func (img *Image) freezeFor(op operation) (*generation, error) {
 	if err := img.usable(true); err != nil {
 		return nil, err
 	}
+	var room run
+	if op.takeRoom != nil {
+		var err error
+		if room, err = op.takeRoom(); err != nil {
+			return nil, err
+		}
+	}
 	if op.stop {
 		if err := img.commitMapping(); err != nil {
 			return nil, err // data may wait for the sync before the switch
 		}
 	}
 	n := img.newGeneration()
+	if n.frees, n.room = op.frees, room; room.n > 0 {
+		n.next = room.first
+	}
 	if err := op.begin(n); err != nil {
 		return nil, fmt.Errorf("%s: %w", img.f.Name(), err)
 	}

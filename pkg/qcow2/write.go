@@ -40,7 +40,7 @@ func (img *Image) writeChunk(c chunk, p []byte) error {
 	return img.withSpace(func() error { return img.writeMapping(c, p) })
 }
 
-// withSpace calls fn again when it met a full disk and an operation on snapshots could be given up for it.
+// withSpace calls fn again when it met a full disk and an operation on snapshots has ended since.
 func (img *Image) withSpace(fn func() error) error {
 	err := fn()
 	if !errors.Is(err, ErrNoSpace) {
@@ -52,8 +52,7 @@ func (img *Image) withSpace(fn func() error) error {
 	if n == nil {
 		return err
 	}
-	n.cancel(fmt.Errorf("given up for a guest's write: %w", err))
-	<-n.done
+	n.waitForSpace(err)
 	return fn()
 }
 
