@@ -94,7 +94,9 @@ func work(ctx context.Context, t target, size int64, l *latencies) {
 			rng := rand.New(rand.NewPCG(1, uint64(len(kind))))
 			p := alignedBlock()
 			for ctx.Err() == nil {
-				time.Sleep(pause)
+				if pause > 0 {
+					<-time.After(pause)
+				}
 				from := time.Now()
 				err := request(p, rng.Int64N(size/guestBlock)*guestBlock)
 				if l.note(kind, from, err); err != nil {

@@ -63,7 +63,7 @@ func (d *daemon) connect(ctx context.Context, socket, export string) error {
 			return fmt.Errorf("qemu-storage-daemon: %w", err)
 		}
 		if err != nil {
-			time.Sleep(10 * time.Millisecond)
+			<-time.After(10 * time.Millisecond)
 			continue
 		}
 		d.conn, d.r = conn, bufio.NewReader(conn)
@@ -82,7 +82,7 @@ func (d *daemon) connect(ctx context.Context, socket, export string) error {
 		if wait.Err() != nil {
 			return fmt.Errorf("qemu-storage-daemon has no export: %w", wait.Err())
 		}
-		time.Sleep(10 * time.Millisecond)
+		<-time.After(10 * time.Millisecond)
 	}
 	f, err := os.OpenFile(export, os.O_RDWR|unix.O_DIRECT, 0)
 	d.f = f

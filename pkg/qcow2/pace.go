@@ -16,7 +16,7 @@ func (n *generation) pace() {
 	if !n.busy() {
 		return
 	}
-	time.Sleep(pauseAfterRead + time.Duration(written>>10)*pauseAfterWrite>>10)
+	<-time.After(pauseAfterRead + time.Duration(written>>10)*pauseAfterWrite>>10)
 }
 
 // busy tells whether guests have made requests since it was last asked.
