@@ -4,9 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
-	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -31,8 +28,16 @@ type checkReport struct {
 	Lost             int64    `json:"lost,omitempty"`
 }
 
-// repairs are the values of --repair.
-var repairs = map[string]qcow2.RepairKind{"leaks": qcow2.RepairLeaks, "all": qcow2.RepairAll}
+// repairKind returns what a value of --repair means.
+func repairKind(value string) (qcow2.RepairKind, error) {
+	switch value {
+	case "leaks":
+		return qcow2.RepairLeaks, nil
+	case "all":
+		return qcow2.RepairAll, nil
+	}
+	return 0, fmt.Errorf("--repair %s: it is all or leaks", value)
+}
 
 func newImageCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
@@ -41,24 +46,24 @@ func newImageCheckCommand() *cobra.Command {
 		Long: `Check the metadata of an image: the reference count of each cluster, the flags that depend on it, that
 nothing overlaps, the snapshot table.
 
-With --repair leaks, clusters that nothing uses are given back. With --repair all, everything that contradicts itself is
-mended as well: what can be read stays as it is, references that lead nowhere are given up and read as zeros, snapshots
-without an L1 table are removed. Make a copy of a corrupt image first. A repair that is interrupted has changed nothing,
-or all.
+With --repair leaks, clusters that nothing uses are given back. With --repair all, everything that contradicts
+itself is mended as well: what can be read stays as it is, references that lead nowhere are given up and read
+as zeros, snapshots without an L1 table are removed. Make a copy of a corrupt image first. A repair that is
+interrupted has changed nothing, or all.
 
-The exit status is that of ` + "`qemu-img check`" + `, after a repair that of another check: 0 the image is clean, 1 it could not be checked,
-2 it is corrupt, 3 clusters are leaked (they cost space and do no harm).`,
+The exit status is that of ` + "`qemu-img check`" + `, after a repair that of another check: 0 the image is clean,
+1 it could not be checked, 2 it is corrupt, 3 clusters are leaked (they cost space and do no harm).`,
 		Args: takes("FILE"),
 	}
 	output := addOutputFlag(cmd)
 	repair := cmd.Flags().String("repair", "", "what to repair: `leaks` or all")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		kind, known := repairs[*repair]
-		switch {
-		case !cmd.Flags().Changed("repair"):
+		if !cmd.Flags().Changed("repair") {
 			return checkImage(cmd, args[0], output)
-		case !known:
-			return fmt.Errorf("--repair %s: it is %s", *repair, strings.Join(slices.Sorted(maps.Keys(repairs)), " or "))
+		}
+		kind, err := repairKind(*repair)
+		if err != nil {
+			return err
 		}
 		return repairImage(cmd, args[0], kind, output)
 	}

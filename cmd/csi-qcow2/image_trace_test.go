@@ -97,8 +97,8 @@ type tracedCall struct {
 // strace 6 prints a call in one line, or if others come in between in two.
 var (
 	wholeCall   = regexp.MustCompile(`^(\d+) +(\w+)\((.*)\) += (-?\d+)( .*)?$`)
-	callBegins  = regexp.MustCompile(`^(\d+) +(\w+\(.*?),? *<unfinished \.\.\.>$`)
-	callResumes = regexp.MustCompile(`^(\d+) +<\.\.\. \w+ resumed>(.*)$`)
+	callBegins  = regexp.MustCompile(`^(\d+) +(\w+\(.*?),? *<unfinished \.{3}>$`)
+	callResumes = regexp.MustCompile(`^(\d+) +<\.{3} \w+ resumed>(.*)$`)
 )
 
 // trace runs csi-qcow2 under strace and returns its successful calls on the image, in the order in which they ended.
@@ -134,8 +134,8 @@ func trace(t *testing.T, image string, args ...string) []tracedCall {
 		}
 		m := wholeCall.FindStringSubmatch(line)
 		switch {
-		case m != nil && strings.HasPrefix(m[4], "-"): // failed, without effect
-		case m != nil:
+		case len(m) > 0 && strings.HasPrefix(m[4], "-"): // failed, without effect
+		case len(m) > 0:
 			result, _ := strconv.ParseInt(m[4], 10, 64) // digits
 			calls = append(calls, tracedCall{name: m[2], args: m[3], result: result, line: shorten(line)})
 		case !strings.Contains(line, "---") && !strings.Contains(line, "+++"): // a signal, an exit

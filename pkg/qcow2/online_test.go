@@ -191,7 +191,7 @@ func crashOnline(t *testing.T, y *crashTally, seed uint64, plan crashPlan) {
 	o.file.setFault(nil)
 	must(t, o.err)
 	o.readLatest()
-	o.crashHistory.beside, o.state.snaps = o.ops, o.listed
+	o.beside, o.state.snaps = o.ops, o.listed
 	o.closed()
 	for _, c := range o.cuts {
 		if !o.atSomeInstant(c) {

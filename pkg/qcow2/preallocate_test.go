@@ -46,8 +46,13 @@ func blocksOf(t *testing.T, path string) int64 {
 func TestPreallocation(t *testing.T) {
 	const size = 1<<20 + 512
 	for _, options := range []CreateOptions{
-		{}, {ClusterSize: 512}, {ClusterSize: 4 << 10, Version: 2}, {ClusterSize: 2 << 20}, {ClusterSize: 16 << 10, ExtendedL2: true},
-		{ClusterSize: 4 << 10, RefcountBits: 1}, {ClusterSize: 4 << 10, RefcountBits: 64},
+		{},
+		{ClusterSize: 512},
+		{ClusterSize: 4 << 10, Version: 2},
+		{ClusterSize: 2 << 20},
+		{ClusterSize: 16 << 10, ExtendedL2: true},
+		{ClusterSize: 4 << 10, RefcountBits: 1},
+		{ClusterSize: 4 << 10, RefcountBits: 64},
 	} {
 		for kind, name := range preallocationNames() {
 			o := options

@@ -343,9 +343,9 @@ func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
 			r.Lowered++
 		}
 	}
-	for times, rs := range excess {
+	for times := range excess {
 		for range times {
-			if err := a.releaseLocked(rs); err != nil {
+			if err := a.releaseLocked(excess[times]); err != nil {
 				return img.fail(err)
 			}
 		}

@@ -91,6 +91,14 @@ func scanSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
 	return newSnapshotReader(f, h).rows(h)
 }
 
+// snapshotReader decodes rows from a stream that begins with the table.
+type snapshotReader struct {
+	r        *bufio.Reader
+	at       int64 // bytes consumed
+	diskSize int64 // for rows that do not say
+	shorten  bool  // what is too much extra data, instead of refusing it
+}
+
 func newSnapshotReader(f File, h *header) *snapshotReader {
 	return &snapshotReader{
 		r:        bufio.NewReaderSize(io.NewSectionReader(f, h.snapshotsOffset, math.MaxInt64-h.snapshotsOffset), 64<<10),
@@ -116,14 +124,6 @@ func (t *snapshotReader) rows(h *header) ([]snapshotRow, int64, error) {
 		rows = append(rows, row)
 	}
 	return rows, t.at, nil
-}
-
-// snapshotReader decodes rows from a stream that begins with the table.
-type snapshotReader struct {
-	r        *bufio.Reader
-	at       int64 // bytes consumed
-	diskSize int64 // for rows that do not say
-	shorten  bool  // what is too much extra data, instead of refusing it
 }
 
 // next decodes the row at the next multiple of 8.
