@@ -19,7 +19,8 @@ const (
 	reserveShare = 16
 )
 
-// KeepReserve makes the reserve as large as the deletion of a snapshot of the pool's largest volume may need.
+// KeepReserve makes the reserve as large as the deletion of a snapshot of the pool's largest volume may need: nothing, if
+// there are no volumes.
 // qcow2.ErrNoSpace.
 func (p *Pool) KeepReserve() error {
 	return p.withReserve(func(root dir, f *os.File) error {
@@ -33,6 +34,9 @@ func (p *Pool) KeepReserve() error {
 		}
 		if st.Size == need && st.Blocks*512 >= need {
 			return nil
+		}
+		if need == 0 {
+			return f.Truncate(0)
 		}
 		err = control(f, func(fd int) error { return unix.Fallocate(fd, 0, 0, need) })
 		switch {

@@ -51,6 +51,11 @@ func TestReserve(t *testing.T) {
 			if got := occupied(t, p, reserveFile); got < need {
 				t.Errorf("the reserve has %d bytes again, an image needs %d", got, need)
 			}
+			l := lock(t, p, v.ID)
+			must(t, l.Remove(), l.Unlock(), p.KeepReserve())
+			if got := occupied(t, p, reserveFile); got > 0 {
+				t.Errorf("an empty pool's reserve has %d bytes", got)
+			}
 		})
 	}
 }
