@@ -23,13 +23,15 @@ type allocator struct {
 
 	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
 	rc     *refcounts
-	search *leakSearch        // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
-	build  *generation        // of a running operation: it holds free clusters, and follows each change of a count
-	unsafe map[int64]struct{} // refcount blocks whose free clusters are being punched: nothing is taken from them
-	next   int64              // no cluster below is free
-	ready  runs               // reserved
-	batch  int64              // clusters of the next reservation
-	length atomic.Int64       // of the file, bytes; changed with mu held
+	search *leakSearch // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
+	build  *generation // of a running operation: it holds free clusters, and follows each change of a count
+	// unsafe: refcount blocks whose free clusters are being punched, those before unsafeEnd. Nothing is taken of these.
+	unsafe    map[int64]struct{}
+	unsafeEnd int64
+	next      int64        // no cluster below is free
+	ready     runs         // reserved
+	batch     int64        // clusters of the next reservation
+	length    atomic.Int64 // of the file, bytes; changed with mu held
 }
 
 // A reservation starts small, so that a short visit leaks little when it crashes, and doubles while it is
@@ -150,8 +152,8 @@ func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
 			return got, newBlocks, err
 		}
 		k := c >> a.g.blockBits
-		if _, busy := a.unsafe[k]; busy {
-			c = (k + 1) << a.g.blockBits
+		if _, busy := a.unsafe[k]; busy && c < a.unsafeEnd {
+			c = min((k+1)<<a.g.blockBits, a.unsafeEnd)
 			continue
 		}
 		if !a.free(c) {

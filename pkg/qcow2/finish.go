@@ -248,8 +248,8 @@ func (n *generation) adopt() error {
 			a.rc.blocks[k] = &b.refBlock // the next one to be read drops what is beyond the limit
 		}
 	}
-	a.unsafe = n.zeroed
 	a.length.Store(max(a.length.Load(), length))
+	a.unsafe, a.unsafeEnd = n.zeroed, a.g.clusters(a.length.Load()) // behind the end there is nothing to punch
 
 	img.mu.Lock()
 	defer img.mu.Unlock()

@@ -6,7 +6,7 @@ import (
 )
 
 // punchZeroed gives the blocks of clusters that became free back to the file system, in long runs, after the switch. Until
-// then the allocator takes nothing from the refcount blocks in which they are counted. An error costs host blocks
+// then the allocator takes nothing of the old file from the refcount blocks in which they are counted. An error costs host blocks
 // only: a free cluster is punched again before it is handed out.
 func (n *generation) punchZeroed() {
 	a := n.img.alloc
@@ -22,7 +22,7 @@ func (n *generation) punchZeroed() {
 	}
 }
 
-// freeIn returns the clusters that block k counts as free.
+// freeIn returns the clusters that block k counts as free, and that nobody can take meanwhile.
 func (a *allocator) freeIn(k int64) runs {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -31,8 +31,9 @@ func (a *allocator) freeIn(k int64) runs {
 		return nil
 	}
 	var free runs
-	for i := b.counts.nextZero(0); i < b.counts.len(); {
-		end := b.counts.nextNonzero(i)
+	last := min(b.counts.len(), a.unsafeEnd-k<<a.g.blockBits)
+	for i := b.counts.nextZero(0); i < last; {
+		end := min(b.counts.nextNonzero(i), last)
 		free.add(run{k<<a.g.blockBits + i, end - i})
 		i = b.counts.nextZero(end)
 	}
