@@ -208,7 +208,9 @@ func (img *Image) replaceTable(index int64, old l1Entry, t *l2Table) bool {
 // setEntries replaces the entries of c, in a table that the active state owns, and queues the clusters that
 // they gave up. barrier says that the data must be durable before the new entries are.
 func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
-	img.mu.Lock()
+	if err := img.lockRedo(len(es)); err != nil {
+		return err
+	}
 	defer img.mu.Unlock()
 	t, err := img.activeTable(c.table)
 	if err != nil {
@@ -224,6 +226,7 @@ func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
 	if t.dirty.empty() {
 		img.dirty++
 	}
+	img.redo.note(img.g, c.off>>img.g.clusterBits, es)
 	for i, e := range es {
 		if e == old[i] {
 			continue

@@ -92,6 +92,7 @@ type commitWork struct {
 	l1Dirty sectorSet
 	frozen  []metaWrite // see Image.frozen: they come first
 	writes  []metaWrite
+	redo    uint64 // end of the redo log: what was noted before is in the above
 }
 
 type metaWrite struct {
@@ -105,6 +106,7 @@ func (img *Image) takeDirty() *commitWork {
 	defer img.mu.Unlock()
 	img.started++
 	w := &commitWork{number: img.started, barrier: img.barrier, freed: img.freed, l1Dirty: img.l1Dirty, frozen: img.frozen}
+	w.redo = img.redo.end()
 	img.barrier, img.freed, img.l1Dirty, img.dirty, img.frozen = false, nil, nil, 0, nil
 	for _, e := range img.l2.tables {
 		t := e.Value.(*l2Table)
@@ -156,6 +158,7 @@ func (img *Image) settle(w *commitWork, err error) {
 	defer img.mu.Unlock()
 	if err == nil {
 		img.completed = w.number
+		img.redo.forget(w.redo)
 	} else {
 		img.barrier = true
 		img.freed = append(w.freed, img.freed...)

@@ -22,6 +22,9 @@ type OpenOptions struct {
 	// MakeRoom, if not nil, gives blocks back to a file system that is full, for an operation that will free more. It may
 	// be called by DeleteSnapshot and DropActive, and is not safe for concurrent use.
 	MakeRoom func() error
+	// Redo, if not nil, keeps what is not yet committed for a next process; what a dead one has left in it is committed
+	// first.
+	Redo *RedoLog
 }
 
 const defaultL2CacheSize = 32 << 20
@@ -66,6 +69,7 @@ type Image struct {
 	rowBytes  int64          // length of the snapshot table
 	views     map[string]int // open views by snapshot ID
 	build     *generation    // of the running operation, nil if there is none
+	redo      *RedoLog       // nil: none is kept; set by open
 
 	requests atomic.Int64 // of guests so far
 
@@ -135,6 +139,9 @@ func open(file File, o OpenOptions) (*Image, error) {
 	if h.autoclear != 0 {
 		// We maintain none of these features: say so before the first write.
 		err = img.switchHeader(func(h *header) { h.autoclear = 0 })
+	}
+	if err == nil && o.Redo != nil {
+		err = img.replay(o.Redo)
 	}
 	return img, err
 }

@@ -1,0 +1,235 @@
+package qcow2
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"sync/atomic"
+)
+
+// RedoLog is what guests have changed in the mapping since the last commit, in memory that outlives the process. A
+// process that dies loses nothing that it has written to the file, but an acknowledged write is found only by its
+// mapping, which is in memory until the next flush. Whoever opens the image with the log of a dead process has it all.
+//
+// It is nothing against a crash of the machine, and is void then: a guest knows that only a flush is durable.
+//
+// In 64-bit words:
+//
+//	0 magic   1 begin   2 end   3 clusters per entry of the image, in bytes   8 records
+//
+// begin and end count records since the log was made. A record is 4 words: first guest cluster, clusters, descriptor and
+// subclusters of the first. The descriptors of the others name the host clusters that follow, if the first names one.
+type RedoLog struct {
+	words []uint64
+}
+
+const (
+	redoMagic   = 0x716377322d726431 // "qcw2-rd1"
+	redoHeader  = 8
+	redoWords   = 4 // of a record
+	redoBegin   = 1
+	redoEnd     = 2
+	redoCluster = 3
+
+	// maxRedoEntries bounds the entries that change at once, and so the records of one change.
+	maxRedoEntries = 8192
+	// MinRedoLog is the least length of a log in words.
+	MinRedoLog = redoHeader + redoWords*maxRedoEntries*2
+)
+
+// NewRedoLog uses words, at least MinRedoLog of them, as a log: all zeros, or what an earlier process left in them. The
+// memory is the caller's to keep and to free, after the image was closed.
+func NewRedoLog(words []uint64) (*RedoLog, error) {
+	l := &RedoLog{words: words}
+	if len(words) < MinRedoLog {
+		return nil, fmt.Errorf("redo log of %d words: the least is %d", len(words), MinRedoLog)
+	}
+	switch words[0] {
+	case redoMagic:
+		if l.end() < l.begin() || l.end()-l.begin() > l.capacity() {
+			return nil, fmt.Errorf("%w: redo log from %d to %d of %d records", ErrCorrupt, l.begin(), l.end(), l.capacity())
+		}
+	case 0:
+		words[0] = redoMagic
+	default:
+		return nil, fmt.Errorf("%w: redo log of another version: %#x", ErrUnsupported, words[0])
+	}
+	return l, nil
+}
+
+func (l *RedoLog) capacity() uint64 { return uint64(len(l.words)-redoHeader) / redoWords }
+func (l *RedoLog) begin() uint64    { return atomic.LoadUint64(&l.words[redoBegin]) }
+
+func (l *RedoLog) end() uint64 {
+	if l == nil {
+		return 0
+	}
+	return atomic.LoadUint64(&l.words[redoEnd])
+}
+
+// record returns the words of a record.
+func (l *RedoLog) record(i uint64) []uint64 {
+	return l.words[redoHeader+redoWords*(i%l.capacity()):][:redoWords]
+}
+
+// room tells whether n entries can be noted.
+func (l *RedoLog) room(n int) bool {
+	return l == nil || l.capacity()-(l.end()-l.begin()) >= uint64(n)
+}
+
+// note appends what entries from guest cluster first on are now. There must be room.
+func (l *RedoLog) note(g geometry, first int64, es []l2Entry) {
+	if l == nil {
+		return
+	}
+	end := l.end()
+	for i := 0; i < len(es); end++ {
+		n := 1
+		for i+n < len(es) && es[i+n] == es[i].next(g, n) {
+			n++
+		}
+		r := l.record(end)
+		r[0], r[1], r[2], r[3] = uint64(first)+uint64(i), uint64(n), es[i].desc, uint64(es[i].sub)
+		i += n
+	}
+	// A process can die between any two stores; the records count from here on.
+	atomic.StoreUint64(&l.words[redoEnd], end)
+}
+
+// next is the n-th entry after e of a run.
+func (e l2Entry) next(g geometry, n int) l2Entry {
+	if e.desc&flagCompressed == 0 && e.offset() != 0 {
+		e.desc += uint64(n) << g.clusterBits
+	}
+	return e
+}
+
+// forget drops the records before end, which are durable by other means.
+func (l *RedoLog) forget(end uint64) {
+	if l != nil {
+		atomic.StoreUint64(&l.words[redoBegin], end)
+	}
+}
+
+// changes returns for each L2 table, by its index in L1, what its entries became in the end.
+func (l *RedoLog) changes(g geometry) (map[int64]map[int64]l2Entry, error) {
+	tables := map[int64]map[int64]l2Entry{}
+	for i := l.begin(); i != l.end(); i++ {
+		r := l.record(i)
+		guest, n := int64(r[0]), int64(r[1])
+		first := guest & (g.l2Entries - 1)
+		if guest < 0 || n <= 0 || n > g.l2Entries-first {
+			return nil, fmt.Errorf("%w: redo record of %d clusters from %d on", ErrCorrupt, n, guest)
+		}
+		t := tables[guest>>g.l2Bits]
+		if t == nil {
+			t = map[int64]l2Entry{}
+			tables[guest>>g.l2Bits] = t
+		}
+		for k := range n {
+			t[first+k] = l2Entry{r[2], subBitmap(r[3])}.next(g, int(k))
+		}
+	}
+	return tables, nil
+}
+
+// lockRedo takes mu when the log has room for n entries: a commit empties it.
+func (img *Image) lockRedo(n int) error {
+	for {
+		img.mu.Lock()
+		if img.redo.room(n) {
+			return nil
+		}
+		img.mu.Unlock()
+		if err := img.commit(); err != nil {
+			return err
+		}
+	}
+}
+
+// replay makes durable what a dead process had acknowledged and not committed. Only what an entry became in the end
+// counts: what it was in between has been given up, or would be by the process that is dead.
+func (img *Image) replay(l *RedoLog) error {
+	if was := l.words[redoCluster]; was != 0 && was != uint64(img.g.clusterSize) {
+		return fmt.Errorf("%w: redo log of an image with clusters of %d bytes", ErrCorrupt, was)
+	}
+	l.words[redoCluster] = uint64(img.g.clusterSize)
+	tables, err := l.changes(img.g)
+	if err != nil {
+		return err
+	}
+	for _, index := range slices.Sorted(maps.Keys(tables)) {
+		if err := img.redoTable(index, tables[index]); err != nil {
+			return fmt.Errorf("redo changes under active L1 entry %d: %w", index, err)
+		}
+	}
+	if len(tables) > 0 {
+		err = img.commit()
+	}
+	if err == nil {
+		l.forget(l.end())
+		img.redo = l
+	}
+	return err
+}
+
+// redoTable changes entries of one active L2 table again.
+func (img *Image) redoTable(index int64, changed map[int64]l2Entry) error {
+	keys := slices.Sorted(maps.Keys(changed))
+	c := chunk{table: index, first: keys[0], last: keys[len(keys)-1]}
+	if index >= int64(len(img.l1)) {
+		return fmt.Errorf("%w: the L1 table has %d", ErrCorrupt, len(img.l1))
+	}
+	c.off = index*img.g.l2Coverage + c.first<<img.g.clusterBits
+	c.n = (c.last - c.first + 1) << img.g.clusterBits
+	old, err := img.entries(c)
+	if err != nil {
+		return err
+	}
+	es := slices.Clone(old)
+	for i, e := range changed {
+		is := &es[i-c.first]
+		if is.reference() == e.reference() && is.sub == e.sub {
+			continue // it was committed; whether the cluster is shared by now, the image knows
+		}
+		if *is, err = img.redoEntry(e); err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
+		}
+	}
+	if slices.Equal(old, es) {
+		return nil
+	}
+	if err := img.ownTable(index); err != nil {
+		return err
+	}
+	return img.setEntries(c, old, es, true)
+}
+
+// redoEntry checks an entry of the log: its host cluster must be counted. COPIED is what the count says.
+func (img *Image) redoEntry(e l2Entry) (l2Entry, error) {
+	if err := e.check(img.g, img.version); err != nil {
+		return e, err
+	}
+	if e.desc&flagCompressed != 0 {
+		return e, fmt.Errorf("%w: guests write no compressed clusters", ErrCorrupt)
+	}
+	if e.offset() == 0 {
+		return e, nil
+	}
+	n, err := img.alloc.count(e.offset() >> img.g.clusterBits)
+	if err == nil && n == 0 {
+		err = fmt.Errorf("%w: host cluster at %#x is free", ErrCorrupt, e.offset())
+	}
+	return e.withCopied(n == 1), err
+}
+
+// count returns how often a host cluster is counted.
+func (a *allocator) count(cluster int64) (uint64, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	b, err := a.rc.block(cluster >> a.g.blockBits)
+	if err != nil || b == nil {
+		return 0, err
+	}
+	return b.counts.get(cluster & (a.g.blockCounts - 1)), nil
+}
