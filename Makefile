@@ -35,11 +35,11 @@ fuzz: ## feed hostile images to the engine, FUZZTIME=1h for each group of target
 differential: ## let QEMU and us take turns on HISTORIES=5000 random images, and say what was tried
 	@hack/setup.sh test
 	@bash -o pipefail -c 'nice $(GO) test ./pkg/qcow2 -run "TestDifferential$$" -differential $(or $(HISTORIES),5000) \
-		-parallel 8 -timeout 0 -v | grep -vE "^ *(===|--- PASS)"'
+		-parallel 8 -timeout 0 -v | grep --line-buffered -vE "^ *(===|--- PASS)"'
 
 damage: ## damage DAMAGED=300 images, check them as QEMU does, repair them and read them again
 	@hack/setup.sh test
-	nice $(GO) test ./pkg/qcow2 -run "TestDamage$$" -damaged $(or $(DAMAGED),300) -sound 100 -timeout 0 -v | grep -vE "^ *(===|--- PASS) "
+	nice $(GO) test ./pkg/qcow2 -run "TestDamage$$" -damaged $(or $(DAMAGED),300) -sound 100 -timeout 0 -v | grep --line-buffered -vE "^ *(===|--- PASS) "
 
 lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint

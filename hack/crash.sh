@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 
 # Without the lines that tell about each history.
 GOGC=400 go test ./pkg/qcow2 -count 1 -v -timeout 5h -run '^Test(Crash|CrashOnline|Faults.*)$' \
-	-crash-states "${1:-200000}" -online-histories 200 | grep -vE '^ *(===|--- PASS)'
+	-crash-states "${1:-200000}" -online-histories 200 | grep --line-buffered -vE '^ *(===|--- PASS)'

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -11,7 +12,8 @@ import (
 //
 // v must not change meanwhile: it is a snapshot, or the active disk of an image that nobody writes to. size is
 // that of the new disk in bytes: at least v's, or 0 for v's. progress, if not nil, is told the bytes of data
-// taken over and those there are. dst is not closed; a Clone that fails or is cancelled leaves no image in it.
+// taken over and those there are. dst is not closed; it is empty again when Clone fails or
+// is cancelled.
 func Clone(ctx context.Context, dst File, v *View, size int64, progress func(done, total int64)) error {
 	if size == 0 {
 		size = v.Size()
@@ -34,7 +36,8 @@ func Clone(ctx context.Context, dst File, v *View, size int64, progress func(don
 		err = l.writeHeader(dst)
 	}
 	if err != nil {
-		return fmt.Errorf("clone %s to %s: %w", v.img.f.Name(), dst.Name(), err)
+		err = fmt.Errorf("clone %s to %s: %w", v.img.f.Name(), dst.Name(), err)
+		return errors.Join(err, dst.Truncate(0))
 	}
 	return nil
 }

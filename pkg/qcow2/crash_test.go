@@ -39,11 +39,11 @@ func TestCrash(t *testing.T) {
 					t.Logf("%d states so far", y.states())
 				})
 			}
-			for i := range uint64(besideHistories) {
-				seed := seed + i
+			for i, p := range besideConfigs(seed) {
+				seed := seed + uint64(i)
 				t.Run(fmt.Sprintf("beside a guest, seed %d", seed), func(t *testing.T) {
 					t.Parallel()
-					crashBeside(t, y, seed, plan)
+					crashBeside(t, y, seed, p, plan)
 					t.Logf("%d states so far", y.states())
 				})
 			}

@@ -40,6 +40,7 @@ type faultBase struct {
 	g     geometry
 	state crashState
 	kinds []touched // of the active disk's clusters
+	leaks bool      // a crash has left some
 }
 
 func newFaultBase(t testing.TB, name string, p crashParams) faultBase {
@@ -64,6 +65,7 @@ func faultBases(t testing.TB) []faultBase {
 		newFaultBase(t, "compressed, 64 bits", configs[2]),
 		newFaultBase(t, "version 2", configs[3]),
 		newFaultBase(t, "full refcount table", configs[8]),
+		newLeakyBase(t, configs[0]),
 	}
 }
 
@@ -216,6 +218,12 @@ func TestFaults(t *testing.T) {
 	t.Run("images", func(t *testing.T) {
 		for _, base := range faultBases(t) {
 			ops := append(faultGuestOps(base), faultWholeOps(base)...)
+			if base.leaks {
+				ops = []faultOp{{name: "reclaim leaks", run: func(t *testing.T, img *Image) error {
+					_, err := img.ReclaimLeaks(t.Context())
+					return err
+				}}}
+			}
 			if base.name == "full refcount table" { // states are dear: what makes it grow
 				ops = slices.DeleteFunc(ops, func(op faultOp) bool { return op.name != "write many" && op.name != "snapshot create" })
 			}
@@ -402,42 +410,4 @@ func TestFaultsOfOpen(t *testing.T) {
 			}
 		}
 	}
-}
-
-// TestFaultsOfClone fails the calls of the file that a clone is written to: no image is left in it.
-func TestFaultsOfClone(t *testing.T) {
-	base := faultBases(t)[2]
-	for _, how := range faults() {
-		n := 0
-		for ; ; n++ {
-			img, err := Open(base.file.clone(), OpenOptions{})
-			must(t, err)
-			dst := newMemFile(faultFile)
-			failing := dst.failing(n, how)
-			err = Clone(t.Context(), dst, img.Active(), 0, nil)
-			must(t, img.Close())
-			failed, happened := failing()
-			dst.setFault(nil)
-			if !happened {
-				must(t, err)
-				break
-			}
-			if !errors.Is(err, how.err) || !strings.Contains(err.Error(), faultFile) {
-				t.Errorf("call %d, %s, failed (%s): Clone returns %v", n, failed, how.name, err)
-			}
-			if !isHeaderless(dst) && failed.kind != callSync { // the latest sync may be that of a complete image
-				t.Errorf("call %d, %s, failed (%s): there is an image", n, failed, how.name)
-			}
-		}
-		if n == 0 && how.match(callWrite) {
-			t.Error("no call was made to fail")
-		}
-	}
-}
-
-// isHeaderless tells whether a file has no header of an image.
-func isHeaderless(f *memFile) bool {
-	b := make([]byte, 4)
-	f.content.readAt(b, 0)
-	return isZero(b)
 }

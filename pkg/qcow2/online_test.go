@@ -17,8 +17,23 @@ import (
 
 var onlineHistories = flag.Int("online-histories", 8, "random histories for TestCrashOnline")
 
-// besideHistories is how many histories of each batch of TestCrash have guests beside the operations on snapshots.
-const besideHistories = 6
+// besideConfigs are the images of the histories of a batch of TestCrash that have guests beside the operations on
+// snapshots: some in turn, and always those with subclusters, which are dear to leave to chance.
+func besideConfigs(seed uint64) []crashParams {
+	var extended, others []crashParams
+	for _, p := range crashConfigs() {
+		switch {
+		case p.ExtendedL2:
+			extended = append(extended, p)
+		case !p.fullTable:
+			others = append(others, p)
+		}
+	}
+	for i := range uint64(4) {
+		extended = append(extended, others[(seed+i)%uint64(len(others))])
+	}
+	return extended
+}
 
 // besideHistory has operations on snapshots, and a guest that makes its requests between their calls of the file.
 type besideHistory struct {
@@ -28,10 +43,9 @@ type besideHistory struct {
 	running bool // the guest
 }
 
-func crashBeside(t *testing.T, y *crashTally, seed uint64, plan crashPlan) {
+func crashBeside(t *testing.T, y *crashTally, seed uint64, p crashParams, plan crashPlan) {
 	t.Helper()
-	configs := slices.DeleteFunc(crashConfigs(), func(p crashParams) bool { return p.fullTable })
-	h := &besideHistory{crashHistory: newCrashHistory(t, seed, configs[int(seed)%len(configs)]), at: int(seed)}
+	h := &besideHistory{crashHistory: newCrashHistory(t, seed, p), at: int(seed)}
 	for range 3 {
 		h.create()
 		h.dress(h.rng.Int64N(2))

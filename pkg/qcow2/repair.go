@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -77,7 +78,7 @@ func (r *repairer) run() error {
 		return r.stop()
 	case err == nil:
 		r.result.Found = c.result
-	case r.kind != RepairAll:
+	case r.kind != RepairAll, !isDamage(err):
 		return err
 	default:
 		r.result.FoundErr = err
@@ -95,6 +96,9 @@ func (r *repairer) run() error {
 	}
 	return r.verify()
 }
+
+// isDamage tells whether what was read is wrong. What merely cannot be read just now must not be given up.
+func isDamage(err error) bool { return errors.Is(err, ErrCorrupt) || errors.Is(err, ErrLimit) }
 
 // check also returns what the check has learnt.
 func (r *repairer) check(h header) (*checker, error) {

@@ -70,6 +70,9 @@ func (b *rebuild) salvageRows() error {
 		t.shorten = true
 		rows, _, err = t.rows(b.h)
 	}
+	if err != nil && !isDamage(err) {
+		return err
+	}
 	if n := b.h.snapshots - int64(len(rows)); n > 0 {
 		b.rowsChanged = true
 		b.r.lose("the last %d rows of the snapshot table were cut off: %v", n, cmp.Or(err, ErrLimit))
