@@ -36,6 +36,7 @@ type generation struct {
 	loading map[int64]bool         // blocks that are being read; true: a live count in it has changed meanwhile
 	next    int64                  // search for free clusters from here
 	taken   runs                   // clusters that this generation has taken, in ascending order
+	ahead   map[int64]int          // live L2 tables, by cluster: references taken away that guests have not given up
 	zeroed  map[int64]struct{}     // refcount blocks in which a count fell to 0, and perhaps rose again
 	fell1   bool                   // a count fell to 1: COPIED has to be looked at
 
@@ -79,7 +80,7 @@ func (img *Image) newGeneration() *generation {
 		img: img, g: img.g, h: *img.hdr.Load(), row: append([]snapshotRow(nil), img.rows...), l1Keep: int64(len(img.l1)),
 		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f}, idle: img.requests.Load(),
 		blocks: make(map[int64]*shadowBlock), loading: make(map[int64]bool), zeroed: make(map[int64]struct{}),
-		own: make(map[int64]struct{}), dirty: make(map[int64]*sectorSet),
+		ahead: make(map[int64]int), own: make(map[int64]struct{}), dirty: make(map[int64]*sectorSet),
 		tables: make(map[int64]*nextTable), copied: make(map[int64]int64),
 	}
 }
@@ -113,9 +114,21 @@ func (n *generation) giveUp(rs runs) {
 	n.img.alloc.mu.Lock()
 	defer n.img.alloc.mu.Unlock()
 	for _, r := range rs {
-		if err := n.add(r, -1); err != nil {
-			n.cancel(err)
-			return
+		for c := r.first; c < r.end(); {
+			if n.ahead[c] > 0 {
+				n.ahead[c]--
+				c++
+				continue
+			}
+			end := c + 1
+			for end < r.end() && n.ahead[end] == 0 {
+				end++
+			}
+			if err := n.add(run{c, end - c}, -1); err != nil {
+				n.cancel(err)
+				return
+			}
+			c = end
 		}
 	}
 }

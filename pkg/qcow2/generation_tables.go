@@ -106,12 +106,30 @@ func (n *generation) replace(i, off int64, t table) error {
 		if off == 0 {
 			return nil
 		}
-		return n.drop(off, n.g.clusterSize)
+		return n.dropTable(off)
 	}); err != nil {
 		return err
 	}
 	n.tables[i] = next
 	return n.out.write(next.at, t.b)
+}
+
+// dropTable takes away the active state's reference to a live table, ahead of any guest that may give it up. Called with
+// the allocator's lock held.
+func (n *generation) dropTable(off int64) error {
+	n.ahead[off>>n.g.clusterBits]++
+	return n.drop(off, n.g.clusterSize)
+}
+
+// keepTable is for a table that a guest has replaced: unless it is given up already, that is still to come, and takes
+// away the reference. Called with the allocator's lock held.
+func (n *generation) keepTable(off int64) error {
+	c := off >> n.g.clusterBits
+	if n.ahead[c] == 0 {
+		return nil
+	}
+	n.ahead[c]--
+	return n.add(run{c, 1}, 1)
 }
 
 // setCopied sets COPIED where the next count is 1, and nowhere else. t has the runs rs. Called with the allocator's
@@ -210,10 +228,10 @@ func (n *generation) apply(c tableChange) error {
 	}
 	if next.old != c.live { // a guest has given its table up for a new one
 		err := n.locked(func() error {
-			if err := n.add(run{next.old >> n.g.clusterBits, 1}, 1); err != nil {
+			if err := n.keepTable(next.old); err != nil {
 				return err
 			}
-			return n.drop(c.live, n.g.clusterSize)
+			return n.dropTable(c.live)
 		})
 		if err != nil {
 			return err

@@ -383,3 +383,51 @@ func TestUncommittedAtSwitch(t *testing.T) {
 		})
 	}
 }
+
+// TestTableGivenUpEarly: a guest gives up a table that the next generation has replaced, and commits that, before the
+// operation has seen it. The reference must not be taken away twice.
+func TestTableGivenUpEarly(t *testing.T) {
+	gaveUp := 0
+	for call := range 8 {
+		f := newMemFile("early")
+		must(t, Create(f, 4*sectorSize, CreateOptions{ClusterSize: 512}))
+		img, err := Open(f, OpenOptions{})
+		must(t, err)
+		write := func(count int) {
+			_, err := img.WriteAt(stamp(count, 0, 4*sectorSize), 0)
+			must(t, err)
+			must(t, img.Flush())
+		}
+		create := func(name string) {
+			_, err := img.CreateSnapshot(name, nil)
+			must(t, err)
+		}
+		write(1)
+		// The second snapshot shares its table with the active disk, and with the first gone its clusters with nobody else.
+		create("one")
+		create("two")
+		must(t, img.DeleteSnapshot(ByName("one")))
+		calls, busy := 0, false
+		f.between = func() {
+			if busy || img.build == nil || !img.idle() {
+				return
+			}
+			if calls++; calls-1 == call {
+				busy = true
+				write(2)
+				if busy = false; len(img.build.tables) > 0 {
+					gaveUp++
+				}
+			}
+		}
+		must(t, img.DeleteSnapshot(ByName("two")))
+		f.between = nil
+		must(t, img.Close())
+		if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.ExitStatus() != 0 {
+			t.Errorf("call %d: %+v, %v", call, r, err)
+		}
+	}
+	if gaveUp == 0 {
+		t.Error("the guest never came between")
+	}
+}
