@@ -166,53 +166,43 @@ func (c counts) find(i, n int64, v uint64) int64 {
 	return i + n
 }
 
-// all tells whether all of n counts from index i on are v, with v as in find.
-func (c counts) all(i, n int64, v uint64) bool {
+// alike returns the first of n indexes from i on whose count is not v, or i+n, with v as in find.
+func (c counts) alike(i, n int64, v uint64) int64 {
 	low, _ := c.lanes()
 	head, b, tail := c.words(i, n)
 	for k := i; k < head; k++ {
 		if c.get(k) != v {
-			return false
+			return k
 		}
 	}
 	for p := 0; p+8 <= len(b); p += 8 {
 		if binary.BigEndian.Uint64(b[p:]) != low*v {
-			return false
+			tail = head + int64(p)<<3>>c.order
+			break
 		}
 	}
 	for k := tail; k < i+n; k++ {
 		if c.get(k) != v {
-			return false
+			return k
 		}
 	}
-	return true
+	return i + n
+}
+
+// zeros returns the first counts of 0 from index i on, of n in all. Without counts all are 0.
+func (c counts) zeros(i, n int64) (from, end int64) {
+	if c.none() {
+		return i, n
+	}
+	from = c.nextZero(i)
+	return from, c.nextNonzero(from)
 }
 
 // nextZero returns the first index from i on whose count is 0, or the number of counts.
 func (c counts) nextZero(i int64) int64 { return c.find(i, c.len()-i, 0) }
 
 // nextNonzero returns the first index from i on whose count is not 0, or the number of counts.
-func (c counts) nextNonzero(i int64) int64 {
-	n := c.len() - i
-	head, b, tail := c.words(i, n)
-	for k := i; k < head; k++ {
-		if c.get(k) != 0 {
-			return k
-		}
-	}
-	for p := 0; p+8 <= len(b); p += 8 {
-		if binary.NativeEndian.Uint64(b[p:]) != 0 {
-			tail = head + int64(p)<<3>>c.order
-			break
-		}
-	}
-	for k := tail; k < i+n; k++ {
-		if c.get(k) != 0 {
-			return k
-		}
-	}
-	return i + n
-}
+func (c counts) nextNonzero(i int64) int64 { return c.alike(i, c.len()-i, 0) }
 
 // eachBlock splits a run of clusters at the borders of refcount blocks: fn gets the block's index, and the
 // first count and the number of counts in it.

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"slices"
 )
 
@@ -239,13 +240,14 @@ func (n *generation) adopt() error {
 	defer a.mu.Unlock()
 	a.build = nil
 	a.rc.setTable(table, run{n.h.refTableOffset >> n.g.clusterBits, n.h.refTableClusters})
-	for k, b := range n.blocks {
+	for _, k := range slices.Sorted(maps.Keys(n.blocks)) {
+		b := n.blocks[k]
 		switch {
 		case b.at == 0:
-		case b.counts.none():
+		case b.counts.none() || b.dirty.empty() && len(a.rc.blocks) >= a.rc.limit:
 			delete(a.rc.blocks, k)
 		default:
-			a.rc.blocks[k] = &b.refBlock // the next one to be read drops what is beyond the limit
+			a.rc.blocks[k] = &b.refBlock
 		}
 	}
 	a.length.Store(max(a.length.Load(), length))

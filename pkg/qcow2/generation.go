@@ -39,6 +39,8 @@ type generation struct {
 	ahead   map[int64]int          // live L2 tables, by cluster: references taken away that guests have not given up
 	zeroed  map[int64]struct{}     // refcount blocks in which a count fell to 0, and perhaps rose again
 	fell1   bool                   // a count fell to 1: COPIED has to be looked at
+	slab    []byte                 // memory for more blocks
+	spare   []counts               // memory of blocks that were put out of it
 
 	// The image's lock guards these.
 	frozen   bool                 // what was mapped at the start belongs to a snapshot now, whatever COPIED says
@@ -53,6 +55,7 @@ type generation struct {
 	tables map[int64]*nextTable // tables that the next generation has to itself, by L1 index
 	copied map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
 	out    metaWriter
+	buffer []byte // of the tables that are read
 	idle   int64      // guest requests when pace looked last
 	paced  int64      // bytes written then
 	runs   []entryRun // of the table that is being looked at
@@ -136,10 +139,14 @@ func (n *generation) giveUp(rs runs) {
 // place takes clusters for b, has it written and returns its offset.
 func (n *generation) place(b []byte) (int64, error) {
 	var r run
-	err := n.locked(func() (err error) {
-		r, err = n.take(max(n.g.clusters(int64(len(b))), 1))
-		return err
-	})
+	k := max(n.g.clusters(int64(len(b))), 1)
+	err := n.seek(k)
+	if err == nil {
+		err = n.locked(func() (err error) {
+			r, err = n.take(k)
+			return err
+		})
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -175,7 +182,7 @@ func (n *generation) abortLocked(cause error) error {
 		}
 	}
 	img.mu.Unlock()
-	cause = fmt.Errorf("%s: %w", img.f.Name(), cause)
+	cause = errors.Join(fmt.Errorf("%s: %w", img.f.Name(), cause), n.out.wait())
 	if img.failed() != nil {
 		return cause
 	}

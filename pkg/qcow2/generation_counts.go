@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"fmt"
+	"math"
 	"slices"
 )
 
@@ -13,8 +14,22 @@ type shadowBlock struct {
 	old      int64 // offset of the live block whose count has been taken away for it, 0 if there was none
 }
 
+// clean tells that the block is no more than a copy of the live one.
+func (b *shadowBlock) clean() bool { return b.at == 0 && b.dirty.empty() }
+
 // shadowBytes bounds the refcount blocks that an operation keeps in memory.
 const shadowBytes = 64 << 20
+
+// limit is shadowBytes in blocks.
+func (n *generation) limit() int { return max(shadowBytes>>n.g.clusterBits, 64) }
+
+// forget drops a clean block. Called with the allocator's lock held, as the rest.
+func (n *generation) forget(k int64) {
+	if c := n.blocks[k].counts; !c.none() {
+		n.spare = append(n.spare, c)
+	}
+	delete(n.blocks, k)
+}
 
 // The following are called with the allocator's lock held, unless they say otherwise.
 
@@ -31,7 +46,7 @@ func (n *generation) block(i int64) (*shadowBlock, error) {
 	case b == nil:
 		b = &shadowBlock{}
 	}
-	c := n.g.newCounts(1)
+	c := n.newCounts()
 	if live != nil {
 		copy(c.b, live.counts.b)
 	} else if err := readPadded(n.img.f, c.b, off); err != nil {
@@ -40,6 +55,26 @@ func (n *generation) block(i int64) (*shadowBlock, error) {
 	b.counts = c
 	n.blocks[i] = b
 	return b, nil
+}
+
+// slabBytes is how much memory for refcount blocks is allocated at once.
+const slabBytes = 8 << 20
+
+// newCounts returns a block of zeros.
+func (n *generation) newCounts() counts {
+	size := n.g.clusterSize
+	if k := len(n.spare); k > 0 {
+		c := n.spare[k-1]
+		n.spare = n.spare[:k-1]
+		clear(c.b)
+		return c
+	}
+	if int64(len(n.slab)) < size {
+		n.slab = newMemory(slabBytes)
+	}
+	c := counts{n.slab[:size:size], n.g.refcountOrder}
+	n.slab = n.slab[size:]
+	return c
 }
 
 // source returns where the counts of block i are, in memory or on disk; nowhere if it does not exist.
@@ -61,7 +96,7 @@ func (n *generation) ownBlock(i int64) (*shadowBlock, error) {
 	}
 	b, err := n.block(i)
 	if err == nil && b.counts.none() {
-		b.counts = n.g.newCounts(1)
+		b.counts = n.newCounts()
 		n.blocks[i] = b
 	}
 	return b, err
@@ -105,8 +140,8 @@ func (n *generation) mirror(r run, delta int) error {
 		switch b := n.blocks[k]; {
 		case b == nil:
 			return nil
-		case b.at == 0 && b.dirty.empty():
-			delete(n.blocks, k)
+		case b.clean():
+			n.forget(k)
 			return nil
 		}
 		return n.add(run{k<<n.g.blockBits + i, m}, delta)
@@ -127,18 +162,10 @@ func (n *generation) holds(c int64) bool {
 	return ok
 }
 
-// longRun is how many free clusters there have to be in a row for metadata to go there, so that it is written in long runs.
-// Smaller gaps are left to guests' data.
-const longRun = 16
-
 // take allocates k neighbouring clusters for the next generation.
 func (n *generation) take(k int64) (run, error) {
-	if free, err := n.img.alloc.rc.freeRun(n.next, k); err != nil {
+	if err := n.search(k, math.MaxInt64); err != nil {
 		return run{}, err
-	} else if free < k {
-		if n.next, err = n.img.alloc.rc.nextFreeRun(n.next, max(k, longRun)); err != nil {
-			return run{}, err
-		}
 	}
 	r := run{n.next, k}
 	if err := n.img.alloc.refuse(r); err != nil {
@@ -152,68 +179,6 @@ func (n *generation) take(k int64) (run, error) {
 // drop gives up the clusters of a structure of length bytes.
 func (n *generation) drop(off, length int64) error {
 	return n.add(run{off >> n.g.clusterBits, n.g.clusters(length)}, -1)
-}
-
-// preload reads the refcount blocks of clusters ahead of their use. Called without the allocator's lock: guests'
-// allocations do not wait for the disk.
-func (n *generation) preload(rs []entryRun) error {
-	var missing []int64
-	last := int64(-1)
-	err := n.locked(func() error {
-		for _, r := range rs {
-			for k := r.hosts.first >> n.g.blockBits; k <= (r.hosts.end()-1)>>n.g.blockBits; k++ {
-				if k == last {
-					continue
-				}
-				last = k
-				if b := n.blocks[k]; b != nil && !b.counts.none() {
-					continue
-				}
-				if off, live := n.source(k); live != nil || off == 0 {
-					continue
-				}
-				if _, ok := n.loading[k]; !ok {
-					n.loading[k] = false
-					missing = append(missing, k)
-				}
-			}
-		}
-		return nil
-	})
-	for _, k := range missing {
-		if err == nil {
-			err = n.preloadBlock(k)
-		}
-	}
-	if err != nil {
-		_ = n.locked(func() error { clear(n.loading); return nil })
-	}
-	return err
-}
-
-func (n *generation) preloadBlock(k int64) error {
-	var off int64
-	if err := n.locked(func() error { off, _ = n.source(k); return nil }); err != nil {
-		return err
-	}
-	c := n.g.newCounts(1)
-	if err := readPadded(n.img.f, c.b, off); err != nil {
-		return fmt.Errorf("read refcount block %d: %w", k, err)
-	}
-	return n.locked(func() error {
-		stale := n.loading[k]
-		delete(n.loading, k)
-		b := n.blocks[k]
-		switch {
-		case stale || b != nil && !b.counts.none():
-			return nil
-		case b == nil:
-			b = &shadowBlock{}
-			n.blocks[k] = b
-		}
-		b.counts = c
-		return nil
-	})
 }
 
 // The following are called without the allocator's lock.
@@ -234,6 +199,9 @@ func (n *generation) placeBlocks() error {
 		}
 		slices.Sort(ks)
 		for _, k := range ks {
+			if err := n.seek(1); err != nil {
+				return err
+			}
 			if err := n.locked(func() error { return n.placeBlock(k) }); err != nil {
 				return err
 			}
@@ -287,28 +255,32 @@ func (n *generation) writeBlocks() error {
 }
 
 func (n *generation) writeBlock(k int64) error {
-	var parts []metaWrite
+	var b *shadowBlock
+	var dirty sectorSet
 	if err := n.locked(func() error {
-		b := n.blocks[k]
-		parts = b.dirty.parts(b.counts.b, b.at)
-		b.dirty = nil
+		b = n.blocks[k]
+		dirty, b.dirty = b.dirty, nil
 		return nil
 	}); err != nil {
 		return err
 	}
-	for _, p := range parts {
-		if err := n.out.write(p.off, p.b); err != nil {
-			return err
+	var err error
+	dirty.each(func(first, m int64) {
+		at, end := first*sectorSize, min((first+m)*sectorSize, n.g.clusterSize)
+		if err == nil {
+			err = n.out.room(b.at+at, end-at)
 		}
-	}
-	return nil
+		if err == nil {
+			err = n.locked(func() error { n.out.b = append(n.out.b, b.counts.b[at:end]...); return nil })
+		}
+	})
+	return err
 }
 
 // trim puts refcount blocks out of memory when there are too many.
 func (n *generation) trim() error {
-	limit := max(shadowBytes>>n.g.clusterBits, 64)
 	var many bool
-	if err := n.locked(func() error { many = len(n.blocks) > limit && n.resident() > limit; return nil }); err != nil || !many {
+	if err := n.locked(func() error { many = len(n.blocks) > n.limit() && n.resident() > n.limit(); return nil }); err != nil || !many {
 		return err
 	}
 	for _, step := range []func() error{n.placeBlocks, n.writeBlocks, n.out.flush} {
@@ -319,10 +291,10 @@ func (n *generation) trim() error {
 	return n.locked(func() error {
 		for k, b := range n.blocks {
 			switch {
-			case !b.dirty.empty():
-			case b.at == 0:
-				delete(n.blocks, k)
-			default:
+			case b.clean():
+				n.forget(k)
+			case b.dirty.empty() && !b.counts.none():
+				n.spare = append(n.spare, b.counts)
 				b.counts = counts{}
 			}
 		}

@@ -20,7 +20,17 @@ func (n *generation) scan(off int64, t table) error {
 				ErrCorrupt, off, r.i, r.hosts.first, r.hosts.end()-1)
 		}
 	}
-	if err := n.preload(append(n.runs, entryRun{hosts: run{off >> n.g.clusterBits, 1}})); err != nil {
+	if err := n.preload(func(yield func(int64) bool) {
+		last := off >> n.g.clusterBits >> n.g.blockBits
+		ok := yield(last)
+		for _, r := range n.runs {
+			for k := r.hosts.first >> n.g.blockBits; ok && k <= (r.hosts.end()-1)>>n.g.blockBits; k++ {
+				if k != last {
+					ok, last = yield(k), k
+				}
+			}
+		}
+	}); err != nil {
 		return err
 	}
 	return n.trim()
@@ -96,6 +106,9 @@ func (n *generation) flagTable(i, off int64, t table, differs bool) error {
 // replace gives the next generation a table of its own for an active one, which the live generation has at off.
 func (n *generation) replace(i, off int64, t table) error {
 	next := &nextTable{old: off}
+	if err := n.seek(1); err != nil {
+		return err
+	}
 	if err := n.locked(func() error {
 		r, err := n.take(1)
 		if err != nil {
@@ -145,16 +158,21 @@ func (n *generation) setCopied(t table, rs []entryRun) (changed bool, err error)
 			if err != nil {
 				return err
 			}
-			for j := first; j < first+m; j++ {
-				// Most often all of a run is as it should be, or none of it.
-				if c := b.counts; !c.none() && (r.copied && c.all(j, first+m-j, 1) || !r.copied && c.find(j, first+m-j, 1) == first+m) {
-					break
+			for c, j, end := b.counts, first, first+m; j < end; {
+				sole, others := j, end // ends of the counts of 1 from j on, and of those that follow
+				if !c.none() {
+					sole = c.alike(j, end-j, 1)
+					others = c.find(sole, end-sole, 1)
 				}
-				copied := !b.counts.none() && b.counts.get(j) == 1
-				if copied != r.copied {
-					t.set(at+j-first, t.entry(at+j-first).withCopied(copied))
+				wrong, last := sole, others
+				if !r.copied {
+					wrong, last = j, sole
+				}
+				if wrong < last {
+					t.setCopied(at+wrong-first, last-wrong, !r.copied)
 					changed = true
 				}
+				j = others
 			}
 			at += m
 			return nil

@@ -3,12 +3,14 @@ package qcow2
 import "fmt"
 
 // metaWriter gathers writes, which are made in the order of their calls: what comes one after the other in the file is
-// written together.
+// written together, while the next is gathered.
 type metaWriter struct {
-	f     File
-	off   int64
-	b     []byte // to be written at off
-	total int64  // bytes written so far
+	f       File
+	off     int64
+	b       []byte // to be written at off
+	spare   []byte
+	writing chan error // of the write that is under way, nil if there is none
+	total   int64      // bytes written so far
 }
 
 // maxGathered is how many bytes are written together.
@@ -16,17 +18,11 @@ const maxGathered = 1 << 20
 
 // write takes a copy of b.
 func (w *metaWriter) write(off int64, b []byte) error {
-	if off != w.off+int64(len(w.b)) || len(w.b)+len(b) > maxGathered {
-		if err := w.flush(); err != nil {
-			return err
-		}
-		w.off = off
+	err := w.room(off, int64(len(b)))
+	if err == nil {
+		w.b = append(w.b, b...)
 	}
-	if w.b == nil {
-		w.b = make([]byte, 0, maxGathered)
-	}
-	w.b = append(w.b, b...)
-	return nil
+	return err
 }
 
 // zeros writes n zeros behind what was written last.
@@ -34,19 +30,57 @@ func (w *metaWriter) zeros(n int64) error {
 	return w.write(w.off+int64(len(w.b)), make([]byte, n))
 }
 
-// flush writes what was gathered.
-func (w *metaWriter) flush() error {
-	if len(w.b) == 0 {
+// room sees to it that n bytes at off can be appended to b.
+func (w *metaWriter) room(off, n int64) error {
+	if w.b == nil {
+		m := newMemory(2 * maxGathered)
+		w.b, w.spare = m[:0:maxGathered], m[maxGathered:maxGathered]
+	}
+	if off != w.off+int64(len(w.b)) || int64(len(w.b))+n > maxGathered {
+		if err := w.send(); err != nil {
+			return err
+		}
+		w.off = off
+	}
+	return nil
+}
+
+// send begins to write what was gathered, when what came before it is written.
+func (w *metaWriter) send() error {
+	if err := w.wait(); err != nil || len(w.b) == 0 {
+		return err
+	}
+	b, off, done := w.b, w.off, make(chan error, 1)
+	w.b, w.spare, w.writing = w.spare[:0], b, done
+	w.off += int64(len(b))
+	w.total += int64(len(b))
+	go func() {
+		_, err := w.f.WriteAt(b, off)
+		if f, ok := w.f.(writebacker); ok && err == nil {
+			f.StartWriteback(off, int64(len(b))) // the disk works while we go on, and a sync has less to do
+		}
+		done <- err
+	}()
+	return nil
+}
+
+// wait returns when no write is under way.
+func (w *metaWriter) wait() error {
+	if w.writing == nil {
 		return nil
 	}
-	if _, err := w.f.WriteAt(w.b, w.off); err != nil {
+	err := <-w.writing
+	w.writing = nil
+	if err != nil {
 		return fmt.Errorf("write metadata: %w", err)
 	}
-	if f, ok := w.f.(writebacker); ok {
-		f.StartWriteback(w.off, int64(len(w.b))) // the disk works while we go on, and a sync has less to do
-	}
-	w.total += int64(len(w.b))
-	w.off += int64(len(w.b))
-	w.b = w.b[:0]
 	return nil
+}
+
+// flush writes what was gathered.
+func (w *metaWriter) flush() error {
+	if err := w.send(); err != nil {
+		return err
+	}
+	return w.wait()
 }

@@ -77,6 +77,16 @@ func (t table) followExtended(at int64, w, size uint64) (int64, error) {
 	return k, nil
 }
 
+// setCopied sets or clears COPIED in n entries from index i on.
+func (t table) setCopied(i, n int64, copied bool) {
+	stride := t.entrySize()
+	for at := i * stride; at < (i+n)*stride; at += stride {
+		if t.b[at] &^= flagCopied >> 56; copied {
+			t.b[at] |= flagCopied >> 56
+		}
+	}
+}
+
 // clearCopied clears COPIED in all entries. It tells whether one had it.
 func (t table) clearCopied() bool {
 	var seen byte

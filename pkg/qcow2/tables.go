@@ -26,20 +26,17 @@ func (n *generation) eachTable(l1 []l1Entry, fn func(index, off int64, t table) 
 	if err != nil {
 		return err
 	}
+	free := n.batchBuffers()
 	var ahead []*tableBatch
 	defer func() {
 		for _, b := range ahead {
 			<-b.done
 		}
 	}()
-	var spare [][]byte
 	for next := 0; ; {
-		for next < len(l1) && len(ahead) < batchesRead {
-			var buf []byte
-			if k := len(spare); k > 0 {
-				buf, spare = spare[k-1], spare[:k-1]
-			}
-			b := img.nextBatch(l1, next, buf)
+		for next < len(l1) && len(free) > 0 {
+			b := img.nextBatch(l1, next, free[0])
+			free = free[1:]
 			next = b.end
 			ahead = append(ahead, b)
 			go func() {
@@ -67,22 +64,32 @@ func (n *generation) eachTable(l1 []l1Entry, fn func(index, off int64, t table) 
 			}
 			at += img.g.clusterSize
 		}
-		spare = append(spare, b.b)
+		free = append(free, b.b[:cap(b.b)])
 		n.pace()
 	}
 }
 
-// nextBatch plans a batch from an L1 index on. buf is a buffer to use, if it has one.
+// batchBuffers returns the buffers of all batches that are read at a time.
+func (n *generation) batchBuffers() [][]byte {
+	size := max(batchBytes, n.g.clusterSize)
+	if n.buffer == nil {
+		n.buffer = newMemory(batchesRead * size)
+	}
+	bs := make([][]byte, batchesRead)
+	for i := range bs {
+		bs[i] = n.buffer[int64(i)*size:][:size:size]
+	}
+	return bs
+}
+
+// nextBatch plans a batch from an L1 index on, to be read into buf.
 func (img *Image) nextBatch(l1 []l1Entry, first int, buf []byte) *tableBatch {
 	b := &tableBatch{first: first, end: first, done: make(chan struct{})}
-	size, most := int64(0), max(batchBytes, img.g.clusterSize)
-	for ; b.end < len(l1) && size < most; b.end++ {
+	size := 0
+	for ; b.end < len(l1) && size < len(buf); b.end++ {
 		if l1[b.end].offset() != 0 {
-			size += img.g.clusterSize
+			size += int(img.g.clusterSize)
 		}
-	}
-	if int64(cap(buf)) < size {
-		buf = make([]byte, size, most)
 	}
 	b.b = buf[:size]
 	return b
