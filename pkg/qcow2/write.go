@@ -40,20 +40,28 @@ func (img *Image) writeChunk(c chunk, p []byte) error {
 	return img.withSpace(func() error { return img.writeMapping(c, p) })
 }
 
-// withSpace calls fn again when it met a full disk and an operation on snapshots has ended since.
+// withSpace calls fn again when it met a full disk and an operation on snapshots that ran meanwhile has ended.
 func (img *Image) withSpace(fn func() error) error {
+	before := img.running()
 	err := fn()
 	if !errors.Is(err, ErrNoSpace) {
 		return err
 	}
-	img.mu.Lock()
-	n := img.build
-	img.mu.Unlock()
+	n := img.running()
+	if n == nil {
+		n = before // it has just ended, and given back what it had taken
+	}
 	if n == nil {
 		return err
 	}
 	n.waitForSpace(err)
 	return fn()
+}
+
+func (img *Image) running() *generation {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return img.build
 }
 
 // writeInPlace writes to clusters that the active state owns: the mapping stays as it is. It does nothing if one
