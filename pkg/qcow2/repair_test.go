@@ -49,6 +49,13 @@ func readable(t testing.TB, f *memFile) content {
 	return c
 }
 
+func (c content) clusters() (n int64) {
+	for _, clusters := range c {
+		n += int64(len(clusters))
+	}
+	return n
+}
+
 // changed says what f reads differently.
 func (c content) changed(t testing.TB, f *memFile) string {
 	t.Helper()
