@@ -5,6 +5,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
+	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/driver"
@@ -13,6 +14,7 @@ import (
 
 func newNodeCommand() *cobra.Command {
 	var engineEndpoint string
+	var inCluster bool
 	var metrics metricsServer
 	o := driver.Options{Version: version}
 	reserve := sizeFlag(driver.DefaultReserve)
@@ -33,6 +35,11 @@ file systems, so it must run as root and in the mount namespace where kubelet se
 			}
 			defer func() { err = errors.Join(err, client.Close()) }()
 			o.Engine, o.Reserve = client, int64(reserve)
+			if inCluster {
+				if o.Cluster, err = rest.InClusterConfig(); err != nil {
+					return err
+				}
+			}
 			return metrics.run(cmd.Context(), func(r prometheus.Registerer) error {
 				o.Metrics = r
 				return driver.Run(cmd.Context(), o)
@@ -46,6 +53,8 @@ file systems, so it must run as root and in the mount namespace where kubelet se
 	flags.StringVar(&engineEndpoint, "engine", "", "`endpoint` of the engine, unix:///path")
 	flags.Var(&reserve, "reserve", "space of the pool's file system that is promised to no volume")
 	flags.Float64Var(&o.Overcommit, "overcommit", driver.DefaultOvercommit, "`bytes` promised to volumes for each free byte")
+	flags.BoolVar(&inCluster, "cluster", false, `take part in the Kubernetes cluster of this pod, with its service account: volumes made from a
+source and pre-provisioned snapshots are handled by the node that has their source`)
 	metrics.addFlag(cmd)
 	require(cmd, "endpoint", "node-id", "pool", "engine")
 	addLogFlags(cmd)

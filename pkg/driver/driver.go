@@ -12,10 +12,12 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
+	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
 	"k8s.io/mount-utils"
 	utilexec "k8s.io/utils/exec"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/driver/cluster"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -35,6 +37,8 @@ type Options struct {
 	Overcommit float64
 	// Metrics, if not nil, gets the plugin's metrics.
 	Metrics prometheus.Registerer
+	// Cluster, if not nil, is how the API server of the plugin's Kubernetes cluster is reached.
+	Cluster *rest.Config
 }
 
 // Driver is what the three services share.
@@ -77,6 +81,8 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var background sync.WaitGroup
+	defer background.Wait()
 	defer stop()
 	d := newDriver(work, o)
 	if o.Metrics != nil {
@@ -86,6 +92,13 @@ func Run(ctx context.Context, o Options) error {
 	}
 	if _, err := d.pool(); err != nil {
 		klog.FromContext(ctx).Error(err, "The pool is not usable yet", "pool", o.PoolDir)
+	}
+	if o.Cluster != nil {
+		inCluster, err := d.inCluster(o.Cluster)
+		if err != nil {
+			return errors.Join(err, listener.Close())
+		}
+		background.Go(func() { inCluster(work) })
 	}
 	server := d.newServer()
 	klog.FromContext(ctx).Info("Serving", "endpoint", o.Endpoint, "node", o.NodeID, "pool", o.PoolDir, "version", o.Version)
@@ -107,6 +120,16 @@ func newDriver(work context.Context, o Options) *Driver {
 		metrics:  newMetrics(),
 		mounter:  mount.NewSafeFormatAndMount(mount.NewWithoutSystemd(""), utilexec.New()),
 	}
+}
+
+// inCluster returns what the plugin does in its cluster until a context ends.
+func (d *Driver) inCluster(config *rest.Config) (func(context.Context), error) {
+	clients, err := cluster.Connect(config)
+	if err != nil {
+		return nil, err
+	}
+	o := cluster.Options{Clients: clients, Driver: Name, Node: d.nodeID, Owns: d.ownsHandle}
+	return func(ctx context.Context) { cluster.Run(ctx, o) }, nil
 }
 
 func (d *Driver) newServer() *grpc.Server {

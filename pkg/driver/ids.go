@@ -41,6 +41,16 @@ func snapshotVolume(id string) (volumeID string, ok bool) {
 	return volumeID, ok && pool.ValidID(volumeID)
 }
 
+// ownsHandle tells whether a volume ID or snapshot ID, which may come from anywhere, is of this node's pool.
+func (d *Driver) ownsHandle(handle string) (bool, error) {
+	p, err := d.pool()
+	if err != nil {
+		return false, err
+	}
+	volumeID, _, _ := strings.Cut(handle, snapshotSeparator)
+	return p.Owns(volumeID), nil
+}
+
 // checkVolumeName and checkSnapshotName refuse what the CSI specification bans.
 func checkVolumeName(name string) error {
 	return checkName(name)
