@@ -38,4 +38,4 @@ losetup --noheadings --output NAME,BACK-FILE | sort >"$before"
 
 CGO_ENABLED=0 GOFLAGS=-buildvcs=false go test -c -trimpath -o "$CACHE/e2e.test" .
 cluster/up.sh 2
-KUBECONFIG=$KUBECONFIG_ADMIN in_netns "$CONTROL" "$CACHE/e2e.test" -test.v -test.timeout 20m "$@"
+STATE=$STATE KUBECONFIG=$KUBECONFIG_ADMIN in_netns "$CONTROL" "$CACHE/e2e.test" -test.v -test.parallel 16 -test.timeout 20m "$@"

@@ -16,6 +16,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/remotecommand"
@@ -59,10 +60,7 @@ func (s *space) remove() {
 	s.check(client.CoreV1().Namespaces().Delete(s.ctx, s.name, meta.DeleteOptions{}))
 	s.eventually("namespace to go", func(ctx context.Context) error {
 		_, err := client.CoreV1().Namespaces().Get(ctx, s.name, meta.GetOptions{})
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		return errors.Join(err, errors.New("it is still there"))
+		return gone(err)
 	})
 	s.eventually("volumes and snapshots to go", func(ctx context.Context) error {
 		volumes, err := client.CoreV1().PersistentVolumes().List(ctx, meta.ListOptions{})
@@ -173,6 +171,44 @@ func (s *space) pvc(name string, c claim) {
 	s.check(err)
 }
 
+// deletePVC deletes a claim and waits until it is gone.
+func (s *space) deletePVC(name string) {
+	s.Helper()
+	claims := client.CoreV1().PersistentVolumeClaims(s.name)
+	s.check(claims.Delete(s.ctx, name, meta.DeleteOptions{}))
+	s.eventually("claim "+name+" to go", func(ctx context.Context) error {
+		_, err := claims.Get(ctx, name, meta.GetOptions{})
+		return gone(err)
+	})
+}
+
+// gone is nil for the error of a Get whose object is not there.
+func gone(err error) error {
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil
+	case err == nil:
+		return errors.New("it is still there")
+	}
+	return err
+}
+
+// expand asks for a larger volume and waits until the claim has it.
+func (s *space) expand(name, size string) {
+	s.Helper()
+	claims := client.CoreV1().PersistentVolumeClaims(s.name)
+	patch := fmt.Sprintf(`{"spec": {"resources": {"requests": {"storage": %q}}}}`, size)
+	_, err := claims.Patch(s.ctx, name, types.MergePatchType, []byte(patch), meta.PatchOptions{})
+	s.check(err)
+	s.eventually("expansion of "+name, func(ctx context.Context) error {
+		got, err := claims.Get(ctx, name, meta.GetOptions{})
+		if err == nil && got.Status.Capacity.Storage().Cmp(resource.MustParse(size)) < 0 {
+			err = fmt.Errorf("it has %s: %+v", got.Status.Capacity.Storage(), got.Status.Conditions)
+		}
+		return err
+	})
+}
+
 // pv returns the volume of a bound claim.
 func (s *space) pv(claim string) *core.PersistentVolume {
 	s.Helper()
@@ -239,10 +275,7 @@ func (s *space) deletePod(name string) {
 	s.check(client.CoreV1().Pods(s.name).Delete(s.ctx, name, meta.DeleteOptions{}))
 	s.eventually("pod "+name+" to go", func(ctx context.Context) error {
 		_, err := client.CoreV1().Pods(s.name).Get(ctx, name, meta.GetOptions{})
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		return errors.Join(err, errors.New("it is still there"))
+		return gone(err)
 	})
 }
 
@@ -254,6 +287,15 @@ func (s *space) exec(pod, script string) string {
 		s.Fatalf("in pod %s: %s: %v", pod, script, err)
 	}
 	return out
+}
+
+// eventuallyExec waits until a shell script in a pod succeeds.
+func (s *space) eventuallyExec(pod, script string) {
+	s.Helper()
+	s.eventually(script+" in pod "+pod, func(context.Context) error {
+		_, err := s.tryExec(pod, script)
+		return err
+	})
 }
 
 func (s *space) tryExec(pod, script string) (string, error) {

@@ -15,4 +15,4 @@ for file in "$STATE"/*.pid; do
 	wait_for 10 test ! -d "/proc/$pid"
 done
 ip netns del "$CONTROL" 2>/dev/null || true
-rm -rf "$STATE"
+rm -rf --one-file-system "$STATE"

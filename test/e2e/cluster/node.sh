@@ -94,10 +94,23 @@ write_configuration() {
 	S
 }
 
+# A file system of its own for the volumes: tests can fill it, and clones share their source's blocks.
+mount_pool() {
+	if [[ ! -e $dir/disk ]]; then
+		truncate -s 24G "$dir/disk"
+		mkfs.xfs -q "$dir/disk"
+	fi
+	mkdir -p "$dir/var/csi-qcow2"
+	mount -o loop "$dir/disk" "$dir/var/csi-qcow2"
+}
+
+umount_pool() { ! mountpoint --quiet "$dir/var/csi-qcow2" || umount "$dir/var/csi-qcow2"; }
+
 up() {
 	make_cgroups
 	make_network
 	write_configuration
+	mount_pool
 	setsid nsenter --net="/run/netns/$netns" \
 		unshare --mount --uts --ipc --pid --fork --kill-child --mount-proc --propagation slave \
 		"$E2E/cluster/node-init.sh" "$node" >"$dir/log/init.log" 2>&1 </dev/null &
@@ -116,6 +129,7 @@ crash() {
 	ip netns del "$netns" 2>/dev/null || true
 	wait_for 10 remove_cgroups
 	remove_loops
+	wait_for 30 umount_pool
 }
 
 # A process that is being killed stays in its cgroup until it has ended.
