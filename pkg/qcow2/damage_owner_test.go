@@ -99,8 +99,9 @@ func (o *owners) undoubted(sound *memFile, h *header, snapshots bool) content {
 			first, n := e.hostClusters(o.g)
 			hosts := run{first, n}
 			table := l2At >> o.g.clusterBits
-			sure[guest] = !o.changed[l1At] && !o.changed[l2At] && !(o.g.extended && o.changed[l2At+8]) && !o.contested[table] &&
-				!slices.ContainsFunc(slices.Collect(maps.Keys(o.contested)), hosts.has)
+			doubt := o.changed[l1At] || o.changed[l2At] || o.g.extended && o.changed[l2At+8] || o.contested[table] ||
+				slices.ContainsFunc(slices.Collect(maps.Keys(o.contested)), hosts.has)
+			sure[guest] = !doubt
 		})
 		for guest := range left[name] {
 			if !sure[guest] {

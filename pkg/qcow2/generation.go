@@ -55,7 +55,7 @@ type generation struct {
 	tables map[int64]*nextTable // tables that the next generation has to itself, by L1 index
 	copied map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
 	out    metaWriter
-	buffer []byte // of the tables that are read
+	buffer []byte     // of the tables that are read
 	idle   int64      // guest requests when pace looked last
 	paced  int64      // bytes written then
 	runs   []entryRun // of the table that is being looked at

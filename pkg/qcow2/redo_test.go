@@ -290,15 +290,25 @@ func TestBadRedoLog(t *testing.T) {
 		t.Errorf("a log of another version: %v", err)
 	}
 	for name, damage := range map[string]func(words []uint64){
-		"begin behind end":  func(w []uint64) { w[redoBegin] = 5 },
-		"too many records":  func(w []uint64) { w[redoEnd] = 1 << 40 },
-		"another cluster":   func(w []uint64) { w[redoCluster] = 3 },
-		"no clusters":       func(w []uint64) { w[redoEnd] = 1 },
-		"across tables":     func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1 << 40 },
-		"behind the disk":   func(w []uint64) { w[redoEnd] = 1; w[redoHeader] = 1 << 50; w[redoHeader+1] = 1 },
-		"a free cluster":    func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1; w[redoHeader+2] = 1 << 30; w[redoHeader+3] = uint64(subAllocated) },
-		"an odd descriptor": func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1; w[redoHeader+2] = 512; w[redoHeader+3] = uint64(subAllocated) },
-		"compressed":        func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1; w[redoHeader+2] = flagCompressed },
+		"begin behind end": func(w []uint64) { w[redoBegin] = 5 },
+		"too many records": func(w []uint64) { w[redoEnd] = 1 << 40 },
+		"another cluster":  func(w []uint64) { w[redoCluster] = 3 },
+		"no clusters":      func(w []uint64) { w[redoEnd] = 1 },
+		"across tables":    func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1 << 40 },
+		"behind the disk":  func(w []uint64) { w[redoEnd] = 1; w[redoHeader] = 1 << 50; w[redoHeader+1] = 1 },
+		"a free cluster": func(w []uint64) {
+			w[redoEnd] = 1
+			w[redoHeader+1] = 1
+			w[redoHeader+2] = 1 << 30
+			w[redoHeader+3] = uint64(subAllocated)
+		},
+		"an odd descriptor": func(w []uint64) {
+			w[redoEnd] = 1
+			w[redoHeader+1] = 1
+			w[redoHeader+2] = 512
+			w[redoHeader+3] = uint64(subAllocated)
+		},
+		"compressed": func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1; w[redoHeader+2] = flagCompressed },
 	} {
 		f := newMemFile("bad")
 		must(t, Create(f, 1<<20, CreateOptions{}))

@@ -104,42 +104,6 @@ func (rc *refcounts) nextFree(c int64) (int64, error) {
 	}
 }
 
-// freeRun returns how many clusters from c on have a count of 0, up to k.
-func (rc *refcounts) freeRun(c, k int64) (int64, error) {
-	free := int64(0)
-	for free < k {
-		b, err := rc.block((c + free) >> rc.g.blockBits)
-		if err != nil {
-			return 0, err
-		}
-		i := (c + free) & (rc.g.blockCounts - 1)
-		end := rc.g.blockCounts
-		if b != nil {
-			end = b.counts.nextNonzero(i)
-		}
-		free += end - i
-		if end < rc.g.blockCounts {
-			break
-		}
-	}
-	return min(free, k), nil
-}
-
-// nextFreeRun returns the first cluster from c on from which k clusters have a count of 0.
-func (rc *refcounts) nextFreeRun(c, k int64) (int64, error) {
-	for {
-		first, err := rc.nextFree(c)
-		if err != nil {
-			return 0, err
-		}
-		free, err := rc.freeRun(first, k)
-		if err != nil || free == k {
-			return first, err
-		}
-		c = first + free
-	}
-}
-
 // add changes the counts of clusters that have refcount blocks and returns those that fell to 0.
 func (rc *refcounts) add(r run, delta int) (zero runs, err error) {
 	err = rc.g.eachBlock(r, func(k, i, n int64) error {
