@@ -17,6 +17,8 @@ type connection struct {
 	file  int    // the served file, -1 before open
 	id    uint32 // the connection's number in fusectl, ours until close
 
+	resends bool // the kernel can be asked for unanswered requests
+
 	mu     sync.Mutex // guards closed, and id against being somebody else's
 	closed bool
 }
@@ -72,7 +74,7 @@ func (c *connection) negotiate(m message) error {
 		return errors.New("first FUSE request is not INIT")
 	}
 	unique := r.unique()
-	major, minor, readAhead, flags := r.init()
+	major, minor, readAhead, flags, more := r.init()
 	if major != protocolMajor || minor < minKernel {
 		return fmt.Errorf("kernel speaks FUSE %d.%d, need %d.%d or newer", major, minor, protocolMajor, minKernel)
 	}
@@ -80,6 +82,7 @@ func (c *connection) negotiate(m message) error {
 	if flags&need != need {
 		return fmt.Errorf("kernel's FUSE flags %#x lack some of %#x (asynchronous direct I/O, large requests)", flags, need)
 	}
+	c.resends = flags&flagInitExt != 0 && more&flagHasResend != 0
 	putInitOut(m.payload(initOutSize), readAhead, need|flags&flagAsyncRead)
 	if err := c.send(m.reply(initOutSize, 0, unique)); err != nil {
 		return fmt.Errorf("answer FUSE INIT: %w", err)

@@ -37,6 +37,11 @@ const (
 	flagBigWrites = 1 << 5
 	flagAsyncDIO  = 1 << 15
 	flagMaxPages  = 1 << 22
+	flagInitExt   = 1 << 30 // there is a second word of flags
+
+	flagHasResend = 1 << (39 - 32) // of the second word
+
+	notifyResend = 7
 
 	openDirectIO             = 1 << 0
 	openNoFlush              = 1 << 5 // no FLUSH at close(2): a dying server could not answer its own
@@ -110,10 +115,13 @@ func (r request) falloc() (off, n int64, mode uint32) {
 	return int64(binary.NativeEndian.Uint64(a[8:])), int64(binary.NativeEndian.Uint64(a[16:])), binary.NativeEndian.Uint32(a[24:])
 }
 
-// Arguments of INIT: 0 u32 major   4 u32 minor   8 u32 max_readahead   12 u32 flags.
-func (r request) init() (major, minor, readAhead, flags uint32) {
+// Arguments of INIT: 0 u32 major   4 u32 minor   8 u32 max_readahead   12 u32 flags   16 u32 flags2, where there is one.
+func (r request) init() (major, minor, readAhead, flags, more uint32) {
 	a := r.args()
-	return binary.NativeEndian.Uint32(a), binary.NativeEndian.Uint32(a[4:]), binary.NativeEndian.Uint32(a[8:]), binary.NativeEndian.Uint32(a[12:])
+	if len(a) >= 20 {
+		more = binary.NativeEndian.Uint32(a[16:])
+	}
+	return binary.NativeEndian.Uint32(a), binary.NativeEndian.Uint32(a[4:]), binary.NativeEndian.Uint32(a[8:]), binary.NativeEndian.Uint32(a[12:]), more
 }
 
 // Argument of LOOKUP: the name, ended by a zero.

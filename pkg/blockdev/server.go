@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +22,7 @@ type server struct {
 	backend Backend
 	options Options // with defaults filled in
 
+	working sync.RWMutex  // held shared while a request is worked on, exclusively for ever by who has left the device
 	memory  []byte        // the threads' messages; unmapped by close
 	running atomic.Int32  // threads
 	done    chan struct{} // closed by the last thread
@@ -109,6 +111,8 @@ func (s *server) serveOne(m message) error {
 	if op == opForget || op == opBatchForget {
 		return nil // wants no reply
 	}
+	s.working.RLock()
+	defer s.working.RUnlock()
 	n, errno := s.handle(r, m)
 	if errno != 0 {
 		n = 0

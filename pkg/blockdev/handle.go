@@ -1,0 +1,161 @@
+package blockdev
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Handle is what of a device outlives its server: whoever keeps the descriptors keeps the device. The requests that nobody
+// answers wait until another server takes them up with Resume, or until the last descriptor is closed, which ends all of
+// them with an error.
+type Handle struct {
+	// State says what the descriptors are, in a form that other versions understand or refuse.
+	State []byte
+	// FDs are the FUSE connection, the root of its mount, and the served file.
+	FDs []int
+}
+
+// handleState is what State holds, in JSON.
+type handleState struct {
+	Version int `json:"version"`
+	Loop    int `json:"loop"` // number of the loop device
+	// What was negotiated with the kernel, which will not be asked again.
+	MaxPayload    int  `json:"maxPayload"`
+	MaxBackground int  `json:"maxBackground"`
+	Resend        bool `json:"resend"`
+}
+
+const handleVersion = 1
+
+// ErrGone is returned by Resume when the loop device is no longer bound to the handle's file.
+var ErrGone = errors.New("device is gone")
+
+// errNoResend: what a dead server had read and not answered cannot be had again.
+var errNoResend = errors.New("kernel cannot resend requests, which came with Linux 6.9")
+
+// Handle returns the device's handle. The descriptors stay the device's.
+func (d *Device) Handle() (Handle, error) {
+	state, err := json.Marshal(handleState{
+		Version: handleVersion, Loop: d.loop.number,
+		MaxPayload: maxPayload, MaxBackground: maxBackground, Resend: d.conn.resends,
+	})
+	return Handle{State: state, FDs: []int{d.conn.dev, d.conn.mount, d.conn.file}}, err
+}
+
+// Close closes the descriptors.
+func (h Handle) Close() {
+	for _, fd := range h.FDs {
+		unix.Close(fd)
+	}
+}
+
+// Abort ends the device's connection, whoever else has the descriptors: all requests fail, those that wait too.
+func (h Handle) Abort() error {
+	_, c, err := h.open()
+	if err != nil {
+		return fmt.Errorf("abort: %w", err)
+	}
+	return c.abort()
+}
+
+// open makes a connection of the descriptors.
+func (h Handle) open() (handleState, *connection, error) {
+	var s handleState
+	if err := json.Unmarshal(h.State, &s); err != nil {
+		return s, nil, fmt.Errorf("device handle: %w", err)
+	}
+	if s.Version != handleVersion || len(h.FDs) != 3 {
+		return s, nil, fmt.Errorf("device handle of version %d with %d descriptors", s.Version, len(h.FDs))
+	}
+	c := &connection{dev: h.FDs[0], mount: h.FDs[1], file: h.FDs[2], resends: s.Resend}
+	return s, c, c.identify()
+}
+
+// Resume goes on serving a device whose server is dead, or has left it, with a backend of the same content: requests that
+// were not answered are answered now. The options are those of Attach. The descriptors are the device's from now on; when
+// Resume fails they are closed. ErrGone if there is no such device any more.
+//
+// The server before must have ended: what it still did would happen behind what this one does.
+func Resume(b Backend, o Options, h Handle) (*Device, error) {
+	d, err := resume(b, o, h)
+	if err != nil {
+		h.Close()
+		return nil, fmt.Errorf("resume %s: %w", o.Name, err)
+	}
+	return d, nil
+}
+
+func resume(b Backend, o Options, h Handle) (*Device, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	state, c, err := h.open()
+	if err != nil {
+		return nil, err
+	}
+	if state.MaxPayload > maxPayload || state.MaxBackground > maxBackground {
+		return nil, fmt.Errorf("requests of up to %d bytes were negotiated, up to %d at once", state.MaxPayload, state.MaxBackground)
+	}
+	if !c.resends {
+		return nil, errNoResend
+	}
+	l, err := findBound(state.Loop, o.Name, c.id)
+	if err != nil {
+		return nil, err
+	}
+	s, err := newServer(b, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.resend(); err != nil {
+		s.close()
+		return nil, err
+	}
+	d := &Device{conn: c, server: s, backend: b, loop: l}
+	s.start(c)
+	return d, nil
+}
+
+// findBound returns loop device number if it is bound to the file of a connection. It asks no server.
+func findBound(number int, name string, connection uint32) (loopDevice, error) {
+	fd, err := openLoop(number, unix.O_RDONLY)
+	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) {
+		return loopDevice{}, ErrGone
+	}
+	if err != nil {
+		return loopDevice{}, err
+	}
+	defer unix.Close(fd)
+	l, err := identify(fd, number)
+	if errors.Is(err, unix.ENXIO) {
+		return loopDevice{}, ErrGone
+	}
+	if err != nil {
+		return loopDevice{}, err
+	}
+	if l.filePath != "/"+name || unix.Minor(l.fileDev) != connection {
+		return loopDevice{}, ErrGone
+	}
+	return l, nil
+}
+
+// resend makes the kernel hand out again what was read from the connection and not answered.
+func (c *connection) resend() error {
+	var b [outHeaderSize]byte
+	putOutHeader(b[:], len(b), 0, 0)
+	binary.NativeEndian.PutUint32(b[4:], notifyResend)
+	if _, err := unix.Write(c.dev, b[:]); err != nil {
+		return fmt.Errorf("ask for unanswered requests: %w", err)
+	}
+	return nil
+}
+
+// Leave stops serving and leaves the device to whoever resumes it: when it returns the backend is no longer called, and
+// what waits for an answer goes on waiting. The process must end soon, for its threads still take requests, which only
+// then come back.
+func (d *Device) Leave() { d.server.working.Lock() }

@@ -1,0 +1,177 @@
+// Package holder keeps file descriptors for processes that may die: a block device lives as long as its descriptors do. It
+// knows nothing of what they are, does nothing else, and is not restarted when its users are.
+//
+// It listens on a unix socket for messages (SOCK_SEQPACKET) of JSON, with the descriptors beside them (SCM_RIGHTS). Each
+// request has one reply; see protocol.go.
+package holder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// Options of a holder.
+type Options struct {
+	// Socket is the path at which it listens, for root alone.
+	Socket string
+	// Patience is how long it keeps what nobody guards (Client.Guard): then users of the devices get errors instead of
+	// waiting for ever. 0: for ever.
+	Patience time.Duration
+}
+
+// Entry is what the holder keeps under a name.
+type Entry struct {
+	State []byte // whatever the descriptors' owner needs to know of them
+	FDs   []int
+}
+
+// Close closes the descriptors.
+func (e Entry) Close() {
+	for _, fd := range e.FDs {
+		unix.Close(fd)
+	}
+}
+
+// Run holds what it is given until ctx ends, and then as long as it has anything that no successor has taken over. If a
+// holder listens at the socket already it waits for that one to leave, and takes over.
+func Run(ctx context.Context, o Options) error {
+	h := &holder{
+		options: o, entries: map[string]Entry{}, conns: map[*net.UnixConn]struct{}{},
+		changed: make(chan struct{}, 1), heirs: make(chan heir), ended: make(chan struct{}),
+	}
+	defer h.end()
+	if err := h.succeed(ctx); err != nil || ctx.Err() != nil {
+		return err
+	}
+	for {
+		l, err := listen(context.WithoutCancel(ctx), o.Socket)
+		if err != nil {
+			return err
+		}
+		klog.InfoS("Holder is listening", "socket", o.Socket, "held", h.names())
+		h.serving.Go(func() { h.accept(l) })
+		left := h.serve(ctx, l)
+		l.Close()
+		if left {
+			return nil
+		}
+	}
+}
+
+type holder struct {
+	options Options
+	changed chan struct{}  // has a token when something of the below may have changed
+	heirs   chan heir      // holders that wait to take over
+	ended   chan struct{}  // closed when Run ends
+	serving sync.WaitGroup // the listener's goroutine and the connections'
+
+	mu      sync.Mutex // guards what follows
+	entries map[string]Entry
+	leaving bool // a successor is being given what there is
+	guards  int
+	conns   map[*net.UnixConn]struct{}
+}
+
+// serve returns true when there is nothing left to do: ctx has ended, and nothing is held or a successor has it. It returns
+// false when a successor has failed to take over; the listener is closed then.
+func (h *holder) serve(ctx context.Context, l *net.UnixListener) bool {
+	stop := ctx.Done()
+	var abandon <-chan time.Time
+	var heirs chan heir // nil until ctx has ended
+	for {
+		select {
+		case <-stop:
+			stop, heirs = nil, h.heirs
+			klog.InfoS("Holder stays until another takes over, or nothing is held", "held", h.names())
+		case <-abandon:
+			h.abandon()
+		case <-h.changed:
+		case heir := <-heirs:
+			l.Close() // whoever comes from now on finds the successor
+			return h.bequeath(heir)
+		}
+		h.mu.Lock()
+		held, guarded := len(h.entries), h.guards > 0
+		h.mu.Unlock()
+		switch {
+		case guarded || held == 0 || h.options.Patience == 0:
+			abandon = nil
+		case abandon == nil:
+			abandon = time.After(h.options.Patience)
+		}
+		if ctx.Err() != nil && held == 0 {
+			return true
+		}
+	}
+}
+
+// abandon gives up everything: the users of the devices get errors.
+func (h *holder) abandon() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.guards > 0 {
+		return
+	}
+	for name, e := range h.entries {
+		klog.ErrorS(nil, "No engine has come: giving up the device, its users get I/O errors", "name", name, "after", h.options.Patience)
+		e.Close()
+	}
+	clear(h.entries)
+}
+
+// end closes everything.
+func (h *holder) end() {
+	close(h.ended)
+	h.mu.Lock()
+	for c := range h.conns {
+		_ = c.CloseRead() // what is being answered gets its answer
+	}
+	h.mu.Unlock()
+	h.serving.Wait()
+	for _, e := range h.entries {
+		e.Close()
+	}
+}
+
+func (h *holder) names() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Sorted(maps.Keys(h.entries))
+}
+
+// note makes serve look again.
+func (h *holder) note() {
+	select {
+	case h.changed <- struct{}{}:
+	default:
+	}
+}
+
+// listen makes the socket, in place of one that a dead holder left.
+func listen(ctx context.Context, path string) (*net.UnixListener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("stale socket: %w", err)
+	}
+	// The mode that the socket has before bind is the mode of its file: it is never open to others.
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var chmodErr error
+		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmodErr)
+	}}
+	l, err := config.Listen(ctx, "unixpacket", path)
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.UnixListener), nil
+}
