@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -13,16 +14,19 @@ import (
 func newEngineCommand() *cobra.Command {
 	var o engine.Options
 	var metrics metricsServer
+	var readyFile string
 	cmd := &cobra.Command{
 		Use:   "engine",
 		Short: "Serve the block devices of attached volumes",
 		Long: `Serve the attached volumes of a pool as block devices, one worker process each, until SIGTERM or SIGINT.
-Pods do their I/O through this process: restart the plugin ("node") as you like, but this one only when no
-volume is in use.
+Pods do their I/O through this process. With --holder it can be restarted, killed or replaced at any time:
+the volumes are left to the next engine, and pods wait for it. One that is started beside another waits
+for that one to end. Without --holder the volumes are detached at its end, and those in use fail.
 
 It waits for the pool: a directory without pool.json is a disk that is not mounted yet.`,
-		Example: `  csi-qcow2 engine --listen unix:///run/csi-qcow2/engine.sock --pool /var/lib/csi-qcow2/pool`,
-		Args:    takes(),
+		Example: `  csi-qcow2 engine --listen unix:///run/csi-qcow2/engine.sock --pool /var/lib/csi-qcow2/pool \
+    --holder /run/csi-qcow2/holder.sock`,
+		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			defer klog.Flush()
 			self, err := os.Executable()
@@ -30,6 +34,7 @@ It waits for the pool: a directory without pool.json is a disk that is not mount
 				return err
 			}
 			o.Version = version
+			o.Ready = func() { markReady(readyFile) }
 			o.WorkerCommand = append([]string{self, "worker"}, logFlags(cmd)...)
 			return metrics.run(cmd.Context(), func(r prometheus.Registerer) error {
 				o.Metrics = r
@@ -39,15 +44,29 @@ It waits for the pool: a directory without pool.json is a disk that is not mount
 	}
 	cmd.Flags().StringVar(&o.Listen, "listen", "", "`endpoint` of the control API, unix:///path")
 	cmd.Flags().StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")
+	cmd.Flags().StringVar(&o.Holder, "holder", "", "`path` of the socket of a running holder")
+	cmd.Flags().DurationVar(&o.IOTimeout, "io-timeout", time.Minute,
+		"how long a volume's users wait for a worker that does not start, before they get I/O errors")
+	cmd.Flags().StringVar(&readyFile, "ready-file", "", "`path` of a file to create when volumes are served, or could be taken over")
 	metrics.addFlag(cmd)
 	require(cmd, "listen", "pool")
 	addLogFlags(cmd)
 	return cmd
 }
 
+// markReady tells whoever looks for the file that the engine does its work.
+func markReady(path string) {
+	if path == "" {
+		return
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		klog.ErrorS(err, "Cannot say that the engine is ready")
+	}
+}
+
 // newWorkerCommand is what the engine starts for each attached volume.
 func newWorkerCommand() *cobra.Command {
-	var pool, volume string
+	var o engine.WorkerOptions
 	cmd := &cobra.Command{
 		Use:    "worker",
 		Short:  "Serve one volume (the engine starts this)",
@@ -55,12 +74,13 @@ func newWorkerCommand() *cobra.Command {
 		Args:   takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			defer klog.Flush()
-			return engine.RunWorker(cmd.Context(), pool, volume)
+			return engine.RunWorker(cmd.Context(), o)
 		},
 	}
-	cmd.Flags().StringVar(&pool, "pool", "", "`directory` of the volumes")
-	cmd.Flags().StringVar(&volume, "volume", "", "`ID` of the volume")
-	require(cmd, "pool", "volume")
+	cmd.Flags().StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")
+	cmd.Flags().StringVar(&o.Volume, "volume", "", "`ID` of the volume")
+	cmd.Flags().StringVar(&o.Holder, "holder", "", "`path` of the holder's socket")
+	require(cmd, "pool", "volume", "holder")
 	addLogFlags(cmd)
 	return cmd
 }

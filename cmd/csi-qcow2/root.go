@@ -20,7 +20,7 @@ VolumeSnapshot an internal snapshot of it.
 On a node run "engine", which serves the block devices, and "node", the CSI plugin, on one pool.
 For administrators there are "pool" and "image"; an image that is not attached can also be handled
 with QEMU's own tools at any time.`,
-		newNodeCommand(), newEngineCommand(), newPoolCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand())
+		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand())
 	root.Version = version
 	root.SilenceErrors = true // exitStatus prints them
 	root.SetVersionTemplate("csi-qcow2 {{.Version}}\n")

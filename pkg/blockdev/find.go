@@ -18,14 +18,40 @@ type Info struct {
 	Size int64 // bytes
 }
 
-// Find returns the loop devices whose Name begins with prefix, their servers alive or not. It changes
-// nothing, and does not even open anybody else's device.
+// Bound returns the paths of the loop devices whose Name begins with prefix, by name. It looks only from outside: a device
+// that nobody serves just now can make wait whoever opens it.
+func Bound(prefix string) (map[string]string, error) {
+	found := map[string]string{}
+	err := eachBound(prefix, func(number int, name string) error {
+		found[name] = loopPath(number)
+		return nil
+	})
+	return found, err
+}
+
+// Find returns the loop devices whose Name begins with prefix, their servers alive or dead, but not about to be replaced. It
+// changes nothing, and does not even open anybody else's device.
 func Find(prefix string) ([]Info, error) {
+	var found []Info
+	err := eachBound(prefix, func(number int, name string) error {
+		info, err := describe(number, name)
+		if errors.Is(err, errUnbound) {
+			return nil
+		}
+		if err == nil {
+			found = append(found, info)
+		}
+		return err
+	})
+	return found, err
+}
+
+// eachBound calls fn with each loop device whose file in /sys has a name with the prefix.
+func eachBound(prefix string, fn func(number int, name string) error) error {
 	entries, err := os.ReadDir("/sys/block")
 	if err != nil {
-		return nil, fmt.Errorf("list block devices: %w", err)
+		return fmt.Errorf("list block devices: %w", err)
 	}
-	var found []Info
 	for _, e := range entries {
 		number, isLoop := loopNumber(e.Name())
 		if !isLoop {
@@ -33,23 +59,16 @@ func Find(prefix string) ([]Info, error) {
 		}
 		// The served file has the device's name and is in the root of its file system.
 		file, err := backingFile(number)
-		if err != nil {
-			return nil, fmt.Errorf("find %q: %w", prefix, err)
-		}
-		name, ours := strings.CutPrefix(file, "/")
-		if !ours || !strings.HasPrefix(name, prefix) {
-			continue
-		}
-		info, err := describe(number, name)
-		if errors.Is(err, errUnbound) {
-			continue
+		if err == nil {
+			if name, ours := strings.CutPrefix(file, "/"); ours && strings.HasPrefix(name, prefix) {
+				err = fn(number, name)
+			}
 		}
 		if err != nil {
-			return nil, fmt.Errorf("find %q: %w", prefix, err)
+			return fmt.Errorf("find %q: %w", prefix, err)
 		}
-		found = append(found, info)
 	}
-	return found, nil
+	return nil
 }
 
 // describe returns a device of ours. It is errUnbound if it has another name, or is gone.

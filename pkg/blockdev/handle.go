@@ -76,14 +76,13 @@ func (h Handle) open() (handleState, *connection, error) {
 }
 
 // Resume goes on serving a device whose server is dead, or has left it, with a backend of the same content: requests that
-// were not answered are answered now. The options are those of Attach. The descriptors are the device's from now on; when
-// Resume fails they are closed. ErrGone if there is no such device any more.
+// were not answered are answered now. The options are those of Attach. The descriptors are the device's when Resume
+// succeeds. ErrGone if there is no such device any more.
 //
 // The server before must have ended: what it still did would happen behind what this one does.
 func Resume(b Backend, o Options, h Handle) (*Device, error) {
 	d, err := resume(b, o, h)
 	if err != nil {
-		h.Close()
 		return nil, fmt.Errorf("resume %s: %w", o.Name, err)
 	}
 	return d, nil
@@ -104,7 +103,7 @@ func resume(b Backend, o Options, h Handle) (*Device, error) {
 	if !c.resends {
 		return nil, errNoResend
 	}
-	l, err := findBound(state.Loop, o.Name, c.id)
+	l, err := findBound(state.Loop, o.Name, c)
 	if err != nil {
 		return nil, err
 	}
@@ -121,27 +120,21 @@ func resume(b Backend, o Options, h Handle) (*Device, error) {
 	return d, nil
 }
 
-// findBound returns loop device number if it is bound to the file of a connection. It asks no server.
-func findBound(number int, name string, connection uint32) (loopDevice, error) {
-	fd, err := openLoop(number, unix.O_RDONLY)
-	if errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENOENT) {
-		return loopDevice{}, ErrGone
-	}
+// findBound returns loop device number if it is bound to the file of c. It does not open the device: that may have to wait
+// for requests that nobody answers yet.
+func findBound(number int, name string, c *connection) (loopDevice, error) {
+	path, err := backingFile(number)
 	if err != nil {
 		return loopDevice{}, err
 	}
-	defer unix.Close(fd)
-	l, err := identify(fd, number)
-	if errors.Is(err, unix.ENXIO) {
+	if path != "/"+name {
 		return loopDevice{}, ErrGone
 	}
-	if err != nil {
-		return loopDevice{}, err
+	var st unix.Statx_t
+	if err := unix.Statx(c.file, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st); err != nil {
+		return loopDevice{}, fmt.Errorf("stat FUSE file: %w", err)
 	}
-	if l.filePath != "/"+name || unix.Minor(l.fileDev) != connection {
-		return loopDevice{}, ErrGone
-	}
-	return l, nil
+	return loopDevice{number: number, fileDev: unix.Mkdev(st.Dev_major, st.Dev_minor), fileInode: st.Ino, filePath: path}, nil
 }
 
 // resend makes the kernel hand out again what was read from the connection and not answered.

@@ -47,9 +47,12 @@ func exitCode(run func(context.Context, []string) error) int {
 
 func runTestWorker(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("worker", flag.ExitOnError)
-	dir, volume := flags.String("pool", "", ""), flags.String("volume", "", "")
+	var o engine.WorkerOptions
+	flags.StringVar(&o.PoolDir, "pool", "", "")
+	flags.StringVar(&o.Volume, "volume", "", "")
+	flags.StringVar(&o.Holder, "holder", "", "")
 	_ = flags.Parse(args)
-	return engine.RunWorker(ctx, *dir, *volume)
+	return engine.RunWorker(ctx, o)
 }
 
 func runTestEngine(ctx context.Context, args []string) error {

@@ -124,11 +124,12 @@ func killWorker(t *testing.T, r *rig) {
 	t.Helper()
 	list, err := r.client.List(t.Context())
 	must(t, err)
-	must(t, unix.Kill(list[0].WorkerPID, unix.SIGKILL))
-	eventually(t, "the engine knows", func() bool {
+	pid := list[0].WorkerPID
+	must(t, unix.Kill(pid, unix.SIGKILL))
+	eventually(t, "another worker serves", func() bool {
 		list, err := r.client.List(t.Context())
 		must(t, err)
-		return list[0].Failure != ""
+		return list[0].WorkerPID != 0 && list[0].WorkerPID != pid
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
@@ -111,12 +112,14 @@ func writeClone(ctx context.Context, view *qcow2.View, target string, size int64
 	return syncDir(filepath.Dir(target))
 }
 
+// reservedSnapshots returns the snapshots of clones that no worker has under way: ask before the first.
+func reservedSnapshots(img *qcow2.Image) []qcow2.Snapshot {
+	return slices.DeleteFunc(img.Snapshots(), func(s qcow2.Snapshot) bool { return !IsReservedSnapshot(s.Name) })
+}
+
 // sweepClones deletes the snapshots of clones whose worker died. One that stays only takes space.
-func sweepClones(img *qcow2.Image, volume string) {
-	for _, s := range img.Snapshots() {
-		if !IsReservedSnapshot(s.Name) {
-			continue
-		}
+func sweepClones(img *qcow2.Image, volume string, orphans []qcow2.Snapshot) {
+	for _, s := range orphans {
 		if err := img.DeleteSnapshot(qcow2.ByIDAndName(s.ID, s.Name)); err != nil {
 			klog.ErrorS(err, "Snapshot of an interrupted clone stays", "volume", volume, "snapshot", s.Name)
 		}

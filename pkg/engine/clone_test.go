@@ -50,7 +50,7 @@ func TestCloneOfAttachedVolume(t *testing.T) {
 	if len(list) != 1 {
 		t.Errorf("snapshots after the clones: %+v", list)
 	}
-	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL)) // ends the writer
+	w.stop()
 	w.done.Wait()
 	w.check(t, r.attach(id))
 	r.detach(id)

@@ -1,8 +1,10 @@
 // Package engine serves attached volumes. A supervisor listens on a unix socket and starts one worker
-// process for each attached volume; the worker owns the image and the block device. A worker that dies
-// takes only its own volume with it, and none outlives its supervisor.
+// process for each attached volume; the worker owns the image and serves the block device. What a device consists of is
+// kept by a holder, a process of its own: when a worker dies another goes on, and when the engine ends the next one does;
+// the users of the volumes wait meanwhile.
 //
 //	plugin ──gRPC, unix socket──▶ supervisor ──gRPC, socketpair──▶ worker ──▶ image.qcow2, /dev/loopN
+//	                                                                 └─unix socket──▶ holder
 package engine
 
 import (
@@ -32,7 +34,14 @@ type Options struct {
 	PoolDir string
 	// Version is what Probe answers.
 	Version string
-	// WorkerCommand is the command of a worker process, to which "--pool DIR --volume ID" is added; it
+	// Holder is the path of a running holder's socket. When the engine ends it leaves the volumes to the next one then, for
+	// which it waits when it starts. Empty: the engine is its own holder, and detaches or aborts the volumes.
+	Holder string
+	// IOTimeout is how long users of a volume wait for a worker that does not start before they get errors; 0: a minute.
+	IOTimeout time.Duration
+	// Ready, if not nil, is called when the engine serves, or stands by to take over from another one.
+	Ready func()
+	// WorkerCommand is the command of a worker process, to which "--pool DIR --volume ID --holder PATH" is added; it
 	// must call RunWorker. Empty: this executable with the argument "worker".
 	WorkerCommand []string
 	// Metrics, if not nil, gets the engine's metrics.
@@ -47,4 +56,10 @@ type hooks struct {
 	orphanPatience time.Duration // if not 0
 	maxFrozen      time.Duration // if not 0
 	answerAfter    time.Duration // if not 0
+}
+
+func (o Options) ready() {
+	if o.Ready != nil {
+		o.Ready()
+	}
 }

@@ -35,6 +35,23 @@ type rig struct {
 	pool   *pool.Pool
 	client *Client
 	engine *testEngine
+	holder *testEngine // nil: the engine is its own
+}
+
+// holderSocket is where the holder listens, if there is one.
+func (r *rig) holderSocket() string { return r.socket + ".held" }
+
+// newHeldRig is newRig with a holder, which keeps the volumes whatever happens to the engine.
+func newHeldRig(t *testing.T, args ...string) *rig {
+	t.Helper()
+	r := newIdleRig(t)
+	must(t, pool.Init(r.dir))
+	p, err := pool.Open(r.dir)
+	must(t, err)
+	r.pool = p
+	r.holder = r.process("holder", r.holderSocket())
+	r.start(args...)
+	return r
 }
 
 // testEngine is a supervisor process.
@@ -76,8 +93,8 @@ func newIdleRig(t *testing.T) *rig {
 	must(t, err)
 	r.client = client
 	t.Cleanup(func() {
-		client.Close()
 		r.cleanUp()
+		client.Close()
 	})
 	return r
 }
@@ -91,9 +108,18 @@ func (r *rig) start(args ...string) {
 
 func (r *rig) launch(args ...string) {
 	r.t.Helper()
+	args = append([]string{"supervisor", "--listen", "unix://" + r.socket, "--pool", r.dir}, args...)
+	if r.holder != nil {
+		args = append(args, "--holder", r.holderSocket())
+	}
+	r.engine = r.process(args...)
+}
+
+// process starts this binary in another role.
+func (r *rig) process(args ...string) *testEngine {
+	r.t.Helper()
 	self, err := os.Executable()
 	must(r.t, err)
-	args = append([]string{"supervisor", "--listen", "unix://" + r.socket, "--pool", r.dir}, args...)
 	e := &testEngine{cmd: exec.Command(self, args...), done: make(chan struct{})}
 	e.cmd.Stderr = r.t.Output()
 	e.cmd.WaitDelay = 10 * time.Second
@@ -104,7 +130,7 @@ func (r *rig) launch(args ...string) {
 		defer close(e.done)
 		e.err = e.cmd.Wait()
 	}()
-	r.engine = e
+	return e
 }
 
 // awaitProbe waits until Probe answers as wanted, nil or an error.
@@ -148,27 +174,63 @@ func (r *rig) kill() {
 // stop ends the engine in order.
 func (r *rig) stop() {
 	r.t.Helper()
-	must(r.t, r.engine.cmd.Process.Signal(syscall.SIGTERM))
+	r.engine.stop(r.t)
+}
+
+func (e *testEngine) stop(t *testing.T) {
+	t.Helper()
+	must(t, e.cmd.Process.Signal(syscall.SIGTERM))
 	select {
-	case <-r.engine.done:
-		if r.engine.err != nil {
-			r.t.Errorf("engine ended with %v", r.engine.err)
+	case <-e.done:
+		if e.err != nil {
+			t.Errorf("%s ended with %v", e.cmd.Args[1], e.err)
 		}
 	case <-time.After(patience):
-		r.t.Error("engine does not end")
-		_ = r.engine.cmd.Process.Kill()
-		<-r.engine.done
+		t.Errorf("%s does not end", e.cmd.Args[1])
+		_ = e.cmd.Process.Kill()
+		<-e.done
+	}
+}
+
+// detachAll detaches what is attached: a holder would keep it for ever.
+func (r *rig) detachAll() {
+	t := r.t
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
+	defer cancel()
+	list, err := r.client.List(ctx)
+	if err != nil {
+		t.Errorf("list what is attached: %v", err)
+	}
+	for _, a := range list {
+		err := ErrUnavailable
+		for ctx.Err() == nil && errors.Is(err, ErrUnavailable) { // while its worker is replaced
+			err = r.client.Detach(ctx, a.VolumeID)
+		}
+		if err != nil {
+			t.Errorf("detach %s: %v", a.VolumeID, err)
+		}
 	}
 }
 
 // cleanUp stops the engine, makes sure that nothing is left, and has every image checked.
 func (r *rig) cleanUp() {
 	t := r.t
+	if r.holder != nil {
+		r.detachAll()
+	}
 	if e := r.engine; e != nil {
 		select {
 		case <-e.done:
 		default:
 			r.stop()
+		}
+	}
+	if r.holder != nil {
+		if t.Failed() { // it may hold something
+			_ = r.holder.cmd.Process.Kill()
+			<-r.holder.done
+		} else {
+			r.holder.stop(t)
 		}
 	}
 	if r.pool == nil {

@@ -21,7 +21,11 @@ type flushingWriter struct {
 	flushed atomic.Int64 // blocks from 0 on that are surely there
 	done    sync.WaitGroup
 	err     error // why it ended; read after done
+	ending  atomic.Bool
 }
+
+// stop makes it end.
+func (w *flushingWriter) stop() { w.ending.Store(true) }
 
 const writerBlock = 4096
 
@@ -33,7 +37,7 @@ func startWriter(t *testing.T, device string, size int64) *flushingWriter {
 	buf := aligned(t, writerBlock)
 	w.done.Go(func() {
 		defer f.Close()
-		for block := int64(0); w.err == nil; block++ {
+		for block := int64(0); w.err == nil && !w.ending.Load(); block++ {
 			if (block+1)*writerBlock > size {
 				w.err = errors.New("the device is full")
 				return
@@ -65,6 +69,16 @@ func (w *flushingWriter) awaitProgress(t *testing.T) {
 	eventually(t, "writer flushes 50 more blocks", func() bool { return w.flushed.Load() >= from+50 })
 }
 
+// awaitReplaced waits until another worker than pid serves a volume.
+func (r *rig) awaitReplaced(id string, pid int) {
+	r.t.Helper()
+	r.eventually("another worker", func() bool {
+		a := r.find(id)
+		return a != nil && a.Failure == "" && a.WorkerPID != 0 && a.WorkerPID != pid
+	})
+}
+
+// Also an engine that is its own holder replaces a worker.
 func TestKillWorker(t *testing.T) {
 	r := newRig(t)
 	const size = 256 * mib
@@ -72,27 +86,38 @@ func TestKillWorker(t *testing.T) {
 	device, other := r.attach(id), r.attach(neighbour)
 	w := startWriter(t, device, size)
 	w.awaitProgress(t)
-	pid := r.find(id).WorkerPID
+	pid, otherPID := r.find(id).WorkerPID, r.find(neighbour).WorkerPID
 	must(t, unix.Kill(pid, unix.SIGKILL))
-	w.done.Wait() // users get an error, they do not hang
-	if !errors.Is(w.err, unix.EIO) {
-		t.Errorf("the writer ended with %v", w.err)
+	w.awaitProgress(t)
+	r.awaitReplaced(id, pid)
+	if again := r.attach(id); again != device {
+		t.Errorf("%s is %s now", device, again)
 	}
-	r.eventually("the failure is listed", func() bool {
-		a := r.find(id)
-		return a != nil && a.Failure != "" && a.Device == device && a.WorkerPID == 0
-	})
-	t.Logf("failure: %s", r.find(id).Failure)
-	_, err := r.client.CreateSnapshot(testContext(t), id, "s", nil)
-	wantErr(t, err, ErrNotAttached)
+	if r.find(neighbour).WorkerPID != otherPID {
+		t.Error("the neighbour's worker was replaced, too")
+	}
 	fillDevice(t, other, 0, 4096, 9)
-
-	device = r.attach(id)
-	if a := r.find(id); a.Failure != "" || a.WorkerPID == pid {
-		t.Fatalf("listed as %+v", a)
-	}
+	w.stop()
+	w.done.Wait()
+	must(t, w.err)
 	w.check(t, device)
 	t.Logf("%d flushed blocks are there", w.flushed.Load())
+}
+
+// lose makes a volume lose its worker for good: no other can start until release is called.
+func (r *rig) lose(id string) (release func()) {
+	r.t.Helper()
+	pid := r.find(id).WorkerPID
+	must(r.t, r.engine.cmd.Process.Signal(unix.SIGSTOP))
+	must(r.t, unix.Kill(pid, unix.SIGKILL))
+	var lease *pool.Lease
+	r.eventually("the worker is dead", func() bool {
+		var err error
+		lease, err = r.pool.Lock(id)
+		return err == nil
+	})
+	must(r.t, r.engine.cmd.Process.Signal(unix.SIGCONT))
+	return sync.OnceFunc(func() { must(r.t, lease.Unlock()) })
 }
 
 // What a dead worker had reserved is given back beside the users of the volume, and so is what guests had given up.
@@ -105,11 +130,13 @@ func TestReclaimAfterKill(t *testing.T) {
 	_, err := r.client.CreateSnapshot(testContext(t), id, "s", nil)
 	must(t, err)
 	fillDevice(t, device, 0, mib, 2)
-	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
-	r.eventually("the failure is listed", func() bool { a := r.find(id); return a != nil && a.Failure != "" })
+	release := r.lose(id)
+	r.kill()
 	if leaks(t, r.pool.ImagePath(id)) == 0 {
 		t.Fatal("the dead worker left no leaks")
 	}
+	release()
+	r.start()
 
 	device = r.attach(id)
 	fillDevice(t, device, 2*mib, mib, 3)
@@ -147,42 +174,53 @@ func leaks(t *testing.T, path string) int64 {
 	return result.Leaks
 }
 
-// The dead device is mounted while the volume is attached anew, and detached.
-func TestKillWorkerOfMountedVolume(t *testing.T) {
-	r := newRig(t)
-	id := r.newVolume("a", 64*mib)
-	device := r.attach(id)
+// A volume whose worker cannot start fails in the end: its users get errors, its neighbours do not. It is attached anew
+// while the dead device is mounted.
+func TestIOTimeout(t *testing.T) {
+	r := newHeldRig(t, "--io-timeout", "300ms")
+	id, neighbour := r.newVolume("a", 64*mib), r.newVolume("neighbour", mib)
+	device, other := r.attach(id), r.attach(neighbour)
 	run(t, "mkfs.ext4", "-q", device)
 	dir := mount(t, device, "ext4")
 	must(t, os.WriteFile(filepath.Join(dir, "file"), []byte("synced"), 0o600))
 	unix.Sync()
-	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
+	release := r.lose(id)
+	defer release()
+	_, err := openDirect(t, device).ReadAt(aligned(t, 4096), 32*mib) // waits
+	wantErr(t, err, unix.EIO)
+	fillDevice(t, other, 0, 4096, 9)
 	r.eventually("the failure is listed", func() bool { a := r.find(id); return a != nil && a.Failure != "" })
+	t.Logf("failure: %s", r.find(id).Failure)
+	r.eventually("it has failed", func() bool {
+		_, err := r.client.CreateSnapshot(testContext(t), id, "s", nil)
+		return errors.Is(err, ErrNotAttached)
+	})
 	wantErr(t, r.client.Detach(testContext(t), id), ErrInUse)
+	release()
 
 	second := r.attach(id)
 	if second == device {
 		t.Fatalf("%s again, which is still mounted", device)
 	}
-	other := mount(t, second, "ext4")
-	got, err := os.ReadFile(filepath.Join(other, "file"))
+	again := mount(t, second, "ext4")
+	got, err := os.ReadFile(filepath.Join(again, "file"))
 	must(t, err)
 	if string(got) != "synced" {
 		t.Errorf("read %q", got)
 	}
-	must(t, unix.Unmount(other, 0))
+	must(t, unix.Unmount(again, 0))
 	must(t, unix.Unmount(dir, unix.MNT_DETACH))
 	r.detach(id)
 }
 
 // A failed volume that nobody attaches again is detached.
 func TestDetachOfFailedVolume(t *testing.T) {
-	r := newRig(t)
+	r := newHeldRig(t, "--io-timeout", "100ms")
 	id := r.newVolume("a", mib)
 	r.attach(id)
-	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
-	r.eventually("the failure is listed", func() bool { a := r.find(id); return a != nil && a.Failure != "" })
-	r.detach(id)
+	release := r.lose(id)
+	defer release()
+	r.eventually("detached", func() bool { return r.client.Detach(testContext(t), id) == nil })
 	if a := r.find(id); a != nil {
 		t.Errorf("still listed: %+v", a)
 	}

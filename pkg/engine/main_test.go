@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"fmt"
@@ -11,10 +12,12 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 )
 
 // The test binary is also the worker, and the supervisor of the tests that kill one.
@@ -25,6 +28,8 @@ func TestMain(m *testing.M) {
 			os.Exit(exitCode(runTestWorker(os.Args[2:])))
 		case "supervisor":
 			os.Exit(exitCode(runTestSupervisor(os.Args[2:])))
+		case "holder":
+			os.Exit(exitCode(runTestHolder(os.Args[2])))
 		}
 	}
 	removeLeftovers()
@@ -41,10 +46,12 @@ func exitCode(err error) int {
 
 func runTestWorker(args []string) error {
 	flags := flag.NewFlagSet("worker", flag.ExitOnError)
-	poolDir := flags.String("pool", "", "")
-	volume := flags.String("volume", "", "")
+	var o WorkerOptions
+	flags.StringVar(&o.PoolDir, "pool", "", "")
+	flags.StringVar(&o.Volume, "volume", "", "")
+	flags.StringVar(&o.Holder, "holder", "", "")
 	_ = flags.Parse(args)
-	return RunWorker(mainContext(), *poolDir, *volume)
+	return RunWorker(mainContext(), o)
 }
 
 func runTestSupervisor(args []string) error {
@@ -52,22 +59,49 @@ func runTestSupervisor(args []string) error {
 	o := Options{}
 	flags.StringVar(&o.Listen, "listen", "", "")
 	flags.StringVar(&o.PoolDir, "pool", "", "")
+	flags.StringVar(&o.Holder, "holder", "", "")
+	flags.DurationVar(&o.IOTimeout, "io-timeout", 0, "")
+	ready := flags.String("ready-file", "", "")
 	hang := flags.String("hang-frozen", "", "a file to create when a file system is frozen; it stays so")
 	flags.DurationVar(&o.hooks.orphanPatience, "orphan-patience", 0, "")
 	_ = flags.Parse(args)
+	if *ready != "" {
+		o.Ready = func() { _ = os.WriteFile(*ready, nil, 0o600) }
+	}
 	if *hang != "" {
 		o.hooks.frozen = func() {
 			_ = os.WriteFile(*hang, nil, 0o600)
 			select {}
 		}
 	}
-	go func() { // the test that holds the other end has died
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		os.Exit(2)
-	}()
+	exitWithTest()
 	ctx, stop := signal.NotifyContext(mainContext(), syscall.SIGTERM)
 	defer stop()
 	return Run(ctx, o)
+}
+
+func runTestHolder(socket string) error {
+	exitWithTest()
+	ctx, stop := signal.NotifyContext(mainContext(), syscall.SIGTERM)
+	defer stop()
+	return holder.Run(ctx, holder.Options{Socket: socket})
+}
+
+// exitWithTest ends this process when the test that holds the other end of its input has died. The test may have threads
+// that wait for a device of ours: they keep its files open, but not its process alive.
+func exitWithTest() {
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(2)
+	}()
+	parent := fmt.Sprintf("/proc/%d/stat", os.Getppid())
+	go func() {
+		for range time.Tick(time.Second) {
+			if b, err := os.ReadFile(parent); err != nil || bytes.Contains(b, []byte(") Z ")) {
+				os.Exit(2)
+			}
+		}
+	}()
 }
 
 // testVolumePrefix begins the names of the tests' volumes; the process ID of the test follows.

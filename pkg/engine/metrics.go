@@ -17,6 +17,7 @@ const scrapePatience = 5 * time.Second
 type metrics struct {
 	snapshots *prometheus.HistogramVec
 	frozen    prometheus.Histogram
+	deaths    *prometheus.CounterVec
 }
 
 func newMetrics() *metrics {
@@ -31,6 +32,10 @@ func newMetrics() *metrics {
 			Help:    "How long file systems were frozen for the instant of a snapshot.",
 			Buckets: prometheus.ExponentialBuckets(0.001, 3, 9), // 1 ms to 7 s
 		}),
+		deaths: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "csi_qcow2_worker_deaths_total",
+			Help: "Workers that died while they served a volume, and were replaced: its pods waited.",
+		}, []string{"volume"}),
 	}
 }
 
@@ -45,7 +50,7 @@ func (m *metrics) snapshot(operation string, start time.Time, err error) {
 
 // register adds the engine's metrics to a registry. Requests to the workers end with ctx.
 func (s *service) register(ctx context.Context, r prometheus.Registerer) error {
-	for _, c := range []prometheus.Collector{s.metrics.snapshots, s.metrics.frozen, volumeCollector{s, ctx}} {
+	for _, c := range []prometheus.Collector{s.metrics.snapshots, s.metrics.frozen, s.metrics.deaths, volumeCollector{s, ctx}} {
 		if err := r.Register(c); err != nil {
 			return err
 		}

@@ -71,12 +71,9 @@ func TestLostSnapshot(t *testing.T) {
 		name := fmt.Sprintf("s%d", i)
 		_, err := r.client.CreateSnapshot(testContext(t), id, name, nil)
 		must(t, err)
-		must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
-		r.eventually("the death is noticed", func() bool { return r.find(id).Failure != "" })
-		r.eventually("attached again", func() bool {
-			_, err := r.client.Attach(testContext(t), id)
-			return err == nil
-		})
+		pid := r.find(id).WorkerPID
+		must(t, unix.Kill(pid, unix.SIGKILL))
+		r.awaitReplaced(id, pid)
 		if _, err = r.client.CreateSnapshot(testContext(t), id, name, nil); errors.Is(err, ErrLost) {
 			lost = name
 		} else {

@@ -42,13 +42,14 @@ type process struct {
 }
 
 // startProcess starts a worker for one volume. The caller stops it.
-func startProcess(command []string, poolDir, volume string) (*process, error) {
+func startProcess(command []string, o WorkerOptions) (*process, error) {
+	volume := o.Volume
 	ours, theirs, err := controlPair()
 	if err != nil {
 		return nil, fmt.Errorf("socket pair for the worker of %s: %w", volume, err)
 	}
 	defer theirs.Close()
-	args := slices.Concat(command[1:], []string{"--pool", poolDir, "--volume", volume})
+	args := slices.Concat(command[1:], []string{"--pool", o.PoolDir, "--volume", volume, "--holder", o.Holder})
 	cmd := exec.Command(command[0], args...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	cmd.ExtraFiles = []*os.File{theirs} // controlFD
@@ -167,7 +168,7 @@ func (p *process) createSnapshot(ctx context.Context, name string, cut func(*api
 	return reply.GetSnapshot(), nil
 }
 
-// stop lets the worker flush, abort what it still serves, and exit; it returns when it is gone.
+// stop lets the worker flush, leave what it still serves, and exit; it returns when it is gone.
 func (p *process) stop() {
 	p.conn.Close()
 	timeout := time.NewTimer(stopPatience)

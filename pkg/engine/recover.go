@@ -23,30 +23,35 @@ const (
 )
 
 // recoverPool puts away what a dead engine left: file systems that it had frozen, devices that nobody
-// serves any more. It returns the volumes whose device is still there, with the reason.
-func recoverPool(ctx context.Context, p *pool.Pool, patience time.Duration) map[string]*attachment {
+// serves any more. It returns the volumes whose device is still there: those that are held wait for a worker, the others
+// have a reason.
+func recoverPool(ctx context.Context, p *pool.Pool, held map[string]bool, patience time.Duration) map[string]*attachment {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	failed := map[string]*attachment{}
-	devices, err := blockdev.Find(devicePrefix)
+	devices, err := blockdev.Bound(devicePrefix)
 	if err != nil {
 		klog.ErrorS(err, "Cannot look for devices of an earlier engine")
 	}
-	for _, d := range devices {
-		id := strings.TrimPrefix(d.Name, devicePrefix)
+	for name, device := range devices {
+		id := strings.TrimPrefix(name, devicePrefix)
 		if !pool.ValidID(id) || !p.Owns(id) {
 			continue // another engine's
 		}
-		err := waitForOrphan(ctx, p, id)
-		if err == nil {
-			err = clearDevice(p, id, d.Path)
-		}
-		if err != nil {
-			klog.ErrorS(err, "Device of an earlier engine stays", "volume", id, "device", d.Path)
-			failed[id] = &attachment{device: d.Path, failure: err.Error()}
+		if held[id] {
+			failed[id] = &attachment{device: device, failure: "an earlier engine has ended", waiting: true}
 			continue
 		}
-		klog.InfoS("Removed a device of an earlier engine", "volume", id, "device", d.Path)
+		err := waitForOrphan(ctx, p, id)
+		if err == nil {
+			err = clearDevice(p, id, device)
+		}
+		if err != nil {
+			klog.ErrorS(err, "Device of an earlier engine stays", "volume", id, "device", device)
+			failed[id] = &attachment{device: device, failure: err.Error()}
+			continue
+		}
+		klog.InfoS("Removed a device of an earlier engine", "volume", id, "device", device)
 	}
 	removeMarkers(p)
 	return failed
@@ -169,7 +174,7 @@ func removeMarkers(p *pool.Pool) {
 		klog.ErrorS(err, "Some volumes cannot be read")
 	}
 	for _, v := range volumes {
-		devices, err := blockdev.Find(devicePrefix + v.ID)
+		devices, err := blockdev.Bound(devicePrefix + v.ID)
 		if err != nil || len(devices) > 0 {
 			continue
 		}

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,17 +15,21 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
 // errOtherEngine is why an engine does not start.
 var errOtherEngine = errors.New("another engine is running")
 
+// holderSocketSuffix is added to the path of an engine's socket for the holder that is part of it.
+const holderSocketSuffix = ".holder"
+
 // poolPoll is how often an engine without a pool looks for it.
 const poolPoll = time.Second
 
-// Run serves a pool until ctx ends; then it detaches every volume, and aborts those in use. It returns an
-// error if another engine serves the same pool or listens on the same socket. A pool that is not there yet
+// Run serves a pool until ctx ends; what becomes of the volumes then, see Options.Holder. It returns an
+// error if another engine listens on the same socket, or serves the same pool and cannot be waited for. A pool that is not there yet
 // is waited for: every call answers ErrUnavailable until it appears.
 func Run(ctx context.Context, o Options) error {
 	path, err := socketPath(o.Listen)
@@ -38,7 +43,13 @@ func Run(ctx context.Context, o Options) error {
 		}
 		o.WorkerCommand = []string{self, "worker"}
 	}
-	s := newSupervisor(o)
+	ownHolder := o.Holder == ""
+	if ownHolder {
+		o.Holder = path + holderSocketSuffix
+	}
+	o.IOTimeout = cmp.Or(o.IOTimeout, defaultIOTimeout)
+	s := newSupervisor(ctx, o)
+	s.ownHolder = ownHolder
 	defer s.shutDown(context.WithoutCancel(ctx))
 	if err := s.open(ctx); err != nil && !errors.Is(err, pool.ErrNotReady) {
 		return err
@@ -68,6 +79,17 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 		}
 	}
 	var helpers sync.WaitGroup
+	holding, endHolder := context.WithCancel(context.WithoutCancel(parent))
+	defer helpers.Wait()
+	defer endHolder()
+	if s.ownHolder {
+		helpers.Go(func() {
+			if err := holder.Run(holding, holder.Options{Socket: s.options.Holder, Ephemeral: true}); err != nil {
+				stop(fmt.Errorf("holder: %w", err))
+			}
+		})
+	}
+	helpers.Go(func() { s.holder.Guard(holding) })
 	helpers.Go(func() { s.fds.serve(fds) })
 	helpers.Go(func() { stop(s.awaitPool(ctx)) })
 	helpers.Go(func() { stop(server.Serve(calls)) })
@@ -79,7 +101,6 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 	fds.Close()
 	s.shutDown(context.WithoutCancel(ctx))
 	server.Stop()
-	helpers.Wait()
 	if parent.Err() != nil {
 		return nil
 	}
@@ -93,6 +114,7 @@ func (s *supervisor) awaitPool(ctx context.Context) error {
 	for {
 		err := s.open(ctx)
 		if err == nil {
+			s.options.ready()
 			<-ctx.Done()
 			return nil
 		}

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -16,80 +18,161 @@ import (
 type served struct {
 	lease   *pool.Lease
 	img     *qcow2.Image
+	log     *redoMemory
 	backend *backend
 	dev     *blockdev.Device
+	holder  holder.Client
 
 	// leaky: the image may have leaks of an earlier, unclean stop.
 	leaky atomic.Bool
 
-	// tasks counts what uses img besides the device: Clones, and the search for leaks; stopTasks ends them.
+	// tasks counts what uses img besides the device: Clones, and what is put in order after a crash; stopTasks ends them.
 	tasks     sync.WaitGroup
 	tasksCtx  context.Context // common to all tasks
 	stopTasks context.CancelFunc
 }
 
-// serve takes a volume and makes a device of it. Its tasks end with ctx.
-func serve(ctx context.Context, poolDir, volume string) (*served, error) {
-	p, err := pool.Open(poolDir)
+// serve takes a volume and makes a device of it, or goes on with the one that an earlier worker has left. Its tasks end
+// with ctx.
+func serve(ctx context.Context, o WorkerOptions) (*served, error) {
+	p, err := pool.Open(o.PoolDir)
 	if err != nil {
 		return nil, err
 	}
-	lease, err := p.Lock(volume)
+	at := holder.Client{Path: o.Holder}
+	k, err := getKept(ctx, at, o.Volume)
 	if err != nil {
 		return nil, err
 	}
-	s, err := serveLeased(ctx, lease, volume)
-	if err != nil {
-		return nil, errors.Join(err, lease.Unlock())
+	if k != nil {
+		// Whoever served it may be about to end.
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, orphanPatience)
+		defer cancel()
 	}
-	return s, nil
+	lease, err := outwait(ctx, k != nil, func() (*pool.Lease, error) { return p.Lock(o.Volume) })
+	if err == nil {
+		s := &served{lease: lease, holder: at}
+		if err = s.begin(ctx, k); err == nil {
+			return s, nil
+		}
+		err = errors.Join(err, lease.Unlock())
+	}
+	if k != nil {
+		k.close()
+	}
+	return nil, err
 }
 
-func serveLeased(ctx context.Context, lease *pool.Lease, volume string) (*served, error) {
-	if lease.Volume().Tombstone {
-		return nil, fmt.Errorf("%s: %w", volume, ErrTombstone)
+// outwait tries again while somebody else has what is wanted, if patient, until ctx ends.
+func outwait[T any](ctx context.Context, patient bool, try func() (T, error)) (T, error) {
+	tick := time.NewTicker(orphanPoll)
+	defer tick.Stop()
+	for {
+		t, err := try()
+		if !patient || !errors.Is(err, pool.ErrInUse) {
+			return t, err
+		}
+		select {
+		case <-ctx.Done():
+			return t, err
+		case <-tick.C:
+		}
 	}
-	unclean, err := lease.WasUnclean()
+}
+
+// begin opens the image of the leased volume and serves it. k, if not nil, is what an earlier worker has left; the caller
+// closes it when begin fails.
+func (s *served) begin(ctx context.Context, k *kept) error {
+	volume := s.lease.Volume().ID
+	if s.lease.Volume().Tombstone {
+		return fmt.Errorf("%s: %w", volume, ErrTombstone)
+	}
+	unclean, err := s.lease.WasUnclean()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := lease.MarkAttached(); err != nil {
-		return nil, err
+	if err := s.lease.MarkAttached(); err != nil {
+		return err
 	}
-	img, err := lease.Open(false)
-	if err != nil {
-		return nil, err
+	if err := s.openImage(ctx, k); err != nil {
+		return err
 	}
-	sweepClones(img, volume)
-	b := &backend{Image: img}
-	dev, err := blockdev.Attach(b, blockdev.Options{
-		Name:               devicePrefix + volume,
-		DiscardGranularity: int(img.ClusterSize()),
-		Errno:              errno,
+	if err := s.openDevice(ctx, k); err != nil {
+		return errors.Join(fmt.Errorf("attach %s: %w", volume, err), s.img.Close())
+	}
+	s.tasksCtx, s.stopTasks = context.WithCancel(context.WithoutCancel(ctx))
+	orphans := reservedSnapshots(s.img)
+	s.leaky.Store(unclean)
+	s.tasks.Go(func() {
+		sweepClones(s.img, volume, orphans)
+		if unclean {
+			s.reclaimLeaks()
+		}
 	})
+	return nil
+}
+
+// openImage commits first what an earlier worker had acknowledged and not committed.
+func (s *served) openImage(ctx context.Context, k *kept) error {
+	log, err := newRedoMemory()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("attach %s: %w", volume, err), img.Close())
+		return err
 	}
-	s := &served{lease: lease, img: img, backend: b, dev: dev}
-	s.tasksCtx, s.stopTasks = context.WithCancel(ctx)
-	if unclean {
-		s.leaky.Store(true)
-		s.tasks.Go(s.reclaimLeaks)
+	if k != nil {
+		log.close()
+		log = k.log
 	}
-	return s, nil
+	redo, err := log.log()
+	if err == nil {
+		s.img, err = outwait(ctx, k != nil, func() (*qcow2.Image, error) { return s.lease.OpenServed(redo) })
+	}
+	if err != nil {
+		if k == nil {
+			log.close()
+		}
+		return err
+	}
+	s.log, s.backend = log, &backend{Image: s.img}
+	return nil
+}
+
+// openDevice goes on with the kept device, or makes one that is kept from now on.
+func (s *served) openDevice(ctx context.Context, k *kept) (err error) {
+	volume := s.lease.Volume().ID
+	o := blockdev.Options{Name: devicePrefix + volume, DiscardGranularity: int(s.img.ClusterSize()), Errno: errno}
+	if k != nil {
+		s.dev, err = blockdev.Resume(s.backend, o, k.device)
+		if !errors.Is(err, blockdev.ErrGone) {
+			return err
+		}
+		if err := s.holder.Drop(ctx, volume); err != nil {
+			return err
+		}
+		k.device.Close()
+	}
+	if s.dev, err = blockdev.Attach(s.backend, o); err != nil {
+		return err
+	}
+	if err := keep(ctx, s.holder, volume, s.dev, s.log); err != nil {
+		return errors.Join(err, s.dev.Detach())
+	}
+	return nil
 }
 
 // endDevice ends the device; ErrInUse, and nothing changed, while somebody has it open.
-func (s *served) endDevice() error {
+func (s *served) endDevice(ctx context.Context) error {
 	err := s.dev.Detach()
 	if errors.Is(err, blockdev.ErrBusy) {
 		return fmt.Errorf("%w: %s: %w", ErrInUse, s.dev.Path(), err)
 	}
-	return err
+	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	defer cancel()
+	return errors.Join(err, s.holder.Drop(ctx, s.lease.Volume().ID))
 }
 
 // close ends what reads the image, flushes and closes the image, and lets go of the volume. The device
-// has been ended.
+// has been ended, or left.
 func (s *served) close() error {
 	s.stopTasks()
 	s.tasks.Wait()
@@ -100,13 +183,10 @@ func (s *served) close() error {
 	return errors.Join(err, s.lease.Unlock())
 }
 
-// abort ends the device whoever uses it, and closes.
-func (s *served) abort() error {
-	err := s.dev.Abort()
-	if err == nil {
-		<-s.dev.Done()
-	}
-	return errors.Join(err, s.close())
+// leave leaves the device to another worker, and closes. The process must end then.
+func (s *served) leave() error {
+	s.dev.Leave()
+	return s.close()
 }
 
 // failure says why nothing is served any more; nil while all is well.

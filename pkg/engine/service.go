@@ -37,7 +37,7 @@ func (s *service) Probe(ctx context.Context, _ *api.ProbeRequest) (*api.ProbeRes
 
 func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.AttachResponse, error) {
 	id := r.GetVolumeId()
-	unlock, err := s.calls.lock(ctx, id)
+	unlock, err := s.lockVolume(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +57,12 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 	if err != nil || device != "" {
 		return &api.AttachResponse{Device: device}, err
 	}
-	if err := clearDevices(p, id); err != nil {
+	held, err := s.held(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	if held[id] { // the new worker goes on with it
+	} else if err := clearDevices(p, id); err != nil {
 		// Whoever has it open keeps a dead device, which goes with its last user.
 		klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
 	}
@@ -71,6 +76,9 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 // reuse returns the device of a volume that is attached and well, or "" when it needs a new worker.
 func (s *service) reuse(ctx context.Context, id string) (device string, err error) {
 	a := s.find(id)
+	if a != nil && a.waiting {
+		return "", fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
+	}
 	if a == nil || a.worker == nil {
 		return "", nil
 	}
@@ -87,8 +95,9 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 		klog.ErrorS(nil, "Replacing a failed worker", "volume", id, "failure", status.GetFailure())
 	}
 	s.set(id, nil)
+	err = discard(context.WithoutCancel(ctx), s.holder, id)
 	a.worker.stop()
-	return "", nil
+	return "", err
 }
 
 func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.DetachResponse, error) {
@@ -100,7 +109,7 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 	if !pool.ValidID(id) {
 		return nil, fmt.Errorf("%q: %w", id, pool.ErrBadID)
 	}
-	unlock, err := s.calls.lock(ctx, id)
+	unlock, err := s.lockVolume(ctx, id)
 	if err != nil {
 		return nil, err
 	}
@@ -111,14 +120,19 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 		if errors.Is(err, ErrInUse) {
 			return nil, err
 		}
-		// Otherwise the device has gone, or it goes with the worker.
 		s.set(id, nil)
+		if err != nil {
+			err = errors.Join(err, discard(context.WithoutCancel(ctx), s.holder, id))
+		}
 		a.worker.stop()
 		if err != nil {
 			err = a.worker.explain(err)
 			s.set(id, &attachment{device: a.device, failure: err.Error()})
 			return nil, err
 		}
+	}
+	if a != nil && a.waiting {
+		return nil, fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
 	}
 	if a != nil && a.worker == nil {
 		if err := clearDevices(p, id); err != nil {

@@ -15,6 +15,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -24,6 +25,9 @@ var errClosing = fmt.Errorf("%w: it is shutting down", ErrUnavailable)
 // lockName is the file in the pool whose lock says that an engine serves it.
 const lockName = "engine.lock"
 
+// lockPoll is how often an engine that stands by looks whether its turn has come.
+const lockPoll = 2 * time.Millisecond
+
 // supervisor keeps one worker process per attached volume. All that it knows can be found again: by the
 // devices' names, the pool, and the markers of frozen file systems.
 type supervisor struct {
@@ -31,9 +35,18 @@ type supervisor struct {
 	metrics *metrics
 	fds     *fdStore
 	// calls serialises what changes one volume. Taken before mu.
-	calls   keyLock
+	calls keyLock
+	// workers serialises the starts and ends of one volume's workers. A call that holds calls alone may wait, to thaw a file
+	// system, for I/O that a new worker will do. Taken after calls, before mu.
+	workers keyLock
 	opening sync.Mutex     // held while the pool is opened; taken before mu
 	tasks   sync.WaitGroup // watchers of workers, clones and snapshot calls
+	holder  holder.Client
+	// ownHolder: the holder is part of this engine and ends with it.
+	ownHolder bool
+	// running ends when the engine begins to shut down.
+	running context.Context //nolint:containedctx // of all that the supervisor does by itself
+	close   context.CancelFunc
 
 	mu        sync.Mutex // guards what follows
 	pool      *pool.Pool // nil until it is ready
@@ -44,18 +57,36 @@ type supervisor struct {
 	snapshots []*snapshotCall       // that run
 }
 
+// lockVolume takes calls and workers.
+func (s *supervisor) lockVolume(ctx context.Context, id string) (unlock func(), err error) {
+	unlockCalls, err := s.calls.lock(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	unlockWorkers, err := s.workers.lock(ctx, id)
+	if err != nil {
+		unlockCalls()
+		return nil, err
+	}
+	return func() { unlockWorkers(); unlockCalls() }, nil
+}
+
 // attachment is a volume with a worker, or one that lost it.
 type attachment struct {
-	worker  *process // nil: failed
+	worker  *process // nil: failed, or waiting
+	started time.Time
+	waiting bool // another worker is being started
 	device  string
 	failure string
 }
 
-func newSupervisor(o Options) *supervisor {
-	return &supervisor{
-		options: o, metrics: newMetrics(), fds: newFDStore(tokenLifetime),
+func newSupervisor(ctx context.Context, o Options) *supervisor {
+	s := &supervisor{
+		options: o, metrics: newMetrics(), fds: newFDStore(tokenLifetime), holder: holder.Client{Path: o.Holder},
 		attached: map[string]*attachment{}, clones: map[string]*cloneCall{},
 	}
+	s.running, s.close = context.WithCancel(context.WithoutCancel(ctx))
+	return s
 }
 
 // open makes the pool ready: nothing else may serve it, and what a dead engine left is put away.
@@ -76,32 +107,58 @@ func (s *supervisor) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	lock, err := lockPool(p)
+	lock, err := s.lockPool(ctx, p)
 	if err != nil {
 		return err
 	}
-	failed := recoverPool(ctx, p, cmp.Or(s.options.hooks.orphanPatience, orphanPatience))
+	held, err := s.held(ctx, p)
+	if err != nil {
+		lock.Close()
+		return err
+	}
+	left := recoverPool(ctx, p, held, cmp.Or(s.options.hooks.orphanPatience, orphanPatience))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.pool, s.lockFile, s.attached = p, lock, failed
+	s.pool, s.lockFile, s.attached = p, lock, left
+	s.resume(maps.Clone(left))
 	klog.InfoS("Pool is ready", "pool", p.Dir(), "uuid", p.UUID())
 	return nil
 }
 
-// lockPool makes this the only engine of a pool, until the file is closed or the process ends.
-func lockPool(p *pool.Pool) (*os.File, error) {
+// lockPool makes this the only engine of a pool, until the file is closed or the process ends. One that could take over
+// the volumes of another waits for it to end.
+func (s *supervisor) lockPool(ctx context.Context, p *pool.Pool) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(p.Dir(), lockName), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("pool %s: %w", p.Dir(), errOtherEngine)
+	for waited := false; ; waited = true {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
 		}
-		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			err = fmt.Errorf("lock %s: %w", f.Name(), err)
+			break
+		}
+		err = fmt.Errorf("pool %s: %w", p.Dir(), errOtherEngine)
+		if s.ownHolder {
+			break
+		}
+		if !waited {
+			if _, unreachable := s.held(ctx, p); unreachable != nil {
+				err = unreachable
+				break
+			}
+			klog.InfoS("Standing by until the running engine ends", "pool", p.Dir())
+			s.options.ready()
+		}
+		if !sleepUntil(ctx, time.Now().Add(lockPoll)) {
+			break
+		}
 	}
-	return f, nil
+	f.Close()
+	return nil, err
 }
 
 func (s *supervisor) openedPool() *pool.Pool {
@@ -164,6 +221,9 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 	if _, err := p.Volume(id); err != nil {
 		return nil, "", err
 	}
+	if a != nil && a.waiting {
+		return nil, "", fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
+	}
 	if a != nil {
 		return nil, "", fmt.Errorf("%s: %w: %s", id, ErrNotAttached, a.failure)
 	}
@@ -172,16 +232,20 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 
 // start starts a worker that serves the volume.
 func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attachment, error) {
-	w, err := startProcess(s.options.WorkerCommand, p.Dir(), id)
+	a := &attachment{started: time.Now()}
+	w, err := startProcess(s.options.WorkerCommand, WorkerOptions{PoolDir: p.Dir(), Volume: id, Holder: s.options.Holder})
 	if err != nil {
 		return nil, err
 	}
 	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id})
 	if err != nil {
+		if ctx.Err() != nil { // it hangs
+			_ = w.cmd.Process.Kill()
+		}
 		w.stop()
 		return nil, w.explain(err)
 	}
-	a := &attachment{worker: w, device: r.GetDevice()}
+	a.worker, a.device = w, r.GetDevice()
 	if err := s.watch(id, a); err != nil {
 		w.stop()
 		return nil, err
@@ -204,20 +268,10 @@ func (s *supervisor) watch(id string, a *attachment) error {
 	return nil
 }
 
-// lost marks a volume as failed if its worker has died while it was attached.
-func (s *supervisor) lost(id string, a *attachment) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.attached[id] != a {
-		return
-	}
-	reason := a.worker.death()
-	klog.ErrorS(reason, "Volume failed: its users get I/O errors", "volume", id, "device", a.device)
-	s.attached[id] = &attachment{device: a.device, failure: reason.Error()}
-}
-
-// shutDown detaches every volume, and aborts those that are in use. A second call finds nothing to do.
+// shutDown leaves every volume to the next engine. If there can be none, for the holder ends too, it detaches them, and
+// aborts those that are in use. A second call finds nothing to do.
 func (s *supervisor) shutDown(ctx context.Context) {
+	s.close()
 	s.opening.Lock()
 	s.mu.Lock()
 	s.closing = true
@@ -225,7 +279,11 @@ func (s *supervisor) shutDown(ctx context.Context) {
 	s.opening.Unlock()
 	var volumes sync.WaitGroup
 	for id := range s.attachments() {
-		volumes.Go(func() { s.shutDownVolume(ctx, id) })
+		if s.ownHolder {
+			volumes.Go(func() { s.shutDownVolume(ctx, id) })
+		} else {
+			volumes.Go(func() { s.leave(id) })
+		}
 	}
 	volumes.Wait()
 	s.tasks.Wait()
@@ -235,11 +293,22 @@ func (s *supervisor) shutDown(ctx context.Context) {
 	}
 }
 
+// leave leaves a volume to the next engine. Calls that run fail.
+func (s *supervisor) leave(id string) {
+	start := time.Now()
+	a := s.find(id)
+	if a == nil || a.worker == nil {
+		return
+	}
+	a.worker.stop()
+	klog.InfoS("Left to the next engine", "volume", id, "device", a.device, "duration", time.Since(start))
+}
+
 func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
 	start := time.Now()
 	patience, cancel := context.WithTimeout(ctx, stopPatience)
 	defer cancel()
-	unlock, err := s.calls.lock(patience, id) // a call that runs may end first
+	unlock, err := s.lockVolume(patience, id) // a call that runs may end first
 	if err == nil {
 		defer unlock()
 	}
@@ -249,12 +318,15 @@ func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
 	}
 	s.set(id, nil)
 	if a.worker == nil {
-		err = clearDevices(s.openedPool(), id)
+		err = errors.Join(discard(ctx, s.holder, id), clearDevices(s.openedPool(), id))
 	} else {
 		if err == nil {
 			_, err = a.worker.api.Detach(patience, &api.DetachRequest{VolumeId: id})
 		}
-		a.worker.stop() // aborts what is not detached
+		if err != nil {
+			err = errors.Join(err, discard(ctx, s.holder, id))
+		}
+		a.worker.stop()
 	}
 	if err != nil {
 		klog.ErrorS(err, "Volume was not detached: whoever uses it gets I/O errors", "volume", id,

@@ -21,21 +21,28 @@ const controlFD = 3
 // errSupervisorGone is why a worker ends while it still serves its volume.
 var errSupervisorGone = errors.New("the supervisor is gone")
 
+// WorkerOptions say what a worker process serves.
+type WorkerOptions struct {
+	PoolDir string
+	Volume  string // its ID
+	Holder  string // path of the holder's socket
+}
+
 // RunWorker is the body of a worker process: it serves one volume of a pool, as told over the inherited
-// connection, until the connection or ctx ends. A volume that is attached then is flushed and aborted: its
-// users get I/O errors at once instead of waiting for ever.
-func RunWorker(ctx context.Context, poolDir, volume string) error {
+// connection, until the connection or ctx ends. A volume that is attached then is flushed and left to a next worker:
+// its users wait. The process must end when RunWorker returns.
+func RunWorker(ctx context.Context, o WorkerOptions) error {
 	f := os.NewFile(controlFD, "supervisor")
 	conn, err := net.FileConn(f)
 	f.Close()
 	if err != nil {
 		return fmt.Errorf("inherited connection to the supervisor: %w", err)
 	}
-	return serveWorker(ctx, conn, poolDir, volume)
+	return serveWorker(ctx, conn, o)
 }
 
-func serveWorker(ctx context.Context, conn net.Conn, poolDir, volume string) error {
-	w := &worker{poolDir: poolDir, volume: volume}
+func serveWorker(ctx context.Context, conn net.Conn, o WorkerOptions) error {
+	w := &worker{options: o}
 	server := newServer(workerLogLevel)
 	api.RegisterEngineServer(server, w)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
@@ -44,7 +51,7 @@ func serveWorker(ctx context.Context, conn net.Conn, poolDir, volume string) err
 	if errors.Is(err, net.ErrClosed) {
 		err = nil
 	}
-	err = errors.Join(err, w.abort())
+	err = errors.Join(err, w.leave())
 	server.Stop() // waits for the calls that still run
 	return err
 }
@@ -52,7 +59,7 @@ func serveWorker(ctx context.Context, conn net.Conn, poolDir, volume string) err
 // worker serves the control API for one volume.
 type worker struct {
 	api.UnimplementedEngineServer
-	poolDir, volume string
+	options WorkerOptions
 
 	// mu serialises Attach, Detach, Resize and the snapshot calls.
 	mu sync.Mutex
@@ -61,20 +68,24 @@ type worker struct {
 	ended   bool // the supervisor is gone; guarded by mu
 }
 
-// abort ends an attached volume when the worker has lost its supervisor.
-func (w *worker) abort() error {
-	if s := w.current.Load(); s != nil {
-		_ = s.dev.Abort() // at once: a call that holds mu may take long
+// leave leaves an attached volume to a next worker when this one has lost its supervisor. It does not wait for calls that
+// run: they fail.
+func (w *worker) leave() error {
+	if s := w.current.Swap(nil); s != nil {
+		return w.leaveServed(s)
 	}
-	w.mu.Lock()
+	w.mu.Lock() // a call may be attaching it just now
 	defer w.mu.Unlock()
 	w.ended = true
-	s := w.current.Swap(nil)
-	if s == nil {
-		return nil
+	if s := w.current.Swap(nil); s != nil {
+		return w.leaveServed(s)
 	}
-	klog.ErrorS(errSupervisorGone, "Aborting the device", "volume", w.volume, "device", s.dev.Path())
-	return errors.Join(errSupervisorGone, s.abort())
+	return nil
+}
+
+func (w *worker) leaveServed(s *served) error {
+	klog.InfoS("Leaving the device to a next worker", "volume", w.options.Volume, "device", s.dev.Path())
+	return s.leave()
 }
 
 // attached returns the volume, or ErrNotAttached.
@@ -82,7 +93,7 @@ func (w *worker) attached() (*served, error) {
 	if s := w.current.Load(); s != nil {
 		return s, nil
 	}
-	return nil, fmt.Errorf("%s: %w", w.volume, ErrNotAttached)
+	return nil, fmt.Errorf("%s: %w", w.options.Volume, ErrNotAttached)
 }
 
 func (w *worker) Attach(ctx context.Context, _ *api.AttachRequest) (*api.AttachResponse, error) {
@@ -94,7 +105,7 @@ func (w *worker) Attach(ctx context.Context, _ *api.AttachRequest) (*api.AttachR
 			return nil, errSupervisorGone
 		}
 		var err error
-		if s, err = serve(context.WithoutCancel(ctx), w.poolDir, w.volume); err != nil {
+		if s, err = serve(context.WithoutCancel(ctx), w.options); err != nil {
 			return nil, err
 		}
 		w.current.Store(s)
@@ -102,14 +113,16 @@ func (w *worker) Attach(ctx context.Context, _ *api.AttachRequest) (*api.AttachR
 	return &api.AttachResponse{Device: s.dev.Path()}, nil
 }
 
-func (w *worker) Detach(context.Context, *api.DetachRequest) (*api.DetachResponse, error) {
+func (w *worker) Detach(ctx context.Context, _ *api.DetachRequest) (*api.DetachResponse, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if s := w.current.Load(); s != nil {
-		if err := s.endDevice(); err != nil {
+		if err := s.endDevice(context.WithoutCancel(ctx)); err != nil {
 			return nil, err
 		}
-		w.current.Store(nil)
+		if !w.current.CompareAndSwap(s, nil) {
+			return nil, errSupervisorGone
+		}
 		if err := s.close(); err != nil {
 			return nil, err
 		}
@@ -124,7 +137,7 @@ func (w *worker) List(context.Context, *api.ListRequest) (*api.ListResponse, err
 		return &api.ListResponse{}, nil
 	}
 	a := &api.Attachment{
-		VolumeId: w.volume, Device: s.dev.Path(), Size: s.img.Size(), WorkerPid: int32(os.Getpid()),
+		VolumeId: w.options.Volume, Device: s.dev.Path(), Size: s.img.Size(), WorkerPid: int32(os.Getpid()),
 		Operations: s.backend.operations(),
 	}
 	if err := s.failure(); err != nil {

@@ -97,11 +97,21 @@ func clone(v Volume) Volume {
 // Open opens the image, which may give up the pool's reserve: whoever deletes from it calls KeepReserve afterwards. The
 // caller closes it before Unlock. ErrInUse if one of QEMU's programs has it.
 func (l *Lease) Open(readOnly bool) (*qcow2.Image, error) {
-	f, err := l.openFile(readOnly)
+	return l.open(qcow2.OpenOptions{ReadOnly: readOnly})
+}
+
+// OpenServed opens the image for somebody who may die while guests use it: see qcow2.OpenOptions.Redo.
+func (l *Lease) OpenServed(redo *qcow2.RedoLog) (*qcow2.Image, error) {
+	return l.open(qcow2.OpenOptions{Redo: redo})
+}
+
+func (l *Lease) open(o qcow2.OpenOptions) (*qcow2.Image, error) {
+	f, err := l.openFile(o.ReadOnly)
 	if err != nil {
 		return nil, err
 	}
-	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly, MakeRoom: l.pool.GiveUpReserve})
+	o.MakeRoom = l.pool.GiveUpReserve
+	return qcow2.Open(f, o)
 }
 
 func (l *Lease) openFile(readOnly bool) (qcow2.File, error) {

@@ -38,6 +38,8 @@ func (h *holder) accept(l *net.UnixListener) {
 
 // converse answers the requests of one connection.
 func (h *holder) converse(c *net.UnixConn) error {
+	guards := 0
+	defer func() { h.guard(-guards) }()
 	for {
 		m, fds, err := receive(c)
 		if err != nil {
@@ -49,7 +51,7 @@ func (h *holder) converse(c *net.UnixConn) error {
 			return nil
 		case opGuard:
 			h.guard(1)
-			defer h.guard(-1)
+			guards++
 		}
 		reply, copies := h.answer(m, fds)
 		if err := send(c, reply, copies); err != nil {

@@ -28,6 +28,8 @@ type Options struct {
 	// Patience is how long it keeps what nobody guards (Client.Guard): then users of the devices get errors instead of
 	// waiting for ever. 0: for ever.
 	Patience time.Duration
+	// Ephemeral: it ends with ctx whatever it holds.
+	Ephemeral bool
 }
 
 // Entry is what the holder keeps under a name.
@@ -110,7 +112,7 @@ func (h *holder) serve(ctx context.Context, l *net.UnixListener) bool {
 		case abandon == nil:
 			abandon = time.After(h.options.Patience)
 		}
-		if ctx.Err() != nil && held == 0 {
+		if ctx.Err() != nil && (held == 0 || h.options.Ephemeral) {
 			return true
 		}
 	}

@@ -1,6 +1,7 @@
 package holder
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -80,7 +81,7 @@ func TestHold(t *testing.T) {
 	}
 	got, err := c.Get(ctx, "a")
 	must(t, err)
-	if string(got.State) != string(e.State) || len(got.FDs) != 1 {
+	if !bytes.Equal(got.State, e.State) || len(got.FDs) != 1 {
 		t.Fatalf("got %s and %d descriptors", got.State, len(got.FDs))
 	}
 	_, err = unix.Write(got.FDs[0], []byte("x"))

@@ -25,7 +25,7 @@ k apply -k "$crds" >/dev/null
 k wait --for=condition=Established crd --all --timeout=30s >/dev/null
 
 k apply -k "$E2E/overlay" >/dev/null
-for daemonset in csi-qcow2-engine csi-qcow2-node; do
+for daemonset in csi-qcow2-holder csi-qcow2-engine csi-qcow2-node; do
 	k -n csi-qcow2 wait "daemonset/$daemonset" --for="jsonpath={.status.numberReady}=${#nodes[@]}" --timeout=120s
 done
 k -n csi-qcow2 rollout status deployment/snapshot-controller --timeout=120s

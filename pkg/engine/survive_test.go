@@ -1,0 +1,159 @@
+package engine
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Nobody who uses a volume notices the death of what serves it, but for a pause.
+
+var (
+	workerKills   = flag.Int("worker-kills", 12, "kills in TestSurviveWorkers")
+	engineChanges = flag.Int("engine-changes", 4, "changes of each kind in TestSurviveEngines")
+)
+
+// ioctlRange is an ioctl whose argument is a range of bytes.
+func ioctlRange(f *os.File, request uint, span *[2]uint64) error {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(request), uintptr(unsafe.Pointer(span)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// snapshots makes and deletes snapshots of a volume until stop is called. They may fail, for what serves them dies.
+func (r *rig) snapshots(id string) (stop func()) {
+	end := make(chan struct{})
+	ctx := testContext(r.t)
+	var running sync.WaitGroup
+	running.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-end:
+				return
+			default:
+			}
+			_, _ = r.client.CreateSnapshot(ctx, id, fmt.Sprint("s", i), nil)
+			_ = r.client.DeleteSnapshot(ctx, id, fmt.Sprint("s", i-2))
+		}
+	})
+	return sync.OnceFunc(func() {
+		close(end)
+		running.Wait()
+	})
+}
+
+// killWorker kills the worker of a volume, if it has one.
+func (r *rig) killWorker(id string) {
+	r.t.Helper()
+	if a := r.find(id); a != nil && a.WorkerPID != 0 {
+		if err := unix.Kill(a.WorkerPID, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			r.t.Fatal(err)
+		}
+	}
+}
+
+// Workers are killed at random moments, while guests write and snapshots come and go.
+func TestSurviveWorkers(t *testing.T) {
+	r := newHeldRig(t)
+	const size = 64 * mib
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	l := startLoad(t, device, size, 8)
+	stop := r.snapshots(id)
+	defer stop()
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range *workerKills {
+		l.awaitProgress(t)
+		<-time.After(time.Duration(rng.IntN(300)) * time.Millisecond)
+		r.killWorker(id)
+		if t.Failed() {
+			return
+		}
+	}
+	l.awaitProgress(t)
+	stop()
+	t.Logf("%d kills, %d requests, the longest %v", *workerKills, l.done.Load(), l.end(t))
+	l.verify(t, device)
+	r.eventually("detached", func() bool { return r.client.Detach(testContext(t), id) == nil })
+	l.verify(t, r.attach(id))
+}
+
+// Engines and holders are killed, stopped and replaced while guests write.
+func TestSurviveEngines(t *testing.T) {
+	r := newHeldRig(t)
+	const size = 64 * mib
+	var ids []string
+	var loads []*load
+	for i := range 2 {
+		id := r.newVolume(fmt.Sprint(i), size)
+		ids, loads = append(ids, id), append(loads, startLoad(t, r.attach(id), size, 4))
+	}
+	for _, change := range []struct {
+		what string
+		do   func()
+	}{
+		{"the engine is killed", func() { r.kill(); r.start() }},
+		{"the engine is killed with its workers", func() {
+			pids := []int{r.find(ids[0]).WorkerPID, r.find(ids[1]).WorkerPID}
+			must(t, r.engine.cmd.Process.Signal(unix.SIGSTOP))
+			for _, pid := range pids {
+				must(t, unix.Kill(pid, unix.SIGKILL))
+			}
+			r.kill()
+			r.start()
+		}},
+		{"the engine is stopped", func() { r.stop(); r.start() }},
+		{"the engine is upgraded", r.upgrade},
+		{"the holder is upgraded", r.upgradeHolder},
+	} {
+		for range *engineChanges {
+			for i, l := range loads {
+				l.awaitProgress(t)
+				if l.failed() {
+					t.Fatalf("%s failed at: %s", ids[i], change.what)
+				}
+			}
+			change.do()
+		}
+		for _, l := range loads {
+			l.awaitProgress(t)
+			t.Logf("%s: a request took up to %v", change.what, l.resetLongest())
+		}
+	}
+	for i, l := range loads {
+		l.end(t)
+		device := r.attach(ids[i])
+		if device != l.device {
+			t.Errorf("%s is %s now", l.device, device)
+		}
+		l.verify(t, device)
+	}
+}
+
+// upgrade starts another engine beside the one that runs, and ends that when the other stands by.
+func (r *rig) upgrade() {
+	r.t.Helper()
+	old := r.engine
+	r.launch("--ready-file", r.socket+".ready")
+	r.eventually("the next engine stands by", func() bool {
+		return os.Remove(r.socket+".ready") == nil
+	})
+	old.stop(r.t)
+	r.awaitProbe(nil)
+}
+
+func (r *rig) upgradeHolder() {
+	old := r.holder
+	r.holder = r.process("holder", r.holderSocket())
+	old.stop(r.t)
+}
