@@ -25,15 +25,7 @@ func TestCheckStatus(t *testing.T) {
 		"huge table": {func(t *testing.T, f *os.File) { writeAt(t, f, []byte{0xff, 0xff, 0xff, 0xff}, 36) }, 1, "L1"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			image := filepath.Join(t.TempDir(), "x.qcow2")
-			mustRun(t, "image", "create", image, "64M")
-			qemuIO(t, image, "write -P 1 0 1M")
-			f, err := os.OpenFile(image, os.O_RDWR, 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			tt.damage(t, f)
-			f.Close()
+			image := damagedImage(t, tt.damage)
 			r := run(t, "image", "check", image)
 			if r.status != tt.status || !strings.Contains(r.stdout+r.stderr, tt.says) {
 				t.Errorf("exit status %d, want %d and %q: %s%s", r.status, tt.status, tt.says, r.stdout, r.stderr)
@@ -108,15 +100,7 @@ func TestCheckRepairs(t *testing.T) {
 		"bad flag":          {func(*testing.T, *os.File) {}, "some", 1, "all or leaks"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			image := filepath.Join(t.TempDir(), "x.qcow2")
-			mustRun(t, "image", "create", image, "64M")
-			qemuIO(t, image, "write -P 1 0 1M")
-			f, err := os.OpenFile(image, os.O_RDWR, 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			tt.damage(t, f)
-			f.Close()
+			image := damagedImage(t, tt.damage)
 			r := run(t, "image", "check", "--repair", tt.flag, image)
 			if r.status != tt.status || !strings.Contains(r.stdout+r.stderr, tt.says) {
 				t.Errorf("exit status %d, want %d and %q: %s%s", r.status, tt.status, tt.says, r.stdout, r.stderr)
@@ -147,4 +131,19 @@ func TestCheckRepairJSON(t *testing.T) {
 	if report["leaks-fixed"] != 1.0 || report["leaks"] != nil {
 		t.Errorf("%v", report)
 	}
+}
+
+// damagedImage makes an image that holds a little, and damages it.
+func damagedImage(t *testing.T, damage func(*testing.T, *os.File)) string {
+	t.Helper()
+	image := filepath.Join(t.TempDir(), "x.qcow2")
+	mustRun(t, "image", "create", image, "64M")
+	qemuIO(t, image, "write -P 1 0 1M")
+	f, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	damage(t, f)
+	return image
 }

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -23,7 +24,7 @@ func TestReserve(t *testing.T) {
 		"btrfs": {128 << 20, []string{"mkfs.btrfs", "-q"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := poolIn(t, filepath.Join(mountImage(t, name, fs.size, fs.mkfs...), "pool"))
+			p := poolIn(t, filepath.Join(testfs.Image(t, name, fs.size, fs.mkfs...), "pool"))
 			const diskSize = 8 << 30
 			v := newVolume(p, "large")
 			must(t, p.Create(t.Context(), v, func(_ context.Context, path string) error {
@@ -63,7 +64,7 @@ func TestReserve(t *testing.T) {
 // Hostile images do not make the reserve eat the pool.
 func TestReserveIsBounded(t *testing.T) {
 	const total = 256 << 20
-	p := poolIn(t, mountDetached(t, "tmpfs", "size", "256m"))
+	p := poolIn(t, testfs.Tmpfs(t, "256m"))
 	must(t, p.Create(t.Context(), newVolume(p, "huge"), func(_ context.Context, path string) error {
 		head := make([]byte, 512)
 		copy(head, "QFI\xfb\x00\x00\x00\x03")

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -22,7 +23,7 @@ func space(t *testing.T, p *Pool) Space {
 }
 
 func TestSpace(t *testing.T) {
-	p := poolIn(t, mountDetached(t, "tmpfs", "size", "256m"))
+	p := poolIn(t, testfs.Tmpfs(t, "256m"))
 	empty := space(t, p)
 	if empty.Total != 256<<20 || empty.Used != 0 || empty.Promised != 0 || empty.Free > empty.Total || empty.Free < 250<<20 {
 		t.Errorf("an empty pool: %+v", empty)
@@ -123,7 +124,7 @@ func TestDeletingOnAFullFileSystem(t *testing.T) {
 		"btrfs": {128 << 20, []string{"mkfs.btrfs", "-q"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := poolIn(t, filepath.Join(mountImage(t, name, fs.size, fs.mkfs...), "pool"))
+			p := poolIn(t, filepath.Join(testfs.Image(t, name, fs.size, fs.mkfs...), "pool"))
 			tombstone, gone := create(t, p, "tombstone"), create(t, p, "gone")
 			fillUp(t, filepath.Join(p.Dir(), "ballast"))
 

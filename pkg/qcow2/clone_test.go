@@ -6,19 +6,21 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 )
 
 // TestCloneSharesBlocks clones an image with a snapshot where the file system can share blocks, and where it cannot: the
 // content is the same, and only a copy takes space.
 func TestCloneSharesBlocks(t *testing.T) {
-	const data = 24 << 20
+	const data, fsSize = 24 << 20, 320 << 20 // XFS wants 300 MiB
 	for name, c := range map[string]struct {
 		dir    string
 		shares bool
 	}{
-		"XFS":   {mountImage(t, "xfs", "mkfs.xfs", "-q", "-m", "reflink=1"), true},
-		"btrfs": {mountImage(t, "btrfs", "mkfs.btrfs", "-q"), true},
-		"ext4":  {mountImage(t, "ext4", "mkfs.ext4", "-q"), false},
+		"XFS":   {testfs.Image(t, "xfs", fsSize, "mkfs.xfs", "-q", "-m", "reflink=1"), true},
+		"btrfs": {testfs.Image(t, "btrfs", fsSize, "mkfs.btrfs", "-q"), true},
+		"ext4":  {testfs.Image(t, "ext4", fsSize, "mkfs.ext4", "-q"), false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			source, path := filepath.Join(c.dir, "source.qcow2"), filepath.Join(c.dir, "clone.qcow2")

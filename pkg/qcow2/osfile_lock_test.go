@@ -15,8 +15,8 @@ import (
 func newQEMUImage(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "image.qcow2")
-	runTool(t, "qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
-	runTool(t, "qemu-img", "snapshot", "-c", "first", path)
+	qemuImg(t, "create", "-q", "-f", "qcow2", path, "1M")
+	qemuImg(t, "snapshot", "-c", "first", path)
 	return path
 }
 
@@ -133,10 +133,10 @@ func TestQEMUKeepsOffWhatWeHold(t *testing.T) {
 				t.Errorf("we hold it (read-only %t): %v does not speak of a lock:\n%s", readOnly, tool.args, out)
 			}
 		}
-		runTool(t, "qemu-img", "info", "-U", path) // an administrator who insists may look
+		qemuImg(t, "info", "-U", path) // an administrator who insists may look
 		closeOSFile(t, f)
-		runTool(t, "qemu-img", "snapshot", "-c", "after", path)
-		runTool(t, "qemu-img", "check", path)
+		qemuImg(t, "snapshot", "-c", "after", path)
+		qemuImg(t, "check", path)
 	}
 }
 
@@ -183,7 +183,7 @@ func TestRefusedOpenerLeavesNoLock(t *testing.T) {
 	reader := openOSFile(t, path, true)
 	wantOpen(t, path, false, ErrInUse)
 	wantOpen(t, path, true, nil)
-	runTool(t, "qemu-img", "info", path)
+	qemuImg(t, "info", path)
 	closeOSFile(t, reader)
 	wantOpen(t, path, false, nil)
 }

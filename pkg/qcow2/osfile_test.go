@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 )
 
 func newOSFile(t *testing.T) File {
@@ -221,7 +223,7 @@ func TestOSFileClosed(t *testing.T) {
 
 // A full file system is told apart from other failures, with the file and the offset.
 func TestOSFileNoSpace(t *testing.T) {
-	dir := mountTmpfs(t, "1m")
+	dir := testfs.Tmpfs(t, "1m")
 	f, err := CreateFile(filepath.Join(dir, "file"))
 	if err != nil {
 		t.Fatal(err)
@@ -270,7 +272,7 @@ func TestOSFileCloneRange(t *testing.T) {
 		return dst, c.CloneRange(src, 4096, 1<<20, n-4096)
 	}
 	t.Run("xfs", func(t *testing.T) {
-		dst, err := clone(t, mountImage(t, "xfs", "mkfs.xfs", "-q", "-m", "reflink=1"))
+		dst, err := clone(t, testfs.Image(t, "xfs", 320<<20, "mkfs.xfs", "-q", "-m", "reflink=1"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -283,7 +285,7 @@ func TestOSFileCloneRange(t *testing.T) {
 		}
 	})
 	t.Run("tmpfs", func(t *testing.T) {
-		if _, err := clone(t, mountTmpfs(t, "32m")); !errors.Is(err, errors.ErrUnsupported) {
+		if _, err := clone(t, testfs.Tmpfs(t, "32m")); !errors.Is(err, errors.ErrUnsupported) {
 			t.Fatalf("%v, want errors.ErrUnsupported", err)
 		}
 	})

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 )
 
 // mapExtent is a row of `qemu-img map --output=json`, as far as it does not depend on the file system's holes.
@@ -111,7 +113,7 @@ func createFile(t *testing.T, path string, size int64, o CreateOptions) {
 
 // TestPreallocationFails: a full disk, or an end from outside, leaves an empty file.
 func TestPreallocationFails(t *testing.T) {
-	dir := mountTmpfs(t, "4m")
+	dir := testfs.Tmpfs(t, "4m")
 	for kind := PreallocationFalloc; kind <= PreallocationFull; kind++ {
 		f, err := CreateFile(filepath.Join(dir, kind.String()))
 		must(t, err)

@@ -1,4 +1,5 @@
-package qcow2
+// Package testfs mounts file systems for the duration of a test.
+package testfs
 
 import (
 	"errors"
@@ -12,29 +13,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountTmpfs mounts an empty tmpfs of a size for the duration of a test.
-func mountTmpfs(t *testing.T, size string) string {
+// Tmpfs mounts an empty tmpfs of a size, as mount(8) has it, and returns its path. See detached.
+func Tmpfs(t *testing.T, size string) string {
 	t.Helper()
-	return mountDetached(t, "tmpfs", "size", size)
+	return detached(t, "tmpfs", "size", size)
 }
 
-// mountImage mounts a new file system, on a loop device that goes with the mount.
-func mountImage(t *testing.T, fsType string, mkfs ...string) string {
+// Image mounts a new file system of a size in bytes, on a loop device that goes with the mount, and returns its path. mkfs
+// is the command that makes it; the path of the file to make it in is appended. See detached.
+func Image(t *testing.T, fsType string, size int64, mkfs ...string) string {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "fs")
-	if err := os.WriteFile(image, nil, 0o600); err != nil {
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, size)); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Truncate(image, 320<<20); err != nil { // XFS wants 300 MiB
-		t.Fatal(err)
+	command := exec.CommandContext(t.Context(), mkfs[0], append(mkfs[1:], image)...) //nolint:gosec // the tests' own
+	if out, err := command.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", strings.Join(mkfs, " "), err, out)
 	}
-	runTool(t, append(mkfs, image)...)
 	loop, err := loopDevice(image)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer loop.Close()
-	return mountDetached(t, fsType, "source", loop.Name())
+	return detached(t, fsType, "source", loop.Name())
 }
 
 // loopDevice makes a loop device that is gone when nothing has it open.
@@ -69,9 +71,9 @@ func loopDevice(image string) (*os.File, error) {
 	}
 }
 
-// mountDetached mounts a file system nowhere: it goes with its descriptor, however the test ends. The path
-// that it returns is good for other processes too.
-func mountDetached(t *testing.T, fsType, option, value string) string {
+// detached mounts a file system nowhere: it goes with its descriptor, however the test ends. The path that it returns
+// is good for other processes too.
+func detached(t *testing.T, fsType, option, value string) string {
 	t.Helper()
 	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -87,11 +89,4 @@ func mountDetached(t *testing.T, fsType, option, value string) string {
 	}
 	t.Cleanup(func() { _ = unix.Close(mount) })
 	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), mount)
-}
-
-func runTool(t *testing.T, command ...string) {
-	t.Helper()
-	if out, err := exec.CommandContext(t.Context(), command[0], command[1:]...).CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", strings.Join(command, " "), err, out)
-	}
 }
