@@ -378,16 +378,20 @@ func (d *duet) play() {
 
 func TestDifferential(t *testing.T) {
 	tally := &duetTally{counts: map[string]int{}}
-	t.Run("histories", func(t *testing.T) {
-		for i := range *differential {
-			seed := uint64(*firstDifferential + i)
-			t.Run(fmt.Sprint(seed), func(t *testing.T) {
-				t.Parallel()
-				newDuet(t, seed, tally).play()
-				tally.add("histories that went well")
-			})
-		}
-	})
+	const batch = 100
+	for first := 0; first < *differential; first += batch {
+		t.Run(fmt.Sprint("from ", *firstDifferential+first), func(t *testing.T) {
+			for i := first; i < min(first+batch, *differential); i++ {
+				seed := uint64(*firstDifferential + i)
+				t.Run(fmt.Sprint(seed), func(t *testing.T) {
+					t.Parallel()
+					newDuet(t, seed, tally).play()
+					tally.add("histories that went well")
+				})
+			}
+		})
+		t.Logf("%d of %d histories", min(first+batch, *differential), *differential)
+	}
 	for _, what := range slices.Sorted(maps.Keys(tally.counts)) {
 		t.Logf("%6d %s", tally.counts[what], what)
 	}
