@@ -86,8 +86,8 @@ const guestBlock = 4096
 // flushEvery is a guest's file system's habit.
 const flushEvery = 100 * time.Millisecond
 
-// work writes, reads and flushes at random places of size bytes until ctx ends.
-func work(ctx context.Context, t target, size int64, l *latencies) {
+// work writes, reads and flushes at random places of size bytes until ctx ends. Before each write it pauses.
+func work(ctx context.Context, t target, size int64, pause time.Duration, l *latencies) {
 	var all sync.WaitGroup
 	loop := func(kind string, pause time.Duration, request func(p []byte, off int64) error) {
 		all.Go(func() {
@@ -105,7 +105,7 @@ func work(ctx context.Context, t target, size int64, l *latencies) {
 			}
 		})
 	}
-	loop("write", 0, func(p []byte, off int64) error {
+	loop("write", pause, func(p []byte, off int64) error {
 		_, err := t.WriteAt(p, off)
 		return err
 	})

@@ -65,7 +65,13 @@ func run(ctx context.Context) error {
 		name string
 		run  func(context.Context) error
 	}{
-		{"offline", b.offline}, {"calls", b.calls}, {"open", b.open}, {"online", b.online}, {"fsync", b.fsync}, {"restore", b.restore},
+		{"offline", b.offline},
+		{"calls", b.calls},
+		{"open", b.open},
+		{"online", b.online},
+		{"throughput", b.throughput},
+		{"fsync", b.fsync},
+		{"restore", b.restore},
 	} {
 		if !b.only.MatchString(part.name) {
 			continue
