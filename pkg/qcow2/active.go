@@ -44,40 +44,65 @@ func (img *Image) lock(c chunk, exclusive bool) (unlock func()) {
 
 // readL2 reads the L2 table at off.
 func readL2(f File, g geometry, off int64) (table, error) {
-	length, err := f.Size()
-	if err != nil {
-		return table{}, err
-	}
-	if off >= length {
-		return table{}, fmt.Errorf("%w: L2 table at file offset %#x, beyond the end of the file", ErrCorrupt, off)
-	}
 	t := g.newTable()
-	if err := readPadded(f, t.b, off); err != nil {
-		return table{}, fmt.Errorf("read the L2 table at file offset %#x: %w", off, err)
-	}
-	return t, nil
+	return t, t.read(f, off)
 }
 
-// activeTable returns the active L2 table of an L1 entry, nil if there is none. Called with mu held; the
-// result is valid as long as it is.
-func (img *Image) activeTable(index int64) (*l2Table, error) {
-	if t := img.l2.get(index); t != nil {
-		return t, nil
-	}
-	e := img.l1[index]
-	if err := img.checkL1Entry(e); err != nil {
-		return nil, fmt.Errorf("%s: active L1 entry %d: %w", img.f.Name(), index, err)
-	}
-	if e.offset() == 0 {
-		return nil, nil
-	}
-	data, err := readL2(img.f, img.g, e.offset())
+func (t table) read(f File, off int64) error {
+	length, err := f.Size()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	t := &l2Table{index: index, offset: e.offset(), data: data}
-	img.l2.put(t)
-	return t, nil
+	if off >= length {
+		return fmt.Errorf("%w: L2 table at file offset %#x, beyond the end of the file", ErrCorrupt, off)
+	}
+	if err := readPadded(f, t.b, off); err != nil {
+		return fmt.Errorf("read the L2 table at file offset %#x: %w", off, err)
+	}
+	return nil
+}
+
+// activeTable returns the active L2 table of an L1 entry, nil if there is none. Called with mu held, which it gives up
+// while it reads; the result is valid as long as it is held from then on.
+func (img *Image) activeTable(index int64) (*l2Table, error) {
+	for {
+		if t := img.l2.get(index); t != nil {
+			return t, nil
+		}
+		e := img.l1[index]
+		if err := img.checkL1Entry(e); err != nil {
+			return nil, fmt.Errorf("%s: active L1 entry %d: %w", img.f.Name(), index, err)
+		}
+		if e.offset() == 0 {
+			return nil, nil
+		}
+		if err := img.loadTable(index, e); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// loadTable reads a table into the cache, or waits until somebody else has tried to: with two at it, one might bring what
+// the other's guest has changed and written meanwhile. Called with mu held, which it gives up.
+func (img *Image) loadTable(index int64, e l1Entry) error {
+	if done := img.loading[index]; done != nil {
+		img.mu.Unlock()
+		<-done
+		img.mu.Lock()
+		return nil
+	}
+	done := make(chan struct{})
+	img.loading[index] = done
+	t := &l2Table{index: index, offset: e.offset(), data: img.l2.newTable(img.g)}
+	img.mu.Unlock()
+	err := t.data.read(img.f, t.offset)
+	img.mu.Lock()
+	delete(img.loading, index)
+	close(done)
+	if err == nil && img.l1[index] == e { // else the generation was switched
+		img.l2.put(t)
+	}
+	return err
 }
 
 // owns tells whether a host cluster that is marked COPIED may be written in place. Called with mu held.
@@ -137,10 +162,15 @@ func (img *Image) mappedEntries(c chunk) ([]l2Entry, error) {
 func (img *Image) ownTable(index int64) error {
 	img.tableMu.Lock()
 	defer img.tableMu.Unlock()
+	var content table
 	for {
-		old, content, err := img.sharedTable(index)
-		if err != nil || content.b == nil {
+		old, shared, err := img.sharedTable(index, content)
+		if err != nil || !shared {
 			return err
+		}
+		if content.b == nil {
+			content = img.g.newTable()
+			continue
 		}
 		got, err := img.alloc.take(1)
 		if err != nil {
@@ -157,24 +187,24 @@ func (img *Image) ownTable(index int64) error {
 		if err := img.giveBack(got, nil); err != nil {
 			return err
 		}
+		content = table{}
 	}
 }
 
-// sharedTable returns the L1 entry and a copy of a table that the active state must not change in place, or has not got;
-// none if it may.
-func (img *Image) sharedTable(index int64) (l1Entry, table, error) {
+// sharedTable returns the L1 entry of a table, and whether the active state must not change it in place, or has not got it;
+// then it is copied, if content has room for it.
+func (img *Image) sharedTable(index int64, content table) (l1Entry, bool, error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	e := img.l1[index]
 	t, err := img.activeTable(index)
+	e := img.l1[index]
 	if err != nil || t != nil && e.copied() && img.owns(e.offset()) {
-		return e, table{}, err
+		return e, false, err
 	}
-	content := img.g.newTable()
 	if t != nil {
 		copy(content.b, t.data.b)
 	}
-	return e, content, nil
+	return e, true, nil
 }
 
 // replaceTable makes t the active table if the L1 entry is still what it was.

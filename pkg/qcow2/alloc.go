@@ -17,6 +17,7 @@ type allocator struct {
 	fail         func(error) error
 	switchHeader func(change func(*header)) error
 	metadata     *metadataMap
+	background   *sync.WaitGroup // the image's
 
 	// ledger is held by whoever changes live counts and writes them, for as long as that takes. Taken before mu.
 	ledger sync.Mutex
@@ -31,16 +32,23 @@ type allocator struct {
 	next      int64        // no cluster below is free
 	ready     runs         // reserved
 	batch     int64        // clusters of the next reservation
+	ahead     bool         // a reservation in the background is due or under way
 	length    atomic.Int64 // of the file, bytes; changed with mu held
 }
 
 // A reservation starts small, so that a short visit leaks little when it crashes, and doubles while it is
 // used up: what one sync can pay for.
 const (
-	firstBatchBytes = 4 << 20
-	maxBatchBytes   = 64 << 20
-	maxBatch        = 4096 // clusters
+	firstBatchBytes  = 4 << 20
+	beforeBuildBytes = 16 << 20 // when guests are about to copy on write
+	maxBatchBytes    = 64 << 20
+	maxBatch         = 4096 // clusters
 )
+
+// batch returns how many clusters to reserve at once for so many bytes: of small clusters fewer bytes.
+func (g geometry) batch(bytes int64) int64 {
+	return min(max(bytes>>g.clusterBits, 1), maxBatch*bytes/maxBatchBytes)
+}
 
 // newAllocator leaves the functions and the map of metadata to the image.
 func newAllocator(f File, g geometry, h *header) (*allocator, error) {
@@ -52,7 +60,7 @@ func newAllocator(f File, g geometry, h *header) (*allocator, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &allocator{f: f, g: g, rc: rc, next: 1, batch: min(max(int64(firstBatchBytes)>>g.clusterBits, 1), maxBatch/16)}
+	a := &allocator{f: f, g: g, rc: rc, next: 1, batch: g.batch(firstBatchBytes)}
 	a.length.Store(length)
 	return a, nil
 }
@@ -87,7 +95,23 @@ func (a *allocator) takeReady(n int64) (got runs, missing int64) {
 			a.ready = a.ready[1:]
 		}
 	}
+	a.reserveAhead()
 	return got, 0
+}
+
+// reserveAhead has clusters reserved in the background when half of the last reservation is used up. Called with mu held.
+func (a *allocator) reserveAhead() {
+	low := a.batch / 4 // it doubles each time
+	if a.ahead || a.ready.clusters() >= low {
+		return
+	}
+	a.ahead = true
+	a.background.Go(func() {
+		_ = a.reserve(low) // whoever needs them will try again, and be told
+		a.mu.Lock()
+		a.ahead = false
+		a.mu.Unlock()
+	})
 }
 
 // reserve makes n clusters ready, or fails and has changed nothing.
@@ -118,7 +142,7 @@ func (a *allocator) reserve(n int64) error {
 	for _, r := range got {
 		a.ready.add(r)
 	}
-	a.batch = min(a.batch*2, max(int64(maxBatchBytes)>>a.g.clusterBits, 1), maxBatch)
+	a.batch = min(max(a.batch, n)*2, a.g.batch(maxBatchBytes))
 	return nil
 }
 
@@ -303,104 +327,4 @@ func (a *allocator) link(blocks []int64) error {
 		}
 	}
 	return a.sync()
-}
-
-// release gives clusters up once each: those that nobody counts any more are punched and free. Nothing durable
-// may reference them (I4).
-func (a *allocator) release(rs runs) error {
-	if len(rs) == 0 {
-		return nil
-	}
-	a.ledger.Lock()
-	defer a.ledger.Unlock()
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.releaseLocked(rs)
-}
-
-func (a *allocator) releaseLocked(rs runs) error {
-	for _, r := range rs {
-		zero, err := a.add(r, -1)
-		if err != nil {
-			return err
-		}
-		if err := a.punch(zero); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// punch gives the blocks of free clusters back to the file system. Called with mu held, so that no cluster is
-// handed out before its punch is done.
-func (a *allocator) punch(free runs) error {
-	for _, r := range free {
-		a.metadata.remove(r)
-		a.next = min(a.next, r.first)
-	}
-	for _, r := range free {
-		at := r.first << a.g.clusterBits
-		if n := min(r.n<<a.g.clusterBits, a.length.Load()-at); n > 0 {
-			if err := a.f.PunchHole(at, n); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// close returns what is left of the reservation, writes all counts and cuts the free end off the file. It
-// syncs.
-func (a *allocator) close() error {
-	a.ledger.Lock()
-	defer a.ledger.Unlock()
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if err := a.giveBack(); err != nil {
-		return err
-	}
-	last := a.g.clusters(a.length.Load()) - 1
-	for last > 0 {
-		b, err := a.rc.block(last >> a.g.blockBits)
-		if err != nil {
-			return err
-		}
-		switch {
-		case b == nil: // nothing is counted under it
-			last = max(last>>a.g.blockBits<<a.g.blockBits-1, 0)
-			continue
-		case b.counts.get(last&(a.g.blockCounts-1)) == 0:
-			last--
-			continue
-		}
-		break
-	}
-	if end := (last + 1) << a.g.clusterBits; end < a.length.Load() {
-		if err := a.f.Truncate(end); err != nil {
-			return err
-		}
-		a.length.Store(end)
-	}
-	return a.sync()
-}
-
-// endReservation returns what is left of the reservation and writes all counts.
-func (a *allocator) endReservation() error {
-	a.ledger.Lock()
-	defer a.ledger.Unlock()
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.giveBack()
-}
-
-// giveBack is endReservation with its locks held.
-func (a *allocator) giveBack() error {
-	for len(a.ready) > 0 {
-		r := a.ready[0]
-		a.ready = a.ready[1:] // first: what has been released, in part even, must not be handed out
-		if err := a.releaseLocked(runs{r}); err != nil {
-			return err
-		}
-	}
-	return a.rc.writeBack()
 }

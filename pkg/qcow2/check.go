@@ -49,6 +49,7 @@ func (img *Image) Check(ctx context.Context, progress func(done, total int64)) (
 		if err := img.commit(); err != nil {
 			return CheckResult{}, err
 		}
+		img.background.Wait()
 		if err := img.alloc.endReservation(); err != nil {
 			return CheckResult{}, err
 		}

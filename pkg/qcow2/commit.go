@@ -41,8 +41,8 @@ func (img *Image) commit() error {
 	return img.retire(w.freed)
 }
 
-// retire releases what is durably no longer referenced. While an operation runs only the next generation gives it up:
-// the live one may still need it.
+// retire releases what is durably no longer referenced. While an operation runs only the next generation gives it up, in
+// its own time: the live one may still need it.
 func (img *Image) retire(rs runs) error {
 	img.mu.Lock()
 	n := img.build
@@ -51,7 +51,6 @@ func (img *Image) retire(rs runs) error {
 	}
 	img.mu.Unlock()
 	if n != nil {
-		n.giveUp(rs)
 		return nil
 	}
 	err := img.alloc.release(rs)
@@ -72,15 +71,27 @@ func (img *Image) commitMapping() error {
 	return img.commit()
 }
 
-// relieve commits when half of the L2 cache is dirty: dirty tables cannot be dropped from it.
+// relieve commits when much of the L2 cache is dirty, for dirty tables cannot be dropped from it: in the background when
+// half of it is, and the guest waits for it when all is.
 func (img *Image) relieve() error {
 	img.mu.Lock()
-	full := img.dirty*2 > img.l2.limit
+	full := img.dirty >= img.l2.limit
+	begin := img.dirty*2 > img.l2.limit && !full && !img.relieving
+	img.relieving = img.relieving || begin
 	img.mu.Unlock()
-	if !full {
-		return nil
+	switch {
+	case full:
+		return img.commit()
+	case begin && img.begin(0, 0, true) == nil:
+		defer img.end()
+		img.background.Go(func() {
+			_ = img.commit() // what was not written is dirty still: the next flush tells
+			img.mu.Lock()
+			img.relieving = false
+			img.mu.Unlock()
+		})
 	}
-	return img.commit()
+	return nil
 }
 
 // commitWork is what one commit writes.

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"iter"
 	"math"
 )
 
@@ -216,6 +217,14 @@ func (g geometry) eachBlock(r run, fn func(block, i, n int64) error) error {
 		r = run{r.first + n, r.n - n}
 	}
 	return nil
+}
+
+// blocksOf yields the refcount blocks of a run of clusters.
+func (g geometry) blocksOf(r run) iter.Seq[int64] {
+	return func(yield func(int64) bool) {
+		for k := r.first >> g.blockBits; k <= (r.end()-1)>>g.blockBits && yield(k); k++ {
+		}
+	}
 }
 
 // runs gathers host clusters into maximal runs of neighbours, in the order in which they come.

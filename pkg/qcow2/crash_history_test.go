@@ -138,10 +138,28 @@ func (h *crashHistory) open() {
 // fillTable writes until the refcount table has room for little more than one reservation.
 func (h *crashHistory) fillTable() {
 	h.t.Helper()
-	room := int64(len(h.img.alloc.rc.table)) << h.g.blockBits
-	h.write(0, (room-room/8)<<h.g.clusterBits)
-	must(h.t, h.img.Close())
-	h.open()
+	room, step := 2*h.img.alloc.batch, int64(64)<<h.g.clusterBits
+	for off := int64(0); h.unused() > room; off += step {
+		h.write(off, step)
+		must(h.t, h.img.Close()) // the next reservation is small again
+		h.open()
+	}
+}
+
+// unused returns how many clusters that the refcount table has room for are free.
+func (h *crashHistory) unused() int64 {
+	h.t.Helper()
+	free := int64(0)
+	for k := range int64(len(h.img.alloc.rc.table)) {
+		b, err := h.img.alloc.rc.block(k)
+		must(h.t, err)
+		for i := range h.g.blockCounts {
+			if b == nil || b.counts.get(i) == 0 {
+				free++
+			}
+		}
+	}
+	return free
 }
 
 // do makes an operation and notes it. What narrow refcounts refuse changes nothing.
@@ -150,6 +168,7 @@ func (h *crashHistory) do(o crashOp, f func() error) {
 	before := *h.img.hdr.Load()
 	o.begin = h.file.position()
 	err := f()
+	h.img.background.Wait()
 	o.end = h.file.position()
 	switch {
 	case h.tooNarrow(err):

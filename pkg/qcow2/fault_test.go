@@ -76,6 +76,7 @@ type faultOp struct {
 	flush  bool   // and a flush after it
 	change func(*crashState)
 	closes bool
+	ahead  bool // clusters are reserved ahead of need meanwhile: an error there is nobody's
 	run    func(t *testing.T, img *Image) error
 }
 
@@ -127,6 +128,11 @@ func faultWholeOps(b faultBase) []faultOp {
 	ops := []faultOp{
 		{name: "write many", patch: &patch{disk - large, large, p}, run: func(_ *testing.T, img *Image) error {
 			_, err := img.WriteAt(p, disk-large)
+			return err
+		}},
+		{name: "write many/ahead", ahead: true, patch: &patch{disk - large, large, p}, run: func(_ *testing.T, img *Image) error {
+			_, err := img.WriteAt(p, disk-large)
+			img.background.Wait()
 			return err
 		}},
 		{name: "flush", run: func(_ *testing.T, img *Image) error { return img.Flush() }},
@@ -269,6 +275,7 @@ func faultOnce(t *testing.T, base faultBase, op faultOp, n int, how fault) bool 
 	f := base.file.clone()
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
+	img.alloc.ahead = !op.ahead // if not, as if a reservation were under way
 	log := f.record()
 	before := base.state
 	for i, off := range []int64{base.state.durable.size / 2 &^ (sectorSize - 1), img.g.clusterSize} { // something unflushed
@@ -298,6 +305,7 @@ func faultOnce(t *testing.T, base faultBase, op faultOp, n int, how fault) bool 
 	what := fmt.Sprintf("call %d, %s, failed (%s): %s: %v", n, failed, how.name, op.name, err)
 	allowed := []crashState{before, after}
 	switch {
+	case err == nil && op.ahead:
 	case err == nil && failed.kind == callPunch: // after the switch: costs space only
 		allowed = allowed[1:]
 	case err == nil && op.name == "check" && failed.kind == callRead && how.short: // it read ahead, and the half was enough

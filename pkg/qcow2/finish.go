@@ -38,6 +38,9 @@ func (n *generation) finish() error {
 // complete writes all that is missing.
 func (n *generation) complete() error {
 	old := n.img.hdr.Load()
+	if err := n.giveUp(); err != nil {
+		return err
+	}
 	cs := n.settle()
 	for _, c := range cs {
 		if err := n.apply(c); err != nil {
@@ -79,6 +82,7 @@ func (n *generation) complete() error {
 // to be written. What guests have given up and not yet committed stays theirs: a table that both generations use has it
 // on disk still.
 func (n *generation) settle() []tableChange {
+	free, size := n.memory(), n.g.clusterSize
 	n.img.mu.Lock()
 	defer n.img.mu.Unlock()
 	n.settled = true
@@ -86,7 +90,16 @@ func (n *generation) settle() []tableChange {
 		n.l1 = slices.Clone(n.img.l1)
 		clear(n.l1[n.l1Keep:])
 	}
-	return n.changes()
+	var cs []tableChange
+	for _, i := range n.changed() {
+		if int64(len(free)) < size {
+			free = make([]byte, size) // guests are faster than catchUp
+		}
+		cs = append(cs, n.takeChange(i, free[:size]))
+		free = free[size:]
+	}
+	clear(n.dirty)
+	return cs
 }
 
 // completeL1 makes the next active L1 table.

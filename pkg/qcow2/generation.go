@@ -47,18 +47,21 @@ type generation struct {
 	own      map[int64]struct{}   // if frozen: host clusters mapped since
 	dirty    map[int64]*sectorSet // L1 indexes of tables that changed after the build saw them, and what changed there
 	deferred runs                 // given up by guests, durably: abort releases them
+	given    int                  // how many of these giveUp has seen
 	deleting string               // ID of the snapshot that must not be opened any more
 	settled  bool                 // the next generation has its mapping: what guests change now comes after it
 	late     []lateTable          // tables that guests made since then
 
 	// Only the operation's goroutine uses these.
-	tables map[int64]*nextTable // tables that the next generation has to itself, by L1 index
-	copied map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
-	out    metaWriter
-	buffer []byte     // of the tables that are read
-	idle   int64      // guest requests when pace looked last
-	paced  int64      // bytes written then
-	runs   []entryRun // of the table that is being looked at
+	tables  map[int64]*nextTable // tables that the next generation has to itself, by L1 index
+	copied  map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
+	out     metaWriter
+	buffer  []byte     // of the tables that are read
+	idle    int64      // guest requests when pace looked last
+	paced   int64      // bytes written then
+	read    int64      // bytes read since then
+	punched int64      // bytes since pacePunch paused
+	runs    []entryRun // of the table that is being looked at
 }
 
 // nextTable is an L2 table of the next generation that takes the place of an active one.
@@ -112,28 +115,41 @@ func (n *generation) locked(fn func() error) error {
 	return fn()
 }
 
-// giveUp takes away references that guests have given up durably. The live counts keep them.
-func (n *generation) giveUp(rs runs) {
-	n.img.alloc.mu.Lock()
-	defer n.img.alloc.mu.Unlock()
+// giveUp takes away the references that guests have given up durably. The live counts keep them.
+func (n *generation) giveUp() error {
+	n.img.mu.Lock()
+	rs := n.deferred[n.given:]
+	n.given = len(n.deferred)
+	n.img.mu.Unlock()
 	for _, r := range rs {
-		for c := r.first; c < r.end(); {
-			if n.ahead[c] > 0 {
-				n.ahead[c]--
-				c++
-				continue
-			}
-			end := c + 1
-			for end < r.end() && n.ahead[end] == 0 {
-				end++
-			}
-			if err := n.add(run{c, end - c}, -1); err != nil {
-				n.cancel(err)
-				return
-			}
-			c = end
+		if err := n.preload(n.g.blocksOf(r)); err != nil {
+			return err
+		}
+		if err := n.locked(func() error { return n.giveUpRun(r) }); err != nil {
+			return err
 		}
 	}
+	return n.trim()
+}
+
+// giveUpRun is giveUp for one run. Called with the allocator's lock held.
+func (n *generation) giveUpRun(r run) error {
+	for c := r.first; c < r.end(); {
+		if n.ahead[c] > 0 {
+			n.ahead[c]--
+			c++
+			continue
+		}
+		end := c + 1
+		for end < r.end() && n.ahead[end] == 0 {
+			end++
+		}
+		if err := n.add(run{c, end - c}, -1); err != nil {
+			return err
+		}
+		c = end
+	}
+	return nil
 }
 
 // place takes clusters for b, has it written and returns its offset.
@@ -161,6 +177,7 @@ func (n *generation) place(b []byte) (int64, error) {
 // abort gives back what the build has written, and returns why it ended. The live generation is as if it had never
 // begun.
 func (n *generation) abort(cause error) error {
+	cause = errors.Join(cause, n.out.wait()) // first: a write may take long
 	n.img.commitMu.Lock()
 	defer n.img.commitMu.Unlock()
 	n.img.alloc.ledger.Lock()

@@ -77,6 +77,20 @@ func (n *generation) newCounts() counts {
 	return c
 }
 
+// stock gets memory for some blocks, so that nobody waits for it later. Called without the allocator's lock.
+func (n *generation) stock() error {
+	short := false
+	if err := n.locked(func() error {
+		short = len(n.slab) < slabBytes/4 && int64(len(n.spare))*n.g.clusterSize < slabBytes/4
+		return nil
+	}); err != nil || !short {
+		return err
+	}
+	slab := newMemory(slabBytes)
+	populate(slab)
+	return n.locked(func() error { n.slab = slab; return nil })
+}
+
 // source returns where the counts of block i are, in memory or on disk; nowhere if it does not exist.
 func (n *generation) source(i int64) (off int64, live *refBlock) {
 	if b := n.blocks[i]; b != nil && b.at != 0 {
@@ -250,6 +264,7 @@ func (n *generation) writeBlocks() error {
 		if err := n.writeBlock(k); err != nil {
 			return err
 		}
+		n.pace(0)
 	}
 	return nil
 }

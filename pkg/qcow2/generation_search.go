@@ -19,11 +19,7 @@ const searchBlocks = 16
 func (n *generation) seek(k int64) error {
 	for blocks, found := int64(1), false; !found; blocks = searchBlocks {
 		first := n.next >> n.g.blockBits
-		err := n.preload(func(yield func(int64) bool) {
-			for i := first; i < first+blocks && yield(i); i++ {
-			}
-		})
-		if err != nil {
+		if err := n.preload(n.g.blocksOf(run{first << n.g.blockBits, blocks << n.g.blockBits})); err != nil {
 			return err
 		}
 		if err := n.locked(func() error {
@@ -120,6 +116,9 @@ func (n *generation) preload(ks iter.Seq[int64]) error {
 	type read struct {
 		k, off int64
 		counts counts
+	}
+	if err := n.stock(); err != nil {
+		return err
 	}
 	var reads []read
 	if err := n.locked(func() error {

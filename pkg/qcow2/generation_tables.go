@@ -211,22 +211,21 @@ type tableChange struct {
 	differs bool      // from what is on disk
 }
 
-// changes returns what guests have changed, and forgets that they have. Called with the image's lock held: it reads
-// nothing.
-func (n *generation) changes() []tableChange {
-	var cs []tableChange
-	for _, i := range slices.Sorted(maps.Keys(n.dirty)) {
-		if i >= n.l1Keep {
-			continue
-		}
-		c := tableChange{index: i, live: n.img.l1[i].offset(), set: *n.dirty[i], t: table{extended: n.g.extended}}
-		if t := n.img.l2.peek(i); t != nil {
-			c.t.b, c.differs = append(c.t.b, t.data.b...), !t.clean()
-		}
-		cs = append(cs, c)
+// changed returns the L1 indexes of the tables that guests have changed, in order. Called with the image's lock held.
+func (n *generation) changed() []int64 {
+	is := slices.Sorted(maps.Keys(n.dirty))
+	return slices.DeleteFunc(is, func(i int64) bool { return i >= n.l1Keep })
+}
+
+// takeChange returns what guests have changed in a table, with its content in buf, and forgets that they have. Called with
+// the image's lock held: it reads nothing.
+func (n *generation) takeChange(i int64, buf []byte) tableChange {
+	c := tableChange{index: i, live: n.img.l1[i].offset(), set: *n.dirty[i], t: table{extended: n.g.extended}}
+	if t := n.img.l2.peek(i); t != nil {
+		c.t.b, c.differs = buf[:copy(buf, t.data.b)], !t.clean()
 	}
-	clear(n.dirty)
-	return cs
+	delete(n.dirty, i)
+	return c
 }
 
 // apply brings the next generation's table up to date with a change.

@@ -59,19 +59,22 @@ type Image struct {
 	l1        []l1Entry  // the active L1 table
 	l1Dirty   sectorSet
 	l2        *l2Cache
-	dirty     int         // tables that have changed since the last commit, at least
-	frozen    []metaWrite // sectors of L2 tables as they were when a snapshot was taken, for the next commit
-	freed     runs        // no longer referenced in memory; released after the next commit (I4)
-	barrier   bool        // data and copied tables must be durable before the mapping is written
-	started   uint64      // commits
-	completed uint64      // the latest commit that succeeded
+	loading   map[int64]chan struct{} // L2 tables that are being read, by L1 index; closed when they are
+	dirty     int                     // tables that have changed since the last commit, at least
+	frozen    []metaWrite             // sectors of L2 tables as they were when a snapshot was taken, for the next commit
+	freed     runs                    // no longer referenced in memory; released after the next commit (I4)
+	relieving bool                    // a commit in the background is due or under way
+	barrier   bool                    // data and copied tables must be durable before the mapping is written
+	started   uint64                  // commits
+	completed uint64                  // the latest commit that succeeded
 	rows      []snapshotRow
 	rowBytes  int64          // length of the snapshot table
 	views     map[string]int // open views by snapshot ID
 	build     *generation    // of the running operation, nil if there is none
 	redo      *RedoLog       // nil: none is kept; set by open
 
-	requests atomic.Int64 // of guests so far
+	requests   atomic.Int64   // of guests so far
+	background sync.WaitGroup // commits and reservations that no guest waits for; begun with gate held
 
 	hdrMu sync.Mutex // held while the header is switched
 	hdr   atomic.Pointer[header]
@@ -111,6 +114,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 	img := &Image{
 		f: f, g: g, readOnly: o.ReadOnly, version: h.version, makeRoom: o.MakeRoom,
 		guests: newRangeLock(), views: make(map[string]int),
+		loading: make(map[int64]chan struct{}),
 	}
 	img.packed.kind = h.compressionType
 	img.hdr.Store(&h)
@@ -131,6 +135,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 	if img.alloc, err = newAllocator(f, g, &h); err != nil {
 		return nil, err
 	}
+	img.alloc.background = &img.background
 	img.alloc.sync, img.alloc.fail, img.alloc.switchHeader = img.sync, img.fail, img.switchHeader
 	img.alloc.metadata = newMetadataMap(cache)
 	if err := img.noteMetadata(); err != nil {
@@ -254,6 +259,7 @@ func (img *Image) Close() error {
 		return fmt.Errorf("close %s: %w", img.f.Name(), ErrClosed)
 	}
 	img.closed = true
+	img.background.Wait()
 	var err error
 	if !img.readOnly {
 		if err = img.commit(); err == nil {

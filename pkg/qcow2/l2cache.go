@@ -28,6 +28,16 @@ type l2Cache struct {
 	limit  int // tables
 	tables map[int64]*list.Element
 	recent *list.List // of *l2Table, most recently used first
+	spare  []byte     // memory of a table that was dropped
+}
+
+// newTable returns a table to be read.
+func (c *l2Cache) newTable(g geometry) table {
+	b := c.spare
+	if c.spare = nil; b == nil {
+		return g.newTable()
+	}
+	return g.table(b)
 }
 
 func newL2Cache(bytes int64, g geometry) *l2Cache {
@@ -64,6 +74,7 @@ func (c *l2Cache) put(t *l2Table) {
 		e = e.Prev()
 		if old.clean() && old != t {
 			c.drop(old.index)
+			c.spare = old.data.b
 		}
 	}
 }

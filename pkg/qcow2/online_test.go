@@ -104,7 +104,7 @@ func (img *Image) idle() bool {
 		return false
 	}
 	defer img.gate.RUnlock()
-	for _, mu := range []*sync.Mutex{&img.commitMu, &img.tableMu, &img.alloc.mu, &img.mu, &img.hdrMu, &img.f.mu} {
+	for _, mu := range []*sync.Mutex{&img.commitMu, &img.tableMu, &img.alloc.ledger, &img.alloc.mu, &img.mu, &img.hdrMu, &img.f.mu} {
 		if !mu.TryLock() {
 			return false
 		}

@@ -2,21 +2,38 @@ package qcow2
 
 import "time"
 
-// An operation that goes on beside guests moves at most a MiB in so long, so that their syncs never have much of it to
-// wait for.
+// An operation that goes on beside guests moves at most so many bytes in so long, so that their requests never have much of
+// it to wait for.
 const (
-	pauseAfterRead  = 2 * time.Millisecond
-	pauseAfterWrite = 10 * time.Millisecond
+	paceBytes       = 512 << 10
+	pauseAfterRead  = 1 * time.Millisecond
+	pauseAfterWrite = 5 * time.Millisecond
+	pauseAfterPunch = 1 * time.Millisecond // of punchBytes
+	leastPunch      = 256 << 10            // what a punch counts for at least
 )
 
-// pace pauses if there are guests. It is called about once for each MiB that is read.
-func (n *generation) pace() {
+// pace pauses if there are guests, after so many bytes that were read, and what was written.
+func (n *generation) pace(read int64) {
+	n.read += read
 	written := n.out.total - n.paced
-	n.paced = n.out.total
-	if !n.busy() {
+	if n.read+written < paceBytes || n.settled { // from then on flushes wait for the end
 		return
 	}
-	<-time.After(pauseAfterRead + time.Duration(written>>10)*pauseAfterWrite>>10)
+	pause := (time.Duration(n.read)*pauseAfterRead + time.Duration(written)*pauseAfterWrite) / paceBytes
+	n.read, n.paced = 0, n.out.total
+	if n.busy() {
+		<-time.After(pause)
+	}
+}
+
+// pacePunch is pace for n bytes that were punched.
+func (n *generation) pacePunch(length int64) {
+	if n.punched += max(length, leastPunch); n.punched < punchBytes {
+		return
+	}
+	if n.punched = 0; n.busy() {
+		<-time.After(pauseAfterPunch)
+	}
 }
 
 // busy tells whether guests have made requests since it was last asked.

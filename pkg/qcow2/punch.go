@@ -5,6 +5,9 @@ import (
 	"slices"
 )
 
+// punchBytes is how much is punched at once: guests' writes wait for as long as that takes.
+const punchBytes = 4 << 20
+
 // punchZeroed gives the blocks of clusters that became free back to the file system, in long runs, after the switch. Until
 // then the allocator takes nothing of the old file from the refcount blocks in which they are counted. An error costs host blocks
 // only: a free cluster is punched again before it is handed out.
@@ -14,8 +17,9 @@ func (n *generation) punchZeroed() {
 		free := a.freeIn(k)
 		for _, r := range free {
 			at := r.first << n.g.clusterBits
-			if length := min(r.n<<n.g.clusterBits, a.length.Load()-at); length > 0 {
-				_ = a.f.PunchHole(at, length)
+			for end := min(r.end()<<n.g.clusterBits, a.length.Load()); at < end; at += punchBytes {
+				_ = a.f.PunchHole(at, min(punchBytes, end-at))
+				n.pacePunch(min(punchBytes, end-at))
 			}
 		}
 		a.reopen(k, free)

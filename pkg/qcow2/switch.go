@@ -69,19 +69,29 @@ func (img *Image) attempt(op operation) error {
 	return nil
 }
 
-// settleFirst commits, so that little is left to be committed when the operation begins.
+// settleFirst commits, so that little is left to be committed when the operation begins, and reserves clusters for guests.
 func (img *Image) settleFirst() error {
+	guests := img.requests.Load() > 0
 	if err := img.begin(0, 0, true); err != nil {
 		return err
 	}
 	img.end()
+	if guests {
+		if err := img.alloc.reserve(img.g.batch(beforeBuildBytes)); err != nil {
+			return err
+		}
+	}
 	return img.commitMapping()
 }
 
 // start begins a generation at an instant at which no guest request is under way, and commits what came before. Guests
 // stop for the instant only, which waits for no sync, unless the operation wants them to.
 func (img *Image) start(op operation) (*generation, error) {
-	n, err := img.freezeFor(op)
+	slab := newMemory(slabBytes)
+	if img.requests.Load() > 0 {
+		populate(slab)
+	}
+	n, err := img.freezeFor(op, slab)
 	if err != nil || op.stop {
 		return n, err
 	}
@@ -93,8 +103,8 @@ func (img *Image) start(op operation) (*generation, error) {
 	return n, nil
 }
 
-// freezeFor stops guests and begins a generation.
-func (img *Image) freezeFor(op operation) (*generation, error) {
+// freezeFor stops guests and begins a generation, which gets slab.
+func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
 	img.gate.Lock()
 	ok := false
 	defer func() {
@@ -118,6 +128,7 @@ func (img *Image) freezeFor(op operation) (*generation, error) {
 		}
 	}
 	n := img.newGeneration()
+	n.slab = slab
 	if n.frees, n.room = op.frees, room; room.n > 0 {
 		n.next = room.first
 	}
@@ -149,14 +160,18 @@ const (
 func (n *generation) catchUp() error {
 	for round := range catchUpRounds {
 		n.img.mu.Lock()
-		cs := n.changes()
+		changed := n.changed()
 		n.img.mu.Unlock()
-		for _, c := range cs {
+		for _, i := range changed {
+			n.img.mu.Lock()
+			c := n.takeChange(i, n.memory()[:n.g.clusterSize])
+			n.img.mu.Unlock()
 			if err := n.apply(c); err != nil {
 				return err
 			}
+			n.pace(n.g.clusterSize)
 		}
-		for _, step := range []func() error{n.placeBlocks, n.writeBlocks, n.out.flush} {
+		for _, step := range []func() error{n.giveUp, n.placeBlocks, n.writeBlocks, n.out.flush} {
 			if err := step(); err != nil {
 				return err
 			}
@@ -167,7 +182,7 @@ func (n *generation) catchUp() error {
 		if err := n.img.sync(); err != nil {
 			return err
 		}
-		if len(cs) <= fewTables {
+		if len(changed) <= fewTables {
 			break
 		}
 	}

@@ -65,21 +65,28 @@ func (n *generation) eachTable(l1 []l1Entry, fn func(index, off int64, t table) 
 			at += img.g.clusterSize
 		}
 		free = append(free, b.b[:cap(b.b)])
-		n.pace()
+		n.pace(int64(len(b.b)))
 	}
 }
 
 // batchBuffers returns the buffers of all batches that are read at a time.
 func (n *generation) batchBuffers() [][]byte {
-	size := max(batchBytes, n.g.clusterSize)
-	if n.buffer == nil {
-		n.buffer = newMemory(batchesRead * size)
-	}
+	m, size := n.memory(), n.batchSize()
 	bs := make([][]byte, batchesRead)
 	for i := range bs {
-		bs[i] = n.buffer[int64(i)*size:][:size:size]
+		bs[i] = m[int64(i)*size:][:size:size]
 	}
 	return bs
+}
+
+func (n *generation) batchSize() int64 { return max(batchBytes, n.g.clusterSize) }
+
+// memory returns the memory of all batches, for what is done when none is read.
+func (n *generation) memory() []byte {
+	if n.buffer == nil {
+		n.buffer = newMemory(batchesRead * n.batchSize())
+	}
+	return n.buffer
 }
 
 // nextBatch plans a batch from an L1 index on, to be read into buf.

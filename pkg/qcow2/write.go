@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 )
@@ -180,6 +181,14 @@ func (img *Image) fill(c chunk, old []l2Entry, p []byte) (data []byte, in int64,
 	if err != nil {
 		return nil, 0, fmt.Errorf("%s: copy on write at guest offset %#x: %w", img.f.Name(), c.off, err)
 	}
+	// A new cluster reads as zeros: they are not copied.
+	if !old[last].own() {
+		data = data[:int64(len(data))-tail+nonzero(data[int64(len(data))-tail:])]
+	}
+	if !old[0].own() {
+		zeros := leadingZeros(data[:head])
+		data, in = data[zeros:], in+zeros
+	}
 	return data, in, nil
 }
 
@@ -200,6 +209,32 @@ func (img *Image) fillBounds(e l2Entry, from, to int64) (int64, int64) {
 		return from, to
 	}
 	return 0, img.g.clusterSize
+}
+
+// leadingZeros returns with how many zeros b begins, in whole sectors.
+func leadingZeros(b []byte) int64 {
+	n := int64(0)
+	for ; n+sectorSize <= int64(len(b)) && onlyZeros(b[n:n+sectorSize]); n += sectorSize {
+	}
+	return n
+}
+
+// nonzero returns where the zeros begin that b ends with, in whole sectors.
+func nonzero(b []byte) int64 {
+	n := int64(len(b))
+	for ; n >= sectorSize && onlyZeros(b[n-sectorSize:n]); n -= sectorSize {
+	}
+	return n
+}
+
+// onlyZeros tells whether all of a sector is zeros.
+func onlyZeros(sector []byte) bool {
+	for ; len(sector) >= 8; sector = sector[8:] {
+		if binary.NativeEndian.Uint64(sector) != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // needsBarrier tells whether the data must be durable before the mapping: unless each changed entry replaces

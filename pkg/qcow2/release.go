@@ -1,0 +1,156 @@
+package qcow2
+
+// release gives clusters up once each: those that nobody counts any more are punched and free. Nothing durable
+// may reference them (I4).
+func (a *allocator) release(rs runs) error {
+	if len(rs) == 0 {
+		return nil
+	}
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
+	sole, others, err := a.bySoleness(rs)
+	if err != nil {
+		return err
+	}
+	for _, r := range sole { // as long as they are counted, nobody takes them
+		if err := a.punchHole(r); err != nil {
+			return err
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range sole {
+		zero, err := a.add(r, -1)
+		if err != nil {
+			return err
+		}
+		a.reuse(zero)
+	}
+	return a.releaseLocked(others)
+}
+
+// bySoleness splits runs into those that are counted once and others. Called with ledger held, so that this stays so.
+func (a *allocator) bySoleness(rs runs) (sole, others runs, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range rs {
+		err := a.g.eachBlock(r, func(k, i, n int64) error {
+			b, err := a.rc.block(k)
+			if err != nil || b == nil {
+				others.add(run{k<<a.g.blockBits + i, n})
+				return err
+			}
+			for first, end := i, i+n; i < end; first = i {
+				if i = b.counts.alike(first, end-first, 1); i > first {
+					sole.add(run{k<<a.g.blockBits + first, i - first})
+					continue
+				}
+				i = b.counts.find(first, end-first, 1)
+				others.add(run{k<<a.g.blockBits + first, i - first})
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+	return sole, others, nil
+}
+
+func (a *allocator) releaseLocked(rs runs) error {
+	for _, r := range rs {
+		zero, err := a.add(r, -1)
+		if err != nil {
+			return err
+		}
+		if err := a.punch(zero); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// punch gives the blocks of free clusters back to the file system. Called with mu held, so that no cluster is
+// handed out before its punch is done.
+func (a *allocator) punch(free runs) error {
+	a.reuse(free)
+	for _, r := range free {
+		if err := a.punchHole(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// reuse notes that clusters are free. Called with mu held.
+func (a *allocator) reuse(free runs) {
+	for _, r := range free {
+		a.metadata.remove(r)
+		a.next = min(a.next, r.first)
+	}
+}
+
+// punchHole punches clusters, as far as the file reaches.
+func (a *allocator) punchHole(r run) error {
+	at := r.first << a.g.clusterBits
+	if n := min(r.n<<a.g.clusterBits, a.length.Load()-at); n > 0 {
+		return a.f.PunchHole(at, n)
+	}
+	return nil
+}
+
+// close returns what is left of the reservation, writes all counts and cuts the free end off the file. It
+// syncs.
+func (a *allocator) close() error {
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err := a.giveBack(); err != nil {
+		return err
+	}
+	last := a.g.clusters(a.length.Load()) - 1
+	for last > 0 {
+		b, err := a.rc.block(last >> a.g.blockBits)
+		if err != nil {
+			return err
+		}
+		switch {
+		case b == nil: // nothing is counted under it
+			last = max(last>>a.g.blockBits<<a.g.blockBits-1, 0)
+			continue
+		case b.counts.get(last&(a.g.blockCounts-1)) == 0:
+			last--
+			continue
+		}
+		break
+	}
+	if end := (last + 1) << a.g.clusterBits; end < a.length.Load() {
+		if err := a.f.Truncate(end); err != nil {
+			return err
+		}
+		a.length.Store(end)
+	}
+	return a.sync()
+}
+
+// endReservation returns what is left of the reservation and writes all counts.
+func (a *allocator) endReservation() error {
+	a.ledger.Lock()
+	defer a.ledger.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.giveBack()
+}
+
+// giveBack is endReservation with its locks held.
+func (a *allocator) giveBack() error {
+	for len(a.ready) > 0 {
+		r := a.ready[0]
+		a.ready = a.ready[1:] // first: what has been released, in part even, must not be handed out
+		if err := a.releaseLocked(runs{r}); err != nil {
+			return err
+		}
+	}
+	return a.rc.writeBack()
+}
