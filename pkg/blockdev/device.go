@@ -40,7 +40,11 @@ func Attach(b Backend, o Options) (*Device, error) {
 		s.close()
 		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
 	}
-	s.start(c)
+	if err := s.start(c); err != nil {
+		c.close()
+		s.close()
+		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
+	}
 	d := &Device{conn: c, server: s, backend: b}
 	if err := d.bind(o); err != nil {
 		return nil, fmt.Errorf("attach %s: %w", o.Name, errors.Join(err, d.end()))

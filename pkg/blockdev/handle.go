@@ -116,7 +116,10 @@ func resume(b Backend, o Options, h Handle) (*Device, error) {
 		return nil, err
 	}
 	d := &Device{conn: c, server: s, backend: b, loop: l}
-	s.start(c)
+	if err := s.start(c); err != nil {
+		s.close()
+		return nil, err
+	}
 	return d, nil
 }
 
@@ -151,4 +154,4 @@ func (c *connection) resend() error {
 // Leave stops serving and leaves the device to whoever resumes it: when it returns the backend is no longer called, and
 // what waits for an answer goes on waiting. The process must end soon, for its threads still take requests, which only
 // then come back.
-func (d *Device) Leave() { d.server.working.Lock() }
+func (d *Device) Leave() { d.server.leave() }

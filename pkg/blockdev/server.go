@@ -14,18 +14,20 @@ import (
 // serverThreads is how many requests are worked on at the same time.
 const serverThreads = 16
 
-// server answers the requests of a connection with a backend. Its threads are OS threads of their
-// own: each waits for a request in read(2), works on it, answers. Between them there is no hand-over,
-// no queue, no allocation.
+// server answers the requests of a connection with a backend: from an event loop if the backend has a file for it and the
+// kernel an io_uring, else from OS threads, each of which waits for a request in read(2), works on it, answers. Between
+// these there is no hand-over, no queue, no allocation.
 type server struct {
 	conn    *connection
 	backend Backend
+	direct  Direct  // nil: threads do all the I/O
 	options Options // with defaults filled in
 
 	working sync.RWMutex  // held shared while a request is worked on, exclusively for ever by who has left the device
 	memory  []byte        // the threads' messages; unmapped by close
 	running atomic.Int32  // threads
-	done    chan struct{} // closed by the last thread
+	loop    *eventLoop    // nil: threads
+	done    chan struct{} // closed when nothing calls the backend any more
 }
 
 // message is the memory for one request and its reply. The data of a WRITE and of a READ's answer are
@@ -45,38 +47,105 @@ func (m message) reply(n int, errno unix.Errno, unique uint64) []byte {
 }
 
 // newServer allocates a server. Its memory is outside the heap and populated: serving a block device
-// must not wait for memory that only the device's own writeback could free.
+// must not wait for memory that only the device's own writeback could free. Where an event loop could have many large
+// requests in hand, this holds for some of them.
 func newServer(b Backend, o Options) (*server, error) {
-	mem, err := unix.Mmap(-1, 0, serverThreads*messageSize(), unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	direct, large := direct(b), DirectRequests/8
+	messages := DirectRequests
+	if direct == nil {
+		messages, large = serverThreads, serverThreads
+	}
+	mem, err := unix.Mmap(-1, 0, messages*messageSize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, fmt.Errorf("map request buffers: %w", err)
 	}
-	return &server{backend: b, options: o, memory: mem, done: make(chan struct{})}, nil
+	s := &server{backend: b, direct: direct, options: o, memory: mem, done: make(chan struct{})}
+	for i := range messages {
+		m := s.message(i)
+		if i >= large {
+			m = m[:usualMessage]
+		}
+		if err := unix.Madvise(m, unix.MADV_POPULATE_WRITE); err != nil {
+			touch(m) // the kernel is older than 5.14
+		}
+	}
+	return s, nil
+}
+
+// usualMessage is how much of a message the usual request needs, in bytes.
+const usualMessage = 64 << 10
+
+func touch(b []byte) {
+	for i := 0; i < len(b); i += unix.Getpagesize() {
+		b[i] = 0
+	}
+}
+
+// direct returns b if an event loop can do its I/O.
+func direct(b Backend) Direct {
+	if d, ok := b.(Direct); ok {
+		if _, ok := d.DirectFile(); ok {
+			return d
+		}
+	}
+	return nil
 }
 
 func (s *server) message(thread int) message {
 	return s.memory[thread*messageSize():][:messageSize()]
 }
 
-// start begins to serve. The threads end when the connection does.
-func (s *server) start(c *connection) {
+// start begins to serve. It ends when the connection does.
+func (s *server) start(c *connection) error {
 	s.conn = c
+	if s.direct != nil {
+		err := s.startLoop()
+		if err == nil {
+			return nil
+		}
+		klog.InfoS("Serving without an event loop, which is slower", "device", s.options.Name, "reason", err)
+	}
+	if err := unix.SetNonblock(c.dev, false); err != nil {
+		return err
+	}
 	s.running.Store(serverThreads)
 	for i := range serverThreads {
 		go s.run(s.message(i))
 	}
+	return nil
+}
+
+func (s *server) startLoop() error {
+	started := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
+		beFlusher()
+		l, err := newEventLoop(s, s.direct)
+		s.loop = l
+		started <- err
+		if err == nil {
+			l.run()
+			close(s.done)
+		}
+	}()
+	return <-started
+}
+
+// leave stops serving, see Device.Leave.
+func (s *server) leave() {
+	if s.loop != nil {
+		s.loop.leave()
+		return
+	}
+	s.working.Lock()
 }
 
 // close frees the memory. No thread may be running.
 func (s *server) close() { _ = unix.Munmap(s.memory) }
 
 func (s *server) run(m message) {
-	// Never unlocked: the thread ends with its goroutine.
-	runtime.LockOSThread()
-	// The kernel then never lets this thread wait for writeback to the device that it serves. It
-	// needs CAP_SYS_RESOURCE; without it only that guarantee is missing.
-	_ = unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+	runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
+	beFlusher()
 	defer func() {
 		if s.running.Add(-1) == 0 {
 			close(s.done)
@@ -88,13 +157,21 @@ func (s *server) run(m message) {
 			return
 		}
 		if err != nil {
-			// An unanswered request is hung I/O for ever: an error is better.
-			klog.ErrorS(err, "FUSE connection failed, aborting it", "device", s.options.Name)
-			if err := s.conn.abort(); err != nil {
-				klog.ErrorS(err, "Cannot abort FUSE connection", "device", s.options.Name)
-			}
+			s.abort(err)
 			return
 		}
+	}
+}
+
+// beFlusher makes the kernel never let the calling thread wait for writeback to the device that it serves. It needs
+// CAP_SYS_RESOURCE; without it only that guarantee is missing.
+func beFlusher() { _ = unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0) }
+
+// abort ends a connection that has failed: an unanswered request is hung I/O for ever, an error is better.
+func (s *server) abort(reason error) {
+	klog.ErrorS(reason, "FUSE connection failed, aborting it", "device", s.options.Name)
+	if err := s.conn.abort(); err != nil {
+		klog.ErrorS(err, "Cannot abort FUSE connection", "device", s.options.Name)
 	}
 }
 
@@ -107,12 +184,17 @@ func (s *server) serveOne(m message) error {
 	if !r.valid() {
 		return fmt.Errorf("malformed FUSE request of %d bytes", len(r))
 	}
-	op, unique := r.opcode(), r.unique() // the reply overwrites the request
-	if op == opForget || op == opBatchForget {
+	if op := r.opcode(); op == opForget || op == opBatchForget {
 		return nil // wants no reply
 	}
 	s.working.RLock()
 	defer s.working.RUnlock()
+	return s.answer(r, m)
+}
+
+// answer carries out a request and replies.
+func (s *server) answer(r request, m message) error {
+	op, unique := r.opcode(), r.unique() // the reply overwrites the request
 	n, errno := s.handle(r, m)
 	if errno != 0 {
 		n = 0

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -20,6 +21,41 @@ type backend struct {
 	corrupted atomic.Bool // and said so
 
 	reads, writes, zeroes, discards, flushes operations
+
+	direct [blockdev.DirectRequests]directRequest
+}
+
+// directRequest is a request whose I/O the device's server does by itself.
+type directRequest struct {
+	qcow2.Direct
+	start time.Time
+	bytes int64
+	write bool
+}
+
+var _ blockdev.Direct = (*backend)(nil)
+
+func (b *backend) DirectFile() (fd int, ok bool) { return b.DirectFD() }
+
+func (b *backend) StartDirect(number int, off, n int64, write bool) (at int64, ok bool) {
+	r := &b.direct[number]
+	at, ok = b.Image.StartDirect(&r.Direct, off, n, write)
+	if ok {
+		r.start, r.bytes, r.write = time.Now(), n, write
+	}
+	return at, ok
+}
+
+func (b *backend) EndDirect(number int, failed bool) {
+	r := &b.direct[number]
+	b.Image.EndDirect(&r.Direct, r.write)
+	switch {
+	case failed: // it is made again, and counted then
+	case r.write:
+		_ = b.note(&b.writes, r.start, r.bytes, nil)
+	default:
+		_ = b.note(&b.reads, r.start, r.bytes, nil)
+	}
 }
 
 // operations counts the requests of one kind.

@@ -97,16 +97,18 @@ func clone(v Volume) Volume {
 // Open opens the image, which may give up the pool's reserve: whoever deletes from it calls KeepReserve afterwards. The
 // caller closes it before Unlock. ErrInUse if one of QEMU's programs has it.
 func (l *Lease) Open(readOnly bool) (*qcow2.Image, error) {
-	return l.open(qcow2.OpenOptions{ReadOnly: readOnly})
+	f, err := l.openFile(readOnly)
+	return l.open(f, err, qcow2.OpenOptions{ReadOnly: readOnly})
 }
 
-// OpenServed opens the image for somebody who may die while guests use it: see qcow2.OpenOptions.Redo.
+// OpenServed opens the image, past the page cache, for somebody who may die while guests use it: see
+// qcow2.OpenOptions.Redo.
 func (l *Lease) OpenServed(redo *qcow2.RedoLog) (*qcow2.Image, error) {
-	return l.open(qcow2.OpenOptions{Redo: redo})
+	f, err := l.openWith(qcow2.OpenDirectFile)
+	return l.open(f, err, qcow2.OpenOptions{Redo: redo})
 }
 
-func (l *Lease) open(o qcow2.OpenOptions) (*qcow2.Image, error) {
-	f, err := l.openFile(o.ReadOnly)
+func (l *Lease) open(f qcow2.File, err error, o qcow2.OpenOptions) (*qcow2.Image, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -115,10 +117,14 @@ func (l *Lease) open(o qcow2.OpenOptions) (*qcow2.Image, error) {
 }
 
 func (l *Lease) openFile(readOnly bool) (qcow2.File, error) {
+	return l.openWith(func(path string) (qcow2.File, error) { return qcow2.OpenFile(path, readOnly) })
+}
+
+func (l *Lease) openWith(open func(path string) (qcow2.File, error)) (qcow2.File, error) {
 	if err := l.dir.expect(imageFile, 0); err != nil {
 		return nil, err
 	}
-	f, err := qcow2.OpenFile(l.pool.ImagePath(l.id), readOnly)
+	f, err := open(l.pool.ImagePath(l.id))
 	if errors.Is(err, qcow2.ErrInUse) {
 		return nil, fmt.Errorf("%w: %w", ErrInUse, err)
 	}

@@ -238,11 +238,8 @@ func (img *Image) replaceTable(index int64, old l1Entry, t *l2Table) bool {
 // setEntries replaces the entries of c, in a table that the active state owns, and queues the clusters that
 // they gave up. barrier says that the data must be durable before the new entries are.
 func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
-	if err := img.lockRedo(len(es)); err != nil {
-		return err
-	}
+	t, err := img.lockTable(c.table, len(es))
 	defer img.mu.Unlock()
-	t, err := img.activeTable(c.table)
 	if err != nil {
 		return err
 	}

@@ -87,6 +87,9 @@ type RangeCloner interface {
 var _ RangeCloner = (*osFile)(nil)
 
 func (o *osFile) CloneRange(src File, srcOff, dstOff, n int64) error {
+	if d, ok := src.(*directFile); ok {
+		src = d.osFile
+	}
 	from, ok := src.(*osFile)
 	switch {
 	case o.readOnly:

@@ -133,16 +133,19 @@ func (l *RedoLog) changes(g geometry) (map[int64]map[int64]l2Entry, error) {
 	return tables, nil
 }
 
-// lockRedo takes mu when the log has room for n entries: a commit empties it.
-func (img *Image) lockRedo(n int) error {
+// lockTable takes mu and returns an active table of which n entries can be changed: the redo log has room for them, for a
+// commit empties it. mu is held also when it fails.
+func (img *Image) lockTable(index int64, n int) (*l2Table, error) {
 	for {
 		img.mu.Lock()
-		if img.redo.room(n) {
-			return nil
+		t, err := img.activeTable(index)
+		if err != nil || img.redo.room(n) {
+			return t, err
 		}
 		img.mu.Unlock()
 		if err := img.commit(); err != nil {
-			return err
+			img.mu.Lock()
+			return nil, err
 		}
 	}
 }

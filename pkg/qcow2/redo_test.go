@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 )
 
@@ -17,12 +18,12 @@ var killHistories = flag.Int("kill-histories", 8, "random histories for TestKill
 // killHistory is a random history with a redo log, and with guests beside the operations on snapshots.
 type killHistory struct {
 	*history
-	log    []uint64
-	span   [2]int64 // the request under way: whether it was done is open
-	whole  bool     // so is an operation on the whole disk
-	beside bool     // a guest's request is under way beside an operation
-	in     bool     // an operation on snapshots is under way
-	kills  []kill
+	log   []uint64
+	span  [2]int64 // the request under way: whether it was done is open
+	whole bool     // so is an operation on the whole disk
+	in    bool     // an operation on snapshots is under way
+	kills []kill
+	busy  sync.Mutex // held in between: an operation reads the file from several goroutines
 }
 
 // kill is what a process left, and what must be found.
@@ -155,18 +156,20 @@ func (h *killHistory) gotoAny() {
 
 // between kills the process before some of the calls of the file, and lets a guest work beside operations.
 func (h *killHistory) between() {
+	if !h.busy.TryLock() {
+		return
+	}
+	defer h.busy.Unlock()
 	if h.rng.IntN(12) == 0 && !h.whole {
 		h.kill()
 	}
-	if !h.in || h.beside || h.rng.IntN(4) != 0 || !h.img.idle() {
+	if !h.in || h.rng.IntN(4) != 0 || !h.img.idle() {
 		return
 	}
-	h.beside = true
 	h.guest()
 	if h.rng.IntN(4) == 0 {
 		must(h.t, h.img.Flush())
 	}
-	h.beside = false
 }
 
 func (h *killHistory) kill() {

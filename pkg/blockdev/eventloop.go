@@ -1,0 +1,300 @@
+package blockdev
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// Direct is a Backend whose usual requests are I/O on one run of a file, which the server does by itself.
+type Direct interface {
+	Backend
+	// DirectFile returns a file's descriptor, open for direct I/O in blocks of 512 bytes; false if there is none.
+	DirectFile() (fd int, ok bool)
+	// StartDirect begins a request under a number below DirectRequests that is free, if it is n bytes of the file at at.
+	// If not, nothing has happened. It neither waits nor allocates.
+	StartDirect(number int, off, n int64, write bool) (at int64, ok bool)
+	// EndDirect ends a request that was begun. A failed one is made again with ReadAt or WriteAt.
+	EndDirect(number int, failed bool)
+}
+
+// DirectRequests is how many requests an event loop has in hand at most.
+const DirectRequests = 64
+
+// eventLoop serves a connection from one thread: it reads requests as long as there are any, lets an io_uring do the I/O of
+// those that need nothing else, and answers them. It waits only in the ring. The others go to threads of their own, which
+// answer them by themselves.
+type eventLoop struct {
+	server  *server
+	backend Direct
+	file    int
+	ring    *ring
+
+	requests [DirectRequests]directRequest
+	idle     []int // numbers of free messages
+	flying   int   // requests in the ring
+	away     int   // requests with the threads
+	ready    bool  // there may be requests to read
+	ended    bool  // the connection
+
+	slow    chan int // requests for the threads
+	threads sync.WaitGroup
+	wake    int // an eventfd: look at what follows
+
+	mu      sync.Mutex    // guards what follows
+	back    []int         // messages that the threads are done with
+	leaving chan struct{} // nil, or closed when the device has been left
+	over    bool
+}
+
+// directRequest is what must be remembered of a request that is in the ring.
+type directRequest struct {
+	op     uint32
+	unique uint64
+	n      int
+}
+
+const (
+	// A completion's userData is a request's number, or one of these.
+	pollConnection = DirectRequests
+	pollWake       = DirectRequests + 1
+)
+
+// newEventLoop must be called by the thread that runs it.
+func newEventLoop(s *server, b Direct) (*eventLoop, error) {
+	file, ok := b.DirectFile()
+	if !ok {
+		return nil, errors.New("the file does no direct I/O")
+	}
+	r, err := newRing(2 * DirectRequests)
+	if err != nil {
+		return nil, err
+	}
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err == nil {
+		err = unix.SetNonblock(s.conn.dev, true)
+	}
+	if err != nil {
+		r.close()
+		return nil, fmt.Errorf("event loop: %w", err)
+	}
+	l := &eventLoop{server: s, backend: b, file: file, ring: r, wake: wake, slow: make(chan int, DirectRequests)}
+	for i := range DirectRequests {
+		l.idle = append(l.idle, DirectRequests-1-i) // the first, which have all their memory, are taken first
+	}
+	return l, nil
+}
+
+// run serves until the connection ends, or is left. Then nothing calls the backend any more.
+func (l *eventLoop) run() {
+	for range serverThreads {
+		l.threads.Go(l.work)
+	}
+	l.ring.poll(l.server.conn.dev, pollConnection)
+	l.ring.poll(l.wake, pollWake)
+	for !l.ended && !l.left() || l.flying+l.away > 0 {
+		if err := l.turn(); err != nil {
+			l.server.abort(err)
+			l.ended = true
+			if l.flying > 0 {
+				break // the ring is broken: what it does with the backend's file cannot be known
+			}
+		}
+	}
+	close(l.slow)
+	l.threads.Wait()
+	l.ring.close()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.leaving != nil {
+		close(l.leaving)
+	}
+	l.over = true
+	unix.Close(l.wake)
+}
+
+// turn waits for something to happen, and does all that can be done then.
+func (l *eventLoop) turn() error {
+	if err := l.ring.wait(l.completed); err != nil {
+		return err
+	}
+	for l.ready && !l.ended && len(l.idle) > 0 && !l.left() {
+		if err := l.receive(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// left tells whether the device is being left.
+func (l *eventLoop) left() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.leaving != nil
+}
+
+// leave stops the loop from taking requests, and returns when those that it has are answered.
+func (l *eventLoop) leave() {
+	l.mu.Lock()
+	if l.over {
+		l.mu.Unlock()
+		return
+	}
+	done := make(chan struct{})
+	l.leaving = done
+	l.signal()
+	l.mu.Unlock()
+	<-done
+}
+
+// signal wakes the loop. Called with mu held.
+func (l *eventLoop) signal() {
+	var one [8]byte
+	binary.NativeEndian.PutUint64(one[:], 1)
+	_, _ = unix.Write(l.wake, one[:])
+}
+
+// receive reads a request, and begins it.
+func (l *eventLoop) receive() error {
+	i := l.idle[len(l.idle)-1]
+	m := l.server.message(i)
+	b := m.request()
+	// A call that does not block: the scheduler need not know of it.
+	n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(l.server.conn.dev), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+	switch errno {
+	case 0:
+	case unix.EAGAIN:
+		l.ready = false
+		l.ring.poll(l.server.conn.dev, pollConnection)
+		return nil
+	case unix.EINTR, unix.ENOENT: // ENOENT: the request was withdrawn
+		return nil
+	case unix.ENODEV:
+		l.ended = true
+		return nil
+	default:
+		return fmt.Errorf("read FUSE request: %w", errno)
+	}
+	r := request(b[:n])
+	if !r.valid() {
+		return fmt.Errorf("malformed FUSE request of %d bytes", n)
+	}
+	op := r.opcode()
+	if op == opForget || op == opBatchForget {
+		return nil // wants no reply
+	}
+	l.idle = l.idle[:len(l.idle)-1]
+	if !l.startDirect(i, op, r, m) {
+		l.toThreads(i, int(n))
+	}
+	return nil
+}
+
+// startDirect gives a request to the ring if it can.
+func (l *eventLoop) startDirect(i int, op uint32, r request, m message) bool {
+	write := op == opWrite
+	if op != opRead && !write || write && l.server.options.ReadOnly {
+		return false
+	}
+	n := r.ioLength()
+	if n > maxPayload {
+		return false
+	}
+	at, ok := l.backend.StartDirect(i, r.ioOffset(), int64(n), write)
+	if !ok {
+		return false
+	}
+	l.requests[i] = directRequest{op: op, unique: r.unique(), n: n}
+	ringOp := uint8(ringOpRead)
+	if write {
+		ringOp = ringOpWrite
+	}
+	l.ring.transfer(ringOp, l.file, m.payload(n), at, uint64(i))
+	l.flying++
+	return true
+}
+
+// completed takes what the ring has done.
+func (l *eventLoop) completed(userData uint64, result int32) {
+	switch userData {
+	case pollConnection:
+		l.ready = true
+	case pollWake:
+		l.awake()
+	default:
+		l.flying--
+		l.endDirect(int(userData), int(result))
+	}
+}
+
+// endDirect answers a request whose I/O is done. One that has failed is made again, by a thread, which knows what the
+// failure means. The request itself is still in its message.
+func (l *eventLoop) endDirect(i, result int) {
+	q, m := &l.requests[i], l.server.message(i)
+	l.backend.EndDirect(i, result != q.n)
+	if result != q.n {
+		l.toThreads(i, int(binary.NativeEndian.Uint32(m.request())))
+		return
+	}
+	length := q.n
+	if q.op == opWrite {
+		putWriteOut(m.payload(writeOutSize), q.n)
+		length = writeOutSize
+	}
+	l.reply(m.reply(length, 0, q.unique))
+	l.idle = append(l.idle, i)
+}
+
+func (l *eventLoop) reply(b []byte) {
+	for {
+		_, _, errno := unix.RawSyscall(unix.SYS_WRITE, uintptr(l.server.conn.dev), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		switch errno {
+		case unix.EINTR, unix.EAGAIN:
+			continue
+		case 0, unix.ENOENT, unix.ENODEV, unix.ENOTCONN: // an error: nobody waits for it any more
+		default:
+			klog.ErrorS(errno, "FUSE reply was refused", "device", l.server.options.Name)
+		}
+		return
+	}
+}
+
+func (l *eventLoop) toThreads(i, n int) {
+	l.requests[i].n = n
+	l.away++
+	l.slow <- i // as many as there are requests fit
+}
+
+// work answers requests until there are no more.
+func (l *eventLoop) work() {
+	runtime.LockOSThread() // never unlocked, see server.run
+	beFlusher()
+	for i := range l.slow {
+		m := l.server.message(i)
+		if err := l.server.answer(request(m.request()[:l.requests[i].n]), m); err != nil {
+			l.server.abort(err)
+		}
+		l.mu.Lock()
+		l.back = append(l.back, i)
+		l.signal()
+		l.mu.Unlock()
+	}
+}
+
+// awake takes back what the threads are done with, and notices when the device is left.
+func (l *eventLoop) awake() {
+	var b [8]byte
+	_, _ = unix.Read(l.wake, b[:])
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.away -= len(l.back)
+	l.idle = append(l.idle, l.back...)
+	l.back = l.back[:0]
+	l.ring.poll(l.wake, pollWake)
+}

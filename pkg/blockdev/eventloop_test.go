@@ -1,0 +1,166 @@
+package blockdev
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// directBackend lets the server do the I/O of most requests.
+type directBackend struct {
+	*testBackend
+	direct *os.File
+
+	begun, ended, failed atomic.Int64
+	// misdirect makes the I/O of some fail: past the end of what the file system can hold.
+	misdirect atomic.Bool
+}
+
+func newDirectBackend(t *testing.T, size int64) *directBackend {
+	t.Helper()
+	dir, err := os.MkdirTemp("/var/tmp", "direct") // a file system in memory does no direct I/O
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	b := &directBackend{testBackend: openBackend(t, filepath.Join(dir, "volume"), size)}
+	b.direct = openDevice(t, b.file.Name(), os.O_RDWR|unix.O_DIRECT)
+	// All of the file's I/O goes the same way.
+	b.file = b.direct
+	return b
+}
+
+func (b *directBackend) DirectFile() (int, bool) { return int(b.direct.Fd()), true }
+
+func (b *directBackend) StartDirect(number int, off, n int64, _ bool) (int64, bool) {
+	if number < 0 || number >= DirectRequests || off/4096%5 == 4 {
+		return 0, false
+	}
+	b.begun.Add(1)
+	if b.misdirect.Load() && off/4096%3 == 0 {
+		return 1 << 62, true
+	}
+	return off, true
+}
+
+func (b *directBackend) EndDirect(_ int, failed bool) {
+	b.ended.Add(1)
+	if failed {
+		b.failed.Add(1)
+	}
+}
+
+// TestDirect: requests that the server does by itself, others, and those that fail at first, beside each other.
+func TestDirect(t *testing.T) {
+	const size, parts = 16 << 20, 8
+	b := newDirectBackend(t, size)
+	d := attach(t, b, Options{})
+	if d.server.loop == nil {
+		t.Fatal("there is no event loop")
+	}
+	for _, misdirect := range []bool{false, true} {
+		b.misdirect.Store(misdirect)
+		var users sync.WaitGroup
+		for part := range int64(parts) {
+			f := directIO(t, d.Path())
+			users.Go(func() {
+				for _, n := range []int64{512, 4096, 12 << 10, 256 << 10, 1 << 20} {
+					p, got := aligned(int(n)), aligned(int(n))
+					for off := part * size / parts; off+n <= (part+1)*size/parts; off += max(n, 64<<10) + 4096 {
+						stamp(p, off, byte(n>>9))
+						if _, err := f.WriteAt(p, off); err != nil {
+							t.Errorf("write %d at %d: %v", n, off, err)
+							return
+						}
+						if _, err := f.ReadAt(got, off); err != nil || !bytes.Equal(got, p) {
+							t.Errorf("read %d at %d: %v, or something else", n, off, err)
+							return
+						}
+					}
+					if err := f.Sync(); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		users.Wait()
+	}
+	if b.begun.Load() == 0 || b.failed.Load() == 0 {
+		t.Errorf("%d begun, %d failed: this test proves nothing", b.begun.Load(), b.failed.Load())
+	}
+	if b.begun.Load() != b.ended.Load() {
+		t.Errorf("%d begun, %d ended", b.begun.Load(), b.ended.Load())
+	}
+	b.failWith(func(op string) error { return unix.ENOSPC })
+	_, err := directIO(t, d.Path()).ReadAt(aligned(4096), 0) // fails twice
+	if !errors.Is(err, unix.EIO) && !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("read: %v", err)
+	}
+	b.heal()
+}
+
+// A device that is left can be resumed: what nobody has answered is answered then. (Another process would: here the loop of
+// the first has ended, too.)
+func TestLeaveAndResume(t *testing.T) {
+	const size = 4 << 20
+	b := newDirectBackend(t, size)
+	o := Options{Name: deviceName(t.Name())}
+	d, err := Attach(b, o)
+	must(t, err)
+	f := directIO(t, d.Path())
+	stop := make(chan struct{})
+	var users sync.WaitGroup
+	var done atomic.Int64
+	for i := range int64(4) {
+		users.Go(func() {
+			p, got := aligned(64<<10), aligned(64<<10)
+			for n := byte(0); ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				stamp(p, i<<20, n)
+				if _, err := f.WriteAt(p, i<<20); err != nil {
+					t.Errorf("write: %v", err)
+					return
+				}
+				if _, err := f.ReadAt(got, i<<20); err != nil || !bytes.Equal(got, p) {
+					t.Errorf("read: %v, or something else", err)
+					return
+				}
+				done.Add(1)
+			}
+		})
+	}
+	for range 20 {
+		from := done.Load()
+		waitFor(t, "requests", func() bool { return t.Failed() || done.Load() > from+8 })
+		h, err := d.Handle()
+		must(t, err)
+		for i, fd := range h.FDs {
+			h.FDs[i], err = unix.Dup(fd)
+			must(t, err)
+		}
+		d.Leave()
+		calls := b.begun.Load()
+		if calls != b.ended.Load() {
+			t.Error("left with requests in hand")
+		}
+		d.conn.close() // as the end of the process would
+		if d, err = Resume(b, o, h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	users.Wait()
+	must(t, f.Close())
+	must(t, d.Detach())
+	if _, err := Resume(b, o, Handle{State: []byte("{}")}); err == nil {
+		t.Error("resumed from nothing")
+	}
+}

@@ -1,0 +1,90 @@
+package qcow2
+
+// Direct is a guest's request that needs nothing but I/O on one run of the file: the usual one, once a disk is in use. The
+// zero value is ready, and is used again when the request has ended.
+type Direct struct{ lock guestRange }
+
+// StartDirect begins a request of n bytes at off, if these are one run of the file that is mapped in memory and, for a
+// write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by itself, and calls
+// EndDirect. If not, nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
+func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, ok bool) {
+	if !img.gate.TryRLock() {
+		return 0, false
+	}
+	size := img.Size()
+	if n > 0 && off >= 0 && off <= size && n <= size-off && img.usable(true) == nil {
+		d.lock = guestRange{off >> img.g.clusterBits, (off+n-1)>>img.g.clusterBits + 1, false}
+		if img.guests.tryLock(&d.lock) {
+			if host, ok = img.mapDirect(off, n, write); ok {
+				img.requests.Add(1)
+				return host, true
+			}
+			img.guests.unlock(&d.lock)
+		}
+	}
+	img.gate.RUnlock()
+	return 0, false
+}
+
+// EndDirect ends a request that StartDirect began, however it went.
+func (img *Image) EndDirect(d *Direct, write bool) {
+	if write {
+		img.f.dirty.Store(true) // after the write: see syncer
+	}
+	img.guests.unlock(&d.lock)
+	img.gate.RUnlock()
+}
+
+// mapDirect returns where in the file n bytes at off are, if that is one run of whole data clusters.
+func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
+	g := &img.g
+	index, first, last := g.l1Index(off), g.l2Index(off), g.l2Index(off+n-1)
+	if g.l1Index(off+n-1) != index || !img.mu.TryLock() { // it may be held for I/O
+		return 0, false
+	}
+	defer img.mu.Unlock()
+	t := img.l2.get(index)
+	if t == nil {
+		return 0, false
+	}
+	start := t.data.entry(first).offset()
+	for i := first; i <= last; i++ {
+		e := t.data.entry(i)
+		switch {
+		case e.kind() != kindData, e.offset() != start+(i-first)<<g.clusterBits, e.check(*g, img.version) != nil:
+			return 0, false
+		case write && !(e.own() && img.owns(e.offset())):
+			return 0, false
+		}
+	}
+	host = start + g.inCluster(off)
+	if host+n > img.alloc.length.Load() {
+		return 0, false
+	}
+	if write && img.alloc.metadata.refuse(run{start >> g.clusterBits, last - first + 1}) != nil {
+		return 0, false
+	}
+	return host, true
+}
+
+// tryLock is lock for who does not wait; it uses r, which unlock takes.
+func (l *rangeLock) tryLock(r *guestRange) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.queue = append(l.queue, r)
+	if !l.waits(r) {
+		return true
+	}
+	l.queue = l.queue[:len(l.queue)-1]
+	return false
+}
+
+// DirectFD returns the descriptor of a file that was opened with OpenDirectFile and does direct I/O, in blocks of
+// DirectBlock; false if it does not. The descriptor is the image's.
+func (img *Image) DirectFD() (int, bool) {
+	f, ok := img.f.File.(*directFile)
+	if !ok || img.readOnly {
+		return -1, false
+	}
+	return f.fd, true
+}

@@ -1,0 +1,152 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// A file past the page cache is like another, whatever is asked for.
+func TestDirectFile(t *testing.T) {
+	dir := diskDir(t)
+	path := filepath.Join(dir, "file")
+	f, err := CreateFile(path)
+	must(t, err)
+	must(t, f.Close())
+	f, err = OpenDirectFile(path)
+	must(t, err)
+	defer f.Close()
+	if _, ok := f.(*directFile); !ok {
+		t.Fatalf("%T: no direct I/O", f)
+	}
+	if _, err := OpenFile(path, true); !errors.Is(err, ErrInUse) {
+		t.Errorf("opened a second time: %v", err)
+	}
+	model := newSparse()
+	rng := rand.New(rand.NewPCG(1, 1))
+	for range 400 {
+		off, n := rng.Int64N(1<<20), 1+rng.Int64N(5000)
+		switch rng.IntN(4) {
+		case 0:
+			off, n = off&^511, (n+511)&^511
+		case 1:
+			n = 300 << 10 // more than one buffer
+		}
+		p := stamp(int(off), off, n)
+		if rng.IntN(2) == 0 {
+			got, err := f.WriteAt(p, off)
+			if int64(got) != n || err != nil {
+				t.Fatalf("write %d at %d: %d, %v", n, off, got, err)
+			}
+			model.writeAt(p, off)
+			continue
+		}
+		got, err := f.ReadAt(p, off)
+		size, sizeErr := f.Size()
+		must(t, sizeErr)
+		if want := max(0, min(n, size-off)); int64(got) != want || want < n != errors.Is(err, io.EOF) {
+			t.Fatalf("read %d at %d of %d: %d, %v", n, off, size, got, err)
+		}
+		expected := make([]byte, got)
+		model.readAt(expected, off)
+		if i := difference(p[:got], expected); i >= 0 {
+			t.Fatalf("read %d at %d: byte %d differs", n, off, i)
+		}
+	}
+}
+
+// diskDir is a directory on a file system that does direct I/O, which a temporary one in memory does not.
+func diskDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/var/tmp", "direct")
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func TestStartDirect(t *testing.T) {
+	f := newMemFile("direct")
+	const size, cluster = 1 << 20, 64 << 10
+	must(t, Create(f, size, CreateOptions{}))
+	img, err := Open(f, OpenOptions{})
+	must(t, err)
+	data := stamp(1, 0, 4*cluster)
+	_, err = img.WriteAt(data, 0)
+	must(t, err)
+	var d, other Direct
+	refused := func(what string, off, n int64, write bool) {
+		t.Helper()
+		if _, ok := img.StartDirect(&other, off, n, write); ok {
+			t.Errorf("%s: begun", what)
+			img.EndDirect(&other, write)
+		}
+	}
+	started := func(off, n int64, write bool) (host int64) {
+		t.Helper()
+		host, ok := img.StartDirect(&d, off, n, write)
+		if !ok {
+			t.Fatalf("%d bytes at %d: not begun", n, off)
+		}
+		return host
+	}
+	host := started(cluster/2, 2*cluster, false)
+	got := make([]byte, 2*cluster)
+	_, err = f.ReadAt(got, host)
+	must(t, err)
+	if !bytes.Equal(got, data[cluster/2:][:2*cluster]) {
+		t.Error("the run is somewhere else")
+	}
+	// It is as any other request: what must stop it waits.
+	if img.gate.TryLock() {
+		t.Fatal("a freeze would not wait for it")
+	}
+	r := guestRange{1, 2, true}
+	if img.guests.tryLock(&r) {
+		t.Fatal("a change of the mapping would not wait for it")
+	}
+	img.EndDirect(&d, false)
+	if !img.guests.tryLock(&r) {
+		t.Fatal("its clusters are still in use")
+	}
+	refused("the mapping is being changed", cluster, 512, false)
+	img.guests.unlock(&r)
+
+	host = started(0, 4096, true)
+	p := stamp(2, 0, 4096)
+	_, err = f.WriteAt(p, host)
+	must(t, err)
+	img.f.dirty.Store(false)
+	img.EndDirect(&d, true)
+	if !img.f.dirty.Load() {
+		t.Error("a flush would not sync it")
+	}
+	refused("unmapped", 8*cluster, 512, false)
+	refused("into what is unmapped", 3*cluster, 2*cluster, false)
+	refused("behind the end", size, 512, false)
+	refused("a negative offset", -512, 512, false)
+	refused("too long", 0, size+512, false)
+	if n := testing.AllocsPerRun(100, func() {
+		_, ok := img.StartDirect(&d, 0, 4096, true)
+		if ok {
+			img.EndDirect(&d, true)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	_, err = img.CreateSnapshot("s", nil)
+	must(t, err)
+	must(t, err)
+	_, err = img.ReadAt(got, 0) // the table is new
+	must(t, err)
+	started(0, cluster, false)
+	img.EndDirect(&d, false)
+	refused("shared with a snapshot", 0, 512, true)
+	must(t, img.Discard(0, cluster))
+	refused("discarded", 0, 512, false)
+	must(t, img.Close())
+	refused("closed", cluster, 512, false)
+}

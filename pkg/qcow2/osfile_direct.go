@@ -1,0 +1,143 @@
+package qcow2
+
+import (
+	"errors"
+	"io"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// DirectBlock is what offset, length and memory of direct I/O are multiples of, in bytes.
+const DirectBlock = 512
+
+// directFile is an osFile past the page cache. All of its I/O is: what is written through the page cache and past it in turn
+// is not kept together by the kernel where both touch one folio. What is not aligned goes through a buffer.
+type directFile struct {
+	*osFile
+	fd int
+
+	buffers sync.Pool  // of *[]byte, aligned, of bounceSize
+	blocks  sync.Mutex // held by whoever changes a part of a block
+}
+
+// bounceSize is the most that goes through a buffer at once.
+const bounceSize = 256 << 10
+
+// OpenDirectFile is OpenFile for writing, past the page cache if the file system can do that in blocks of DirectBlock.
+func OpenDirectFile(path string) (File, error) {
+	f, err := OpenFile(path, false)
+	if err != nil {
+		return nil, err
+	}
+	o := f.(*osFile)
+	d := &directFile{osFile: o, buffers: sync.Pool{New: func() any {
+		b := alignedBuffer(bounceSize)
+		return &b
+	}}}
+	if err := o.control(d.goDirect); err != nil {
+		return f, nil //nolint:nilerr // it goes on as it is
+	}
+	return d, nil
+}
+
+// goDirect changes the descriptor, which has the locks.
+func (d *directFile) goDirect(fd int) error {
+	var st unix.Statx_t
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err != nil {
+		return err
+	}
+	if st.Mask&unix.STATX_DIOALIGN == 0 || st.Dio_offset_align == 0 || st.Dio_offset_align > DirectBlock || st.Dio_mem_align > DirectBlock {
+		return unix.EINVAL
+	}
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, flags|unix.O_DIRECT)
+	}
+	d.fd = fd
+	return err
+}
+
+func alignedBuffer(n int) []byte {
+	b := make([]byte, n+DirectBlock)
+	return b[-uintptr(unsafe.Pointer(unsafe.SliceData(b)))&(DirectBlock-1):][:n]
+}
+
+func isAligned(p []byte, off int64) bool {
+	return (uintptr(unsafe.Pointer(unsafe.SliceData(p)))|uintptr(len(p))|uintptr(off))&(DirectBlock-1) == 0
+}
+
+func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
+	if isAligned(p, off) {
+		return d.osFile.ReadAt(p, off)
+	}
+	buf := d.buffers.Get().(*[]byte)
+	defer d.buffers.Put(buf)
+	done := 0
+	for done < len(p) {
+		head := int((off + int64(done)) & (DirectBlock - 1))
+		want := min(len(p)-done, bounceSize-head)
+		b := (*buf)[:(head+want+DirectBlock-1)&^(DirectBlock-1)]
+		n, err := d.osFile.ReadAt(b, off+int64(done-head))
+		got := min(max(n-head, 0), want)
+		copy(p[done:], b[head:head+got])
+		done += got
+		if got < want {
+			return done, err
+		}
+		if err != nil && !errors.Is(err, io.EOF) { // behind what is wanted
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+func (d *directFile) WriteAt(p []byte, off int64) (int, error) {
+	if isAligned(p, off) {
+		return d.osFile.WriteAt(p, off)
+	}
+	buf := d.buffers.Get().(*[]byte)
+	defer d.buffers.Put(buf)
+	done := 0
+	for done < len(p) {
+		head := int((off + int64(done)) & (DirectBlock - 1))
+		n := min(len(p)-done, bounceSize-head)
+		if err := d.writeBounced((*buf)[:(head+n+DirectBlock-1)&^(DirectBlock-1)], p[done:done+n], head, off+int64(done-head)); err != nil {
+			return done, err
+		}
+		done += n
+	}
+	return done, nil
+}
+
+// writeBounced writes p, which begins head bytes into b, with what the file holds before and behind it in its blocks.
+func (d *directFile) writeBounced(b, p []byte, head int, at int64) error {
+	tail := head + len(p)
+	if head != 0 || tail != len(b) {
+		d.blocks.Lock()
+		defer d.blocks.Unlock()
+		last := b[len(b)-DirectBlock:]
+		if err := d.readBlock(b[:DirectBlock], at); err != nil {
+			return err
+		}
+		if len(b) > DirectBlock {
+			if err := d.readBlock(last, at+int64(len(b)-DirectBlock)); err != nil {
+				return err
+			}
+		}
+	}
+	copy(b[head:], p)
+	_, err := d.osFile.WriteAt(b, at)
+	return err
+}
+
+// readBlock fills b; behind the end of the file are zeros.
+func (d *directFile) readBlock(b []byte, at int64) error {
+	n, err := d.osFile.ReadAt(b, at)
+	clear(b[n:])
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
