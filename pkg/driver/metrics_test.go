@@ -36,9 +36,10 @@ func TestMetrics(t *testing.T) {
 	for key, want := range map[string]float64{
 		"csi_qcow2_call_duration_seconds OK CreateVolume":             2,
 		"csi_qcow2_call_duration_seconds NotFound NodeGetVolumeStats": 1,
-		"csi_qcow2_pool_ready":                                        1,
-		"csi_qcow2_pool_volumes":                                      1,
-		"csi_qcow2_pool_tombstones":                                   1,
+
+		"csi_qcow2_pool_ready":      1,
+		"csi_qcow2_pool_volumes":    1,
+		"csi_qcow2_pool_tombstones": 1,
 	} {
 		if got[key] != want {
 			t.Errorf("%s is %v, want %v", key, got[key], want)

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -32,6 +33,11 @@ func TestMain(m *testing.M) {
 		restConfig.QPS, restConfig.Burst = 100, 200
 		client = kubernetes.NewForConfigOrDie(restConfig)
 		snapClient = snapshots.NewForConfigOrDie(restConfig)
-		return m.Run()
+		status := m.Run()
+		if err := poolsEmpty(); err != nil && status == 0 {
+			fmt.Fprintln(os.Stderr, err)
+			status = 1
+		}
+		return status
 	}())
 }

@@ -62,6 +62,12 @@ func (s *space) remove() {
 		_, err := client.CoreV1().Namespaces().Get(ctx, s.name, meta.GetOptions{})
 		return gone(err)
 	})
+	s.nothingLeft()
+}
+
+// nothingLeft waits until no volume and no snapshot belongs to the namespace.
+func (s *space) nothingLeft() {
+	s.Helper()
 	s.eventually("volumes and snapshots to go", func(ctx context.Context) error {
 		volumes, err := client.CoreV1().PersistentVolumes().List(ctx, meta.ListOptions{})
 		if err != nil {
@@ -127,6 +133,8 @@ type claim struct {
 	// source is the volume's first content: a VolumeSnapshot or a PersistentVolumeClaim.
 	source *core.TypedLocalObjectReference
 	mode   core.PersistentVolumeAccessMode // ReadWriteOnce if empty
+	// tried is the node that the scheduler has selected, so to speak.
+	tried string
 }
 
 func fromSnapshot(name string) *core.TypedLocalObjectReference {
@@ -165,9 +173,11 @@ func (c claim) spec() core.PersistentVolumeClaimSpec {
 // pvc creates a claim.
 func (s *space) pvc(name string, c claim) {
 	s.Helper()
-	_, err := client.CoreV1().PersistentVolumeClaims(s.name).Create(s.ctx, &core.PersistentVolumeClaim{
-		ObjectMeta: meta.ObjectMeta{Name: name}, Spec: c.spec(),
-	}, meta.CreateOptions{})
+	pvc := &core.PersistentVolumeClaim{ObjectMeta: meta.ObjectMeta{Name: name}, Spec: c.spec()}
+	if c.tried != "" {
+		pvc.Annotations = map[string]string{selectedNode: c.tried}
+	}
+	_, err := client.CoreV1().PersistentVolumeClaims(s.name).Create(s.ctx, pvc, meta.CreateOptions{})
 	s.check(err)
 }
 
@@ -200,12 +210,23 @@ func (s *space) expand(name, size string) {
 	patch := fmt.Sprintf(`{"spec": {"resources": {"requests": {"storage": %q}}}}`, size)
 	_, err := claims.Patch(s.ctx, name, types.MergePatchType, []byte(patch), meta.PatchOptions{})
 	s.check(err)
-	s.eventually("expansion of "+name, func(ctx context.Context) error {
-		got, err := claims.Get(ctx, name, meta.GetOptions{})
-		if err == nil && got.Status.Capacity.Storage().Cmp(resource.MustParse(size)) < 0 {
-			err = fmt.Errorf("it has %s: %+v", got.Status.Capacity.Storage(), got.Status.Conditions)
+	s.eventuallyClaim(name, func(got *core.PersistentVolumeClaim) error {
+		if got.Status.Capacity.Storage().Cmp(resource.MustParse(size)) < 0 {
+			return fmt.Errorf("it has %s: %+v", got.Status.Capacity.Storage(), got.Status.Conditions)
 		}
-		return err
+		return nil
+	})
+}
+
+// eventuallyClaim waits until fn has no objection to a claim.
+func (s *space) eventuallyClaim(name string, fn func(*core.PersistentVolumeClaim) error) {
+	s.Helper()
+	s.eventually("claim "+name, func(ctx context.Context) error {
+		got, err := client.CoreV1().PersistentVolumeClaims(s.name).Get(ctx, name, meta.GetOptions{})
+		if err != nil {
+			return err
+		}
+		return fn(got)
 	})
 }
 

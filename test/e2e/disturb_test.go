@@ -1,0 +1,164 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	apps "k8s.io/api/apps/v1"
+	core "k8s.io/api/core/v1"
+	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+const (
+	system = "csi-qcow2"      // the driver's namespace
+	plugin = "csi-qcow2-node" // its plugin's DaemonSet, and a container of it is csi-qcow2
+)
+
+// The plugin's pods are deleted, and rolled to another version, while a pod writes: it sees no error, and the new
+// version takes over what it finds.
+func TestPluginReplaced(t *testing.T) {
+	s := newSpace(t)
+	s.pvc("data", claim{})
+	s.pod("writer", nil, "data")
+	s.ready("writer")
+	d := s.disk("writer", "data", claim{})
+	sum := d.fill()
+	d.startAppending()
+
+	s.check(client.CoreV1().Pods(system).DeleteCollection(s.ctx, meta.DeleteOptions{}, meta.ListOptions{
+		LabelSelector: "app.kubernetes.io/component=node",
+	}))
+	s.pluginReady("csi-qcow2:e2e")
+	before := d.appended()
+	s.snapshot("old", "data")
+
+	s.T.Cleanup(func() {
+		s.ctx = context.WithoutCancel(s.ctx)
+		s.setPluginImage("e2e")
+	})
+	s.setPluginImage("e2e-next")
+	s.snapshot("new", "data")
+	after := d.appended()
+	if after <= before {
+		t.Errorf("nothing was written meanwhile: %d records before, %d after", before, after)
+	}
+	for name, min := range map[string]int{"old": before, "new": before} {
+		c := claim{source: fromSnapshot(name)}
+		s.pvc(name, c)
+		s.pod(name, nil, name)
+		s.ready(name)
+		s.disk(name, name, c).verify(sum, min, after)
+	}
+	after = d.appended() // no write has failed
+	d.stopAppending()
+	d.verify(sum, after, d.appended())
+}
+
+// setPluginImage rolls the plugin to another tag.
+func (s *space) setPluginImage(tag string) {
+	s.Helper()
+	image := "csi-qcow2:" + tag
+	patch := fmt.Sprintf(`{"spec": {"template": {"spec": {"containers": [{"name": "csi-qcow2", "image": %q}]}}}}`, image)
+	_, err := client.AppsV1().DaemonSets(system).Patch(s.ctx, plugin, types.StrategicMergePatchType, []byte(patch), meta.PatchOptions{})
+	s.check(err)
+	s.pluginReady(image)
+}
+
+// pluginReady waits until each node has a pod of the plugin that is ready and of an image, and no other.
+func (s *space) pluginReady(image string) {
+	s.Helper()
+	s.eventually("the plugin's pods of "+image, func(ctx context.Context) error {
+		set, err := client.AppsV1().DaemonSets(system).Get(ctx, plugin, meta.GetOptions{})
+		if err != nil {
+			return err
+		}
+		pods, err := client.CoreV1().Pods(system).List(ctx, meta.ListOptions{LabelSelector: "app.kubernetes.io/component=node"})
+		if err != nil {
+			return err
+		}
+		return rolled(set, pods.Items, image)
+	})
+}
+
+func rolled(set *apps.DaemonSet, pods []core.Pod, image string) error {
+	if set.Status.ObservedGeneration < set.Generation || len(pods) != int(set.Status.DesiredNumberScheduled) {
+		return fmt.Errorf("%d pods: %+v", len(pods), set.Status)
+	}
+	for i := range pods {
+		p := &pods[i]
+		if p.DeletionTimestamp != nil || !isReady(p) || p.Spec.Containers[0].Image != image {
+			return fmt.Errorf("pod %s of %s is %s", p.Name, p.Spec.Containers[0].Image, p.Status.Phase)
+		}
+	}
+	return nil
+}
+
+// A node loses its power while a pod writes. After it has booted the pod comes back, with everything that had been
+// flushed, and so do the snapshots.
+func TestPowerCut(t *testing.T) {
+	s := newSpace(t)
+	all := nodes(s)
+	node := all[len(all)-1]
+	s.pvc("data", claim{})
+	s.pod("writer", on(node), "data")
+	s.ready("writer")
+	d := s.disk("writer", "data", claim{})
+	sum := d.fill()
+	d.startAppending()
+	s.snapshot("snap", "data")
+	flushed := d.appended()
+
+	power(s, "crash", node)
+	power(s, "up", node)
+	s.eventually("the pod to be started again", func(ctx context.Context) error {
+		pod, err := client.CoreV1().Pods(s.name).Get(ctx, "writer", meta.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if status := pod.Status.ContainerStatuses; !isReady(pod) || len(status) == 0 || status[0].RestartCount == 0 {
+			return fmt.Errorf("it is %s: %+v", pod.Status.Phase, status)
+		}
+		return nil
+	})
+	if got := d.sum(); got != sum {
+		t.Errorf("the content's sum is %s, want %s", got, sum)
+	}
+	if got := d.records(); got < flushed {
+		t.Errorf("there are %d records, %d were flushed", got, flushed)
+	}
+	restored := claim{source: fromSnapshot("snap")}
+	s.pvc("restored", restored)
+	s.pod("reader", nil, "restored")
+	s.ready("reader")
+	s.disk("reader", "restored", restored).verify(sum, 1, flushed)
+}
+
+// power switches a node off without warning, or on.
+func power(s *space, what, node string) {
+	s.Helper()
+	ctx, stop := context.WithTimeout(s.ctx, time.Minute)
+	defer stop()
+	if out, err := exec.CommandContext(ctx, "cluster/node.sh", what, node).CombinedOutput(); err != nil {
+		s.Fatalf("node %s %s: %v: %s", node, what, err, out)
+	}
+}
+
+// poolsEmpty tells which directories of volumes are left in the nodes' pools.
+func poolsEmpty() error {
+	left, err := filepath.Glob(filepath.Join(os.Getenv("STATE"), "n*/var/csi-qcow2/pool/volumes/*"))
+	if err == nil && len(left) > 0 {
+		err = fmt.Errorf("volumes are left: %v", left)
+	}
+	pools, _ := filepath.Glob(filepath.Join(os.Getenv("STATE"), "n*/var/csi-qcow2/pool/volumes"))
+	if len(pools) == 0 {
+		err = errors.Join(err, errors.New("no pool was found"))
+	}
+	return err
+}
