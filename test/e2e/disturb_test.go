@@ -7,23 +7,19 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
-	apps "k8s.io/api/apps/v1"
 	core "k8s.io/api/core/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 )
 
-const (
-	system = "csi-qcow2"      // the driver's namespace
-	plugin = "csi-qcow2-node" // its plugin's DaemonSet, and a container of it is csi-qcow2
-)
+const system = "csi-qcow2" // the driver's namespace
 
-// The plugin's pods are deleted, and rolled to another version, while a pod writes: it sees no error, and the new
-// version takes over what it finds.
-func TestPluginReplaced(t *testing.T) {
+// The plugin's pods are deleted, and all of the driver is updated to another version, while a pod writes: it sees no
+// error, and the new version takes over what it finds.
+func TestUpdate(t *testing.T) {
 	s := newSpace(t)
 	s.pvc("data", claim{})
 	s.pod("writer", nil, "data")
@@ -32,24 +28,28 @@ func TestPluginReplaced(t *testing.T) {
 	sum := d.fill()
 	d.startAppending()
 
-	s.check(client.CoreV1().Pods(system).DeleteCollection(s.ctx, meta.DeleteOptions{}, meta.ListOptions{
-		LabelSelector: "app.kubernetes.io/component=node",
-	}))
-	s.pluginReady("csi-qcow2:e2e")
+	s.check(client.CoreV1().Pods(system).DeleteCollection(s.ctx, meta.DeleteOptions{}, component("node")))
+	s.updated("node", "e2e")
 	before := d.appended()
 	s.snapshot("old", "data")
 
 	s.T.Cleanup(func() {
 		s.ctx = context.WithoutCancel(s.ctx)
-		s.setPluginImage("e2e")
+		for _, name := range []string{"node", "engine", "holder"} {
+			s.update(name, "e2e")
+		}
 	})
-	s.setPluginImage("e2e-next")
+	for _, name := range []string{"node", "engine", "holder"} {
+		s.update(name, "e2e-next")
+		after := d.appended()
+		if after <= before {
+			t.Errorf("nothing was written while %s was updated: %d records", name, after)
+		}
+		before = after
+	}
 	s.snapshot("new", "data")
 	after := d.appended()
-	if after <= before {
-		t.Errorf("nothing was written meanwhile: %d records before, %d after", before, after)
-	}
-	for name, min := range map[string]int{"old": before, "new": before} {
+	for name, min := range map[string]int{"old": 1, "new": before} {
 		c := claim{source: fromSnapshot(name)}
 		s.pvc(name, c)
 		s.pod(name, nil, name)
@@ -61,43 +61,50 @@ func TestPluginReplaced(t *testing.T) {
 	d.verify(sum, after, d.appended())
 }
 
-// setPluginImage rolls the plugin to another tag.
-func (s *space) setPluginImage(tag string) {
+func component(name string) meta.ListOptions {
+	return meta.ListOptions{LabelSelector: "app.kubernetes.io/component=" + name}
+}
+
+// update rolls a part of the driver, "node" for example, to another tag, and waits for the last pod.
+func (s *space) update(part, tag string) {
 	s.Helper()
-	image := "csi-qcow2:" + tag
-	patch := fmt.Sprintf(`{"spec": {"template": {"spec": {"containers": [{"name": "csi-qcow2", "image": %q}]}}}}`, image)
-	_, err := client.AppsV1().DaemonSets(system).Patch(s.ctx, plugin, types.StrategicMergePatchType, []byte(patch), meta.PatchOptions{})
+	set, err := client.AppsV1().DaemonSets(system).Get(s.ctx, "csi-qcow2-"+part, meta.GetOptions{})
 	s.check(err)
-	s.pluginReady(image)
+	for _, containers := range [][]core.Container{set.Spec.Template.Spec.InitContainers, set.Spec.Template.Spec.Containers} {
+		for i := range containers {
+			if strings.HasPrefix(containers[i].Image, "csi-qcow2:") {
+				containers[i].Image = "csi-qcow2:" + tag
+			}
+		}
+	}
+	_, err = client.AppsV1().DaemonSets(system).Update(s.ctx, set, meta.UpdateOptions{})
+	s.check(err)
+	s.updated(part, tag)
 }
 
-// pluginReady waits until each node has a pod of the plugin that is ready and of an image, and no other.
-func (s *space) pluginReady(image string) {
+// updated waits until each node has a pod of a part that is ready and of a tag, and no other.
+func (s *space) updated(part, tag string) {
 	s.Helper()
-	s.eventually("the plugin's pods of "+image, func(ctx context.Context) error {
-		set, err := client.AppsV1().DaemonSets(system).Get(ctx, plugin, meta.GetOptions{})
+	s.eventually(part+" to be "+tag, func(ctx context.Context) error {
+		set, err := client.AppsV1().DaemonSets(system).Get(ctx, "csi-qcow2-"+part, meta.GetOptions{})
 		if err != nil {
 			return err
 		}
-		pods, err := client.CoreV1().Pods(system).List(ctx, meta.ListOptions{LabelSelector: "app.kubernetes.io/component=node"})
+		pods, err := client.CoreV1().Pods(system).List(ctx, component(part))
 		if err != nil {
 			return err
 		}
-		return rolled(set, pods.Items, image)
+		if set.Status.ObservedGeneration < set.Generation || len(pods.Items) != int(set.Status.DesiredNumberScheduled) {
+			return fmt.Errorf("%d pods: %+v", len(pods.Items), set.Status)
+		}
+		for i := range pods.Items {
+			p := &pods.Items[i]
+			if image := p.Spec.Containers[0].Image; p.DeletionTimestamp != nil || !isReady(p) || image != "csi-qcow2:"+tag {
+				return fmt.Errorf("pod %s of %s is %s", p.Name, image, p.Status.Phase)
+			}
+		}
+		return nil
 	})
-}
-
-func rolled(set *apps.DaemonSet, pods []core.Pod, image string) error {
-	if set.Status.ObservedGeneration < set.Generation || len(pods) != int(set.Status.DesiredNumberScheduled) {
-		return fmt.Errorf("%d pods: %+v", len(pods), set.Status)
-	}
-	for i := range pods {
-		p := &pods[i]
-		if p.DeletionTimestamp != nil || !isReady(p) || p.Spec.Containers[0].Image != image {
-			return fmt.Errorf("pod %s of %s is %s", p.Name, p.Spec.Containers[0].Image, p.Status.Phase)
-		}
-	}
-	return nil
 }
 
 // A node loses its power while a pod writes. After it has booted the pod comes back, with everything that had been
