@@ -9,6 +9,7 @@ import (
 // A volume's whole life, for each kind of volume: it is written, its pod is replaced, it is snapshotted and cloned
 // while it is written, restored, expanded, and outlived by its snapshot.
 func TestLife(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		claim  claim
