@@ -49,7 +49,11 @@ func run(ctx context.Context) error {
 	flag.DurationVar(&b.load, "load", 3*time.Second, "how long a guest works before and after an operation")
 	flag.StringVar(&parent, "dir", "/var/tmp", "where to make scratch files")
 	flag.StringVar(&jsonPath, "json", "", "write the figures to this file, too")
+	raw := flag.String("pass-through", "", "serve this raw file as the io part's ceiling, and nothing else")
 	flag.Parse()
+	if *raw != "" {
+		return passThrough(ctx, *raw)
+	}
 	var err error
 	if b.only, err = regexp.Compile(only); err != nil {
 		return err
@@ -72,6 +76,7 @@ func run(ctx context.Context) error {
 		{"throughput", b.throughput},
 		{"fsync", b.fsync},
 		{"restore", b.restore},
+		{"io", b.io},
 	} {
 		if !b.only.MatchString(part.name) {
 			continue
