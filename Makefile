@@ -6,7 +6,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test crash fuzz differential damage lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
+.PHONY: help build demo test crash survive fuzz differential damage lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
 
 help: ## say what there is to make
 	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
@@ -27,6 +27,10 @@ test: ## run every test: units, QEMU's tools as oracle, csi-sanity, kill and res
 crash: ## crash images at 200,000 moments and make every call of the file fail, in half an hour
 	@hack/setup.sh test
 	@hack/crash.sh
+
+survive: ## kill workers KILLS=200 times, and change engines CHANGES=50 times in each way, under load
+	@hack/setup.sh test
+	@hack/survive.sh $(KILLS) $(CHANGES)
 
 fuzz: ## feed hostile images to the engine, FUZZTIME=1h for each group of targets
 	@hack/setup.sh test

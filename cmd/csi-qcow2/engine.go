@@ -29,6 +29,7 @@ It waits for the pool: a directory without pool.json is a disk that is not mount
 		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			defer klog.Flush()
+			protectMemory()
 			self, err := os.Executable()
 			if err != nil {
 				return err
@@ -74,6 +75,8 @@ func newWorkerCommand() *cobra.Command {
 		Args:   takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			defer klog.Flush()
+			protectMemory()
+			limitMemory(workerMemoryLimit)
 			return engine.RunWorker(cmd.Context(), o)
 		},
 	}

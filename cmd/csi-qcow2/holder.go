@@ -23,6 +23,7 @@ attached. When it is killed, the pods get I/O errors.`,
 		Args:    takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			defer klog.Flush()
+			protectMemory()
 			return holder.Run(cmd.Context(), o)
 		},
 	}
