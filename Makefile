@@ -30,7 +30,7 @@ crash: ## crash images at 200,000 moments and make every call of the file fail, 
 
 survive: ## kill workers KILLS=200 times, and change engines CHANGES=50 times in each way, under load
 	@hack/setup.sh test
-	@hack/survive.sh $(KILLS) $(CHANGES)
+	@hack/survive.sh $(or $(KILLS),200) $(or $(CHANGES),50)
 
 fuzz: ## feed hostile images to the engine, FUZZTIME=1h for each group of targets
 	@hack/setup.sh test

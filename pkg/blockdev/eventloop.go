@@ -43,6 +43,8 @@ type eventLoop struct {
 	ready    bool  // there may be requests to read
 	ended    bool  // the connection
 
+	onCompleted func(userData uint64, result int32) // l.completed, made once
+
 	slow    chan int // requests for the threads
 	threads sync.WaitGroup
 	wake    int // an eventfd: look at what follows
@@ -85,6 +87,7 @@ func newEventLoop(s *server, b Direct) (*eventLoop, error) {
 		return nil, fmt.Errorf("event loop: %w", err)
 	}
 	l := &eventLoop{server: s, backend: b, file: file, ring: r, wake: wake, slow: make(chan int, DirectRequests)}
+	l.onCompleted = l.completed
 	for i := range DirectRequests {
 		l.idle = append(l.idle, DirectRequests-1-i) // the first, which have all their memory, are taken first
 	}
@@ -121,7 +124,7 @@ func (l *eventLoop) run() {
 
 // turn waits for something to happen, and does all that can be done then.
 func (l *eventLoop) turn() error {
-	if err := l.ring.wait(l.completed); err != nil {
+	if err := l.ring.wait(l.onCompleted); err != nil {
 		return err
 	}
 	for l.ready && !l.ended && len(l.idle) > 0 && !l.left() {

@@ -18,7 +18,7 @@ import (
 
 var (
 	workerKills   = flag.Int("worker-kills", 12, "kills in TestSurviveWorkers")
-	engineChanges = flag.Int("engine-changes", 4, "changes of each kind in TestSurviveEngines")
+	engineChanges = flag.Int("engine-changes", 2, "changes of each kind in TestSurviveEngines")
 )
 
 // ioctlRange is an ioctl whose argument is a range of bytes.
