@@ -53,7 +53,7 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 		switch {
 		case e.kind() != kindData, e.offset() != start+(i-first)<<g.clusterBits, e.check(*g, img.version) != nil:
 			return 0, false
-		case write && !(e.own() && img.owns(e.offset())):
+		case write && (!e.own() || !img.owns(e.offset())):
 			return 0, false
 		}
 	}
