@@ -25,7 +25,7 @@ type Direct interface {
 }
 
 // DirectRequests is how many requests an event loop has in hand at most.
-const DirectRequests = 64
+const DirectRequests = 32
 
 // eventLoop serves a connection from one thread: it reads requests as long as there are any, lets an io_uring do the I/O of
 // those that need nothing else, and answers them. It waits only in the ring. The others go to threads of their own, which
@@ -89,7 +89,7 @@ func newEventLoop(s *server, b Direct) (*eventLoop, error) {
 	l := &eventLoop{server: s, backend: b, file: file, ring: r, wake: wake, slow: make(chan int, DirectRequests)}
 	l.onCompleted = l.completed
 	for i := range DirectRequests {
-		l.idle = append(l.idle, DirectRequests-1-i) // the first, which have all their memory, are taken first
+		l.idle = append(l.idle, i)
 	}
 	return l, nil
 }

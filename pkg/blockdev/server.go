@@ -47,38 +47,19 @@ func (m message) reply(n int, errno unix.Errno, unique uint64) []byte {
 }
 
 // newServer allocates a server. Its memory is outside the heap and populated: serving a block device
-// must not wait for memory that only the device's own writeback could free. Where an event loop could have many large
-// requests in hand, this holds for some of them.
+// must not wait for memory that only the device's own writeback could free. And a process that is killed while the kernel
+// copies a request to memory that is not there yet fails that request, which is then lost for the next one.
 func newServer(b Backend, o Options) (*server, error) {
-	direct, large := direct(b), DirectRequests/8
-	messages := DirectRequests
+	direct, messages := direct(b), DirectRequests
 	if direct == nil {
-		messages, large = serverThreads, serverThreads
+		messages = serverThreads
 	}
-	mem, err := unix.Mmap(-1, 0, messages*messageSize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	mem, err := unix.Mmap(-1, 0, messages*messageSize(), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
 	if err != nil {
 		return nil, fmt.Errorf("map request buffers: %w", err)
 	}
-	s := &server{backend: b, direct: direct, options: o, memory: mem, done: make(chan struct{})}
-	for i := range messages {
-		m := s.message(i)
-		if i >= large {
-			m = m[:usualMessage]
-		}
-		if err := unix.Madvise(m, unix.MADV_POPULATE_WRITE); err != nil {
-			touch(m) // the kernel is older than 5.14
-		}
-	}
-	return s, nil
-}
-
-// usualMessage is how much of a message the usual request needs, in bytes.
-const usualMessage = 64 << 10
-
-func touch(b []byte) {
-	for i := 0; i < len(b); i += unix.Getpagesize() {
-		b[i] = 0
-	}
+	return &server{backend: b, direct: direct, options: o, memory: mem, done: make(chan struct{})}, nil
 }
 
 // direct returns b if an event loop can do its I/O.
