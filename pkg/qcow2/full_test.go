@@ -2,6 +2,8 @@ package qcow2
 
 import (
 	"errors"
+	"runtime"
+	"sync/atomic"
 	"testing"
 )
 
@@ -19,39 +21,44 @@ func TestFullDiskForGuest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newMemFile("full")
-			must(t, Create(f, 1<<20, CreateOptions{ClusterSize: 512}))
+			must(t, Create(f, 4<<20, CreateOptions{ClusterSize: 512}))
 			img, err := Open(f, OpenOptions{})
 			must(t, err)
-			write := func(count int, off int64) error {
-				_, err := img.WriteAt(stamp(count, off, 4096), off)
+			img.alloc.ahead = true // no reservation in the background meets the full disk instead of the guest
+			write := func(count int, off, n int64) error {
+				_, err := img.WriteAt(stamp(count, off, n), off)
 				return err
 			}
-			must(t, write(1, 0))
+			must(t, write(1, 0, 4096))
 			_, err = img.CreateSnapshot("one", nil)
 			must(t, err)
 			must(t, img.alloc.endReservation())
 
 			met, written := make(chan struct{}), make(chan error, 1)
-			full := true
+			var started, full atomic.Bool
 			f.setFault(func(c fileCall) error {
-				if c.kind != callTruncate || !full {
+				if c.kind != callTruncate || !full.CompareAndSwap(true, false) {
 					return nil
 				}
-				full = false
 				close(met)
 				return ErrNoSpace
 			})
-			started := false
 			f.between = func() {
-				if started || img.build == nil || !img.idle() {
+				if started.Load() || img.build == nil || !img.idle() || !started.CompareAndSwap(false, true) {
 					return
 				}
-				started = true
-				go func() { written <- write(2, 512<<10) }()
+				full.Store(true)
+				go func() { written <- write(2, 0, 4<<20) }() // more than can be reserved at once
 				<-met
+				for n := img.build; c.want != nil && n.cancelled.Load() == nil; {
+					runtime.Gosched() // or the operation ends before the guest ends it
+				}
 			}
 			if err := c.op(img); !errors.Is(err, c.want) {
 				t.Errorf("the operation: %v, want %v", err, c.want)
+			}
+			if !started.Load() {
+				t.Fatal("the guest never wrote")
 			}
 			if err := <-written; err != nil {
 				t.Errorf("the guest: %v", err)
