@@ -141,16 +141,19 @@ no_processes() {
 	done
 }
 
-# The devices that the node's engine served, and kubelet's own on top of them. A volume's ID has the first half of its
-# pool's UUID in it.
+# The devices that the node's engine served, and kubelet's on top of them, which keep them busy. A volume's ID has the
+# first half of its pool's UUID in it.
 remove_loops() {
-	local pool device file
+	local pool device file inode
 	pool=$(sed -nE 's/.*"uuid": *"([0-9a-f]{8}).*/\1/p' "$dir/var/csi-qcow2/pool/pool.json" 2>/dev/null) || true
 	[[ $pool ]] || return 0
 	losetup --noheadings --raw --output NAME,BACK-FILE | while read -r device file; do
-		case $file in
-		*-"$pool"-????????*) losetup --detach "$device" ;;
-		esac
+		[[ $file == *-"$pool"-????????* ]] || continue
+		inode=$(stat --format %i "$device")
+		losetup --noheadings --raw --output NAME,BACK-INO,BACK-MAJ:MIN |
+			awk -v inode="$inode" -v dev="$(mountpoint --fs-devno /dev)" '$2 == inode && $3 == dev { print $1 }' |
+			xargs --no-run-if-empty losetup --detach
+		losetup --detach "$device"
 	done
 }
 
