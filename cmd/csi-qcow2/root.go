@@ -17,7 +17,8 @@ func newRootCommand() *cobra.Command {
 		`csi-qcow2 turns a directory of a node into Kubernetes volumes. Each volume is one qcow2 image, each
 VolumeSnapshot an internal snapshot of it.
 
-On a node run "engine", which serves the block devices, and "node", the CSI plugin, on one pool.
+On a node run "holder", which keeps the block devices, "engine", which serves them, and "node", the CSI
+plugin, on one pool.
 For administrators there are "pool" and "image"; an image that is not attached can also be handled
 with QEMU's own tools at any time.`,
 		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand())
