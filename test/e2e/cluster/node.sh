@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # One node: own network, mount, PID, UTS and IPC namespaces, in them containerd and kubelet.
-# Usage: node.sh up|crash NAME
+# Usage: node.sh up|crash NAME [TAINT]
 #
-# crash is a power cut: every process of the node ends at once, and its mounts and network go. What it has written
-# stays, and `up` boots it again; the page cache, which a real power cut takes along, stays too.
+# A node with a taint takes only pods that tolerate it.
+#
+# crash is a power cut: every process of the node ends at once, and its mounts and network go. The file system of the
+# volumes loses what it was not told to sync; `up` boots the node again, with what is left.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
-node=$2
+node=$2 taint=${3-}
 netns=q2e-$node
 dir=$STATE/$node
 
@@ -89,9 +91,11 @@ write_configuration() {
 		imageGCHighThresholdPercent: 100
 		evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}
 		nodeStatusUpdateFrequency: 2s
-		# The tests watch what kubelet reacts to.
+		# The tests watch what kubelet reacts to. A volume grows when the pod that uses it is synced.
 		volumeStatsAggPeriod: 10s
+		syncFrequency: 5s
 	S
+	[[ ! $taint ]] || echo "registerWithTaints: [{key: $taint, effect: NoSchedule}]" >>"$dir/kubelet.yaml"
 }
 
 # A file system of its own for the volumes: tests can fill it, and clones share their source's blocks.
@@ -104,9 +108,19 @@ mount_pool() {
 	mount -o loop "$dir/disk" "$dir/var/csi-qcow2"
 }
 
-umount_pool() { ! mountpoint --quiet "$dir/var/csi-qcow2" || umount "$dir/var/csi-qcow2"; }
+umount_pool() { ! pool_is_mounted || umount "$dir/var/csi-qcow2"; }
+
+# After the power cut nothing else tells it.
+pool_is_mounted() { grep -qF " $dir/var/csi-qcow2 " /proc/self/mountinfo; }
+
+# What its file system was told to sync is left, nothing else: neither its journal nor what is cached. It may have been cut
+# already, by an earlier try.
+cut_pool() {
+	! pool_is_mounted || xfs_io -x -c shutdown "$dir/var/csi-qcow2" 2>/dev/null || ! ls "$dir/var/csi-qcow2" >/dev/null 2>&1
+}
 
 up() {
+	[[ -e $PKI/$node.conf ]] || "$E2E/cluster/pki.sh" "$node"
 	make_cgroups
 	make_network
 	write_configuration
@@ -120,6 +134,8 @@ up() {
 # The node's first process takes everything in its PID namespace along.
 crash() {
 	local pid
+	remember_pool
+	cut_pool
 	if pid=$(cat "$dir/pid" 2>/dev/null) && [[ -d /proc/$pid ]] && grep -qz "$E2E/cluster/node-init.sh" "/proc/$pid/cmdline"; then
 		kill -9 "$pid"
 		wait_for 30 test ! -d "/proc/$pid"
@@ -141,11 +157,17 @@ no_processes() {
 	done
 }
 
-# The devices that the node's engine served, and kubelet's on top of them, which keep them busy. A volume's ID has the
-# first half of its pool's UUID in it.
+# A volume's ID has the first half of its pool's UUID in it. After the power cut the pool cannot be read.
+remember_pool() {
+	local pool
+	pool=$(sed -nE 's/.*"uuid": *"([0-9a-f]{8}).*/\1/p' "$dir/var/csi-qcow2/pool/pool.json" 2>/dev/null) || true
+	[[ ! $pool ]] || echo "$pool" >"$dir/pool"
+}
+
+# The devices that the node's engine served, and kubelet's on top of them, which keep them busy.
 remove_loops() {
 	local pool device file inode
-	pool=$(sed -nE 's/.*"uuid": *"([0-9a-f]{8}).*/\1/p' "$dir/var/csi-qcow2/pool/pool.json" 2>/dev/null) || true
+	pool=$(cat "$dir/pool" 2>/dev/null) || true
 	[[ $pool ]] || return 0
 	losetup --noheadings --raw --output NAME,BACK-FILE | while read -r device file; do
 		[[ $file == *-"$pool"-????????* ]] || continue

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the certificates of a cluster that lives for a day, and a kubeconfig for each of its clients, in $STATE/pki.
-# Usage: pki.sh NODE...
-set -euo pipefail
+# Makes certificates, of a cluster that lives for a day, and a kubeconfig for each client, in $STATE/pki: without
+# arguments those of the control plane, else those of a node.
+# Usage: pki.sh [NODE]
+set -Eeuo pipefail
 . "$(dirname "$0")/env.sh"
 mkdir -p "$PKI"
 cd "$PKI"
@@ -18,14 +19,17 @@ certificate() {
 # client NAME SUBJECT [SUBJECT-ALTERNATIVE-NAMES]: a certificate and the kubeconfig that uses it.
 client() {
 	certificate "$@"
-	local config=("$KUBERNETES" kubectl config --kubeconfig "$1.conf")
-	"${config[@]}" set-cluster e2e --server "https://$control_ip" --certificate-authority ca.crt --embed-certs
-	"${config[@]}" set-credentials "$1" --client-certificate "$1.crt" --client-key "$1.key" --embed-certs
-	"${config[@]}" set-context e2e --cluster e2e --user "$1"
-	"${config[@]}" use-context e2e
+	cat >"$1.conf" <<-S
+		apiVersion: v1
+		kind: Config
+		clusters: [{name: e2e, cluster: {server: "https://$control_ip", certificate-authority: $PKI/ca.crt}}]
+		users: [{name: $1, user: {client-certificate: $PKI/$1.crt, client-key: $PKI/$1.key}}]
+		contexts: [{name: e2e, context: {cluster: e2e, user: $1}}]
+		current-context: e2e
+	S
 }
 
-{
+control_plane() {
 	openssl req -x509 "${key[@]}" -days 2 -subj /CN=csi-qcow2-e2e -keyout ca.key -out ca.crt
 	openssl genrsa -out sa.key 2048 # signs the tokens of service accounts
 	openssl rsa -in sa.key -pubout -out sa.pub
@@ -33,7 +37,11 @@ client() {
 	client admin /O=system:masters/CN=admin
 	client controller-manager /CN=system:kube-controller-manager
 	client scheduler /CN=system:kube-scheduler
-	for node in "$@"; do
-		client "$node" "/O=system:nodes/CN=system:node:$node" "DNS:$node,IP:$(node_ip "$node")"
-	done
-} >pki.log 2>&1 || { cat pki.log >&2; exit 1; }
+}
+
+node() { client "$1" "/O=system:nodes/CN=system:node:$1" "DNS:$1,IP:$(node_ip "$1")"; }
+
+log=$PWD/${1-control}.log
+exec 3>&2 >"$log" 2>&1
+trap 'cat "$log" >&3' ERR
+if (($#)); then node "$1"; else control_plane; fi

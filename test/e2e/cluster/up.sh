@@ -10,7 +10,7 @@ for i in $(seq "${1:-1}"); do nodes+=("n$i"); done
 mkdir -p "$STATE"
 ./build.sh
 ./images.sh
-./pki.sh "${nodes[@]}"
+./pki.sh
 ./control.sh
 for node in "${nodes[@]}"; do ./node.sh up "$node"; done
 for node in "${nodes[@]}"; do
