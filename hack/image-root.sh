@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Copies the tools that a node needs, with the libraries that they are linked with, out of this Debian system into a
-# directory: the root file system of the image, but for csi-qcow2 itself.
-# Usage: hack/image-root.sh DIR
+# Copies programs, with the libraries that they are linked with, out of this Debian system into a directory: the root file
+# system of an image. Without any it is what a node needs, the driver's image but for csi-qcow2 itself.
+# Usage: hack/image-root.sh DIR [FILE...]
 set -euo pipefail
 out=$1
 
@@ -14,6 +14,7 @@ tools=(
 	# for fsck.xfs, the init container, and people who look around
 	/bin/sh /bin/dash /bin/ls /bin/cat
 )
+(($# == 1)) || tools=("${@:2}")
 
 # add FILE: and, if it is a symbolic link, what that points at.
 add() {

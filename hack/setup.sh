@@ -35,14 +35,15 @@ image=(
 )
 e2e=(
 	"${image[@]}"
-	qemu-utils=/usr/bin/qemu-img
 	containerd=/usr/bin/containerd
 	runc=/usr/sbin/runc
 	containernetworking-plugins=/usr/lib/cni/bridge
 	iproute2=/sbin/ip
 	openssl=/usr/bin/openssl
 	busybox-static=/bin/busybox # what the tests' pods run
-	fio=/usr/bin/fio
+	# a virtual machine in a pod
+	qemu-system-x86=/usr/bin/qemu-system-x86_64
+	extlinux=/usr/bin/extlinux
 )
 
 case "${1-}" in

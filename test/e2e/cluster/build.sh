@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds what the cluster consists of into the cache: Kubernetes in one binary, and the sidecars. This takes a quarter
-# of an hour on two cores the first time; afterwards Go's build cache and ours make it seconds.
+# Builds what the cluster consists of into the cache: Kubernetes in one binary, the sidecars, and the image of a virtual
+# machine. This takes a quarter of an hour on two cores the first time; afterwards Go's build cache and ours make it seconds.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 export CGO_ENABLED=0 GOWORK=off
@@ -25,3 +25,4 @@ for package in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
 done
 built kubernetes "$E2E/kubernetes" go build -trimpath -ldflags "$flags" -o "$KUBERNETES" .
 built sidecars "$E2E/sidecars" go build -trimpath -ldflags '-s -w' -o "$CACHE/bin/" tool ./...
+built guest "$E2E/guest" ./build.sh "$CACHE/vm.tar" localhost/vm:e2e

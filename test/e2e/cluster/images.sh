@@ -36,3 +36,5 @@ S
 chmod +x "$busybox/bin/pause"
 archive busybox:e2e "$busybox"
 archive pause:e2e "$busybox" /bin/pause # holds a pod's namespaces
+
+ln -s "$CACHE/vm.tar" "$IMAGES/"
