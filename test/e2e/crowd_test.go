@@ -5,7 +5,6 @@ import (
 	"testing"
 
 	core "k8s.io/api/core/v1"
-	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // 30 volumes and 60 snapshots are made at once, and removed at once. That nothing is left is what the end of the test,
@@ -28,10 +27,7 @@ func TestCrowd(t *testing.T) {
 	for i := range 2 * volumes {
 		s.snapshotReady(fmt.Sprintf("snap-%d", i))
 	}
-	// Volumes and snapshots in no order: volumes wait as tombstones for their last snapshot.
-	everything := meta.ListOptions{}
-	s.check(client.CoreV1().PersistentVolumeClaims(s.name).DeleteCollection(s.ctx, meta.DeleteOptions{}, everything))
-	s.check(snapClient.SnapshotV1().VolumeSnapshots(s.name).DeleteCollection(s.ctx, meta.DeleteOptions{}, everything))
+	s.deleteAll()
 	s.nothingLeft()
 }
 

@@ -4,16 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"testing"
 
 	"k8s.io/apimachinery/pkg/api/resource"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // A claim that does not fit in the node's pool waits, and events say why. When a snapshot is deleted it fits.
-func TestFullPool(t *testing.T) {
-	s := newSpace(t)
-	node := nodes(s)[0]
+func fullPool(s *space, node string) {
 	// What is promised to a volume is taken, written or not.
 	const room = 3 << 30
 	s.pvc("ballast", claim{size: fmt.Sprint(s.capacity(node, room) - room), tried: node})

@@ -3,8 +3,10 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -40,4 +42,17 @@ func TestMain(m *testing.M) {
 		}
 		return status
 	}())
+}
+
+// poolsEmpty tells which directories of volumes are left in the nodes' pools.
+func poolsEmpty() error {
+	left, err := filepath.Glob(filepath.Join(os.Getenv("STATE"), "n*/var/csi-qcow2/pool/volumes/*"))
+	if err == nil && len(left) > 0 {
+		err = fmt.Errorf("volumes are left: %v", left)
+	}
+	pools, _ := filepath.Glob(filepath.Join(os.Getenv("STATE"), "n*/var/csi-qcow2/pool/volumes"))
+	if len(pools) == 0 {
+		err = errors.Join(err, errors.New("no pool was found"))
+	}
+	return err
 }

@@ -14,12 +14,16 @@ import (
 
 const selectedNode = "volume.kubernetes.io/selected-node"
 
-// A restore and a clone are made on the node of their source, also when another one was tried first, and say so.
+// With two nodes; TestNode has three.
 func TestPlacement(t *testing.T) {
 	t.Parallel()
 	s := newSpace(t)
 	all := nodes(s)
-	here, other := all[0], all[1]
+	placement(s, all[0], all[1], all[1])
+}
+
+// A restore and a clone are made on the node of their source, also when another one was tried first, and say so.
+func placement(s *space, here, tried, alsoTried string) {
 	s.pvc("data", claim{})
 	s.pod("writer", on(here), "data")
 	s.ready("writer")
@@ -33,19 +37,19 @@ func TestPlacement(t *testing.T) {
 	}{
 		{"restored", fromSnapshot("snap"), ""},
 		{"cloned", fromClaim("data"), ""},
-		{"restored-elsewhere", fromSnapshot("snap"), other},
-		{"cloned-elsewhere", fromClaim("data"), other},
+		{"restored-elsewhere", fromSnapshot("snap"), tried},
+		{"cloned-elsewhere", fromClaim("data"), alsoTried},
 	} {
 		s.pvc(c.name, claim{source: c.source, tried: c.tried})
 		s.event("PersistentVolumeClaim", c.name, "NodeOfSource", here)
 	}
-	s.pod("reader", nil, "restored", "cloned", "restored-elsewhere", "cloned-elsewhere")
+	s.pod("reader", anywhere, "restored", "cloned", "restored-elsewhere", "cloned-elsewhere")
 	if got := s.ready("reader").Spec.NodeName; got != here {
-		t.Errorf("the copies are on %s, their source on %s", got, here)
+		s.Errorf("the copies are on %s, their source on %s", got, here)
 	}
 	for _, name := range []string{"restored", "cloned", "restored-elsewhere", "cloned-elsewhere"} {
 		if got := s.exec("reader", "cat /"+name+"/file"); got != "hello" {
-			t.Errorf("%s holds %q", name, got)
+			s.Errorf("%s holds %q", name, got)
 		}
 	}
 }
@@ -85,7 +89,7 @@ func TestPreProvisionedSnapshot(t *testing.T) {
 	}
 }
 
-// nodes returns the names of the cluster's nodes, sorted.
+// nodes returns the names of the cluster's nodes but for the spare one, sorted.
 func nodes(s *space) (names []string) {
 	s.Helper()
 	list, err := client.CoreV1().Nodes().List(s.ctx, meta.ListOptions{})
@@ -93,6 +97,7 @@ func nodes(s *space) (names []string) {
 	for i := range list.Items {
 		names = append(names, list.Items[i].Name)
 	}
+	names = slices.DeleteFunc(names, func(name string) bool { return name == spare })
 	slices.Sort(names)
 	if len(names) < 2 {
 		s.Fatalf("the cluster has the nodes %v, the test needs two", names)
@@ -102,7 +107,15 @@ func nodes(s *space) (names []string) {
 
 // on puts a pod on a node.
 func on(node string) func(*core.Pod) {
-	return func(pod *core.Pod) { pod.Spec.NodeSelector = map[string]string{core.LabelHostname: node} }
+	return func(pod *core.Pod) {
+		anywhere(pod)
+		pod.Spec.NodeSelector = map[string]string{core.LabelHostname: node}
+	}
+}
+
+// anywhere lets a pod run on the spare node, too.
+func anywhere(pod *core.Pod) {
+	pod.Spec.Tolerations = []core.Toleration{{Key: spareTaint, Operator: core.TolerationOpExists}}
 }
 
 // snapshotHandle returns the CSI ID of a snapshot that is ready.
