@@ -19,11 +19,7 @@ type served struct {
 
 // serveOurs opens an image in this process.
 func serveOurs(path string) (*served, error) {
-	f, err := qcow2.OpenFile(path, false)
-	if err != nil {
-		return nil, err
-	}
-	img, err := qcow2.Open(f, qcow2.OpenOptions{})
+	img, err := openImage(path, false)
 	if err != nil {
 		return nil, err
 	}
@@ -33,6 +29,14 @@ func serveOurs(path string) (*served, error) {
 		remove: func() error { return img.DeleteSnapshot(qcow2.ByName("online")) },
 		close:  img.Close,
 	}, nil
+}
+
+func openImage(path string, readOnly bool) (*qcow2.Image, error) {
+	f, err := qcow2.OpenFile(path, readOnly)
+	if err != nil {
+		return nil, err
+	}
+	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly})
 }
 
 // writePause is between the writes of a guest whose latencies are measured, so that both sides bear the same load.

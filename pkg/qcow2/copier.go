@@ -6,23 +6,31 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 const (
 	copyStreams = 4       // parallel copies: a disk is faster with some requests in flight
 	copyChunk   = 1 << 20 // bytes copied at once
-	// shareSlice is how much is shared at once: XFS blocks the source's writes for as long as that takes.
-	shareSlice = 16 << 20
 )
 
-// copier takes the data of extents over into another file: by sharing blocks where the file system can, else by
-// parallel copies that leave zeros out. startCopier starts its goroutines, wait ends them.
+// How much is shared at once: the source's writes wait for as long as that takes, so it is made to take about shareTime.
+const (
+	shareLeast = 1 << 20
+	shareFirst = 16 << 20
+	shareMost  = 1 << 30
+	shareTime  = 5 * time.Millisecond
+)
+
+// copier takes data over into another file: by sharing blocks where the file system can, else by parallel copies that
+// leave zeros out. startCopier starts its goroutines, wait ends them. Its methods are called by one goroutine.
 type copier struct {
 	ctx      context.Context // ends with the first failure
 	cancel   context.CancelCauseFunc
 	dst      File
 	v        *View
-	share    RangeCloner // nil where blocks cannot be shared
+	cloner   RangeCloner // nil where blocks cannot be shared
+	slice    int64       // shared at once
 	work     chan copyPiece
 	running  sync.WaitGroup
 	done     atomic.Int64 // bytes
@@ -30,15 +38,15 @@ type copier struct {
 	progress func(done, total int64)
 }
 
-// copyPiece is at most a chunk of guest data and the place it goes to.
+// copyPiece is at most a chunk of data and the place it goes to.
 type copyPiece struct {
-	e  Extent
-	to int64
+	n, to int64
+	read  func(p []byte) error
 }
 
 func startCopier(ctx context.Context, dst File, v *View, total int64, progress func(done, total int64)) *copier {
-	c := &copier{dst: dst, v: v, work: make(chan copyPiece), total: total, progress: progress}
-	c.share, _ = dst.(RangeCloner)
+	c := &copier{dst: dst, v: v, slice: shareFirst, work: make(chan copyPiece), total: total, progress: progress}
+	c.cloner, _ = dst.(RangeCloner)
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	for range copyStreams {
 		c.running.Go(c.run)
@@ -46,69 +54,83 @@ func startCopier(ctx context.Context, dst File, v *View, total int64, progress f
 	return c
 }
 
-// copy takes over an extent, or has it taken over, to file offset to. It is called by one goroutine.
-func (c *copier) copy(e Extent, to int64) error {
-	size := int64(copyChunk)
-	if c.share != nil && e.Kind == Data {
-		size = shareSlice
-	}
-	for e.Length > 0 {
-		piece := e
-		piece.Length = min(e.Length, size)
-		if err := c.take(piece, to); err != nil {
+// takeOver takes over n bytes, whole clusters, that lie at off in the source's file.
+func (c *copier) takeOver(off, n, to int64) error {
+	for n > 0 && c.cloner != nil {
+		k := min(n, c.slice)
+		err := c.share(off, k, to)
+		if errors.Is(err, errors.ErrUnsupported) {
+			c.cloner = nil
+			break
+		}
+		if err != nil {
 			return err
 		}
-		if c.progress != nil {
-			c.progress(min(c.done.Load(), c.total), c.total)
+		off, n, to = off+k, n-k, to+k
+	}
+	for n > 0 {
+		k, from := min(n, copyChunk), off
+		if err := c.send(copyPiece{k, to, func(p []byte) error { return readPadded(c.v.img.f, p, from) }}); err != nil {
+			return err
 		}
-		e.Offset, e.Length, to = e.Offset+piece.Length, e.Length-piece.Length, to+piece.Length
-		if e.Kind == Data {
-			e.Host += piece.Length
-		}
+		off, n, to = off+k, n-k, to+k
 	}
 	return nil
 }
 
-func (c *copier) take(e Extent, to int64) error {
-	if c.share != nil && e.Kind == Data {
-		switch err := c.shareClusters(e, to); {
-		case err == nil:
-			return nil
-		case !errors.Is(err, errors.ErrUnsupported):
-			return err
-		}
+// share shares blocks, and looks how long that takes.
+func (c *copier) share(off, n, to int64) error {
+	if err := c.ctx.Err(); err != nil {
+		return context.Cause(c.ctx)
 	}
-	for e.Length > 0 {
-		piece := copyPiece{e, to}
-		piece.e.Length = min(e.Length, copyChunk)
-		select {
-		case c.work <- piece:
-		case <-c.ctx.Done():
-			return context.Cause(c.ctx)
-		}
-		e.Offset, e.Length, to = e.Offset+piece.e.Length, e.Length-piece.e.Length, to+piece.e.Length
-	}
-	return nil
-}
-
-// shareClusters shares whole clusters, for the end of a disk is not always one of a file system's block.
-func (c *copier) shareClusters(e Extent, to int64) error {
-	n := c.v.img.g.clusters(e.Length) << c.v.img.g.clusterBits
-	if length, err := c.v.img.f.Size(); err != nil || e.Host+n > length {
-		return errors.Join(err, errors.ErrUnsupported) // the last cluster of the file may be cut
-	}
-	if err := c.share.CloneRange(c.v.img.f.File, e.Host, to, n); err != nil {
+	start := time.Now()
+	if err := c.cloner.CloneRange(c.v.img.f.File, off, to, n); err != nil {
 		return err
 	}
-	c.done.Add(e.Length)
+	switch took := time.Since(start); {
+	case took > 2*shareTime:
+		c.slice = max(c.slice/2, shareLeast)
+	case took < shareTime && n == c.slice:
+		c.slice = min(c.slice*2, shareMost)
+	}
+	c.done.Add(n)
+	c.tell()
 	return nil
+}
+
+// copy copies n bytes of the disk, at most a cluster.
+func (c *copier) copy(off, n, to int64) error {
+	for n > 0 {
+		k, from := min(n, copyChunk), off
+		if err := c.send(copyPiece{k, to, func(p []byte) error { _, err := c.v.ReadAt(p, from); return err }}); err != nil {
+			return err
+		}
+		off, n, to = off+k, n-k, to+k
+	}
+	return nil
+}
+
+func (c *copier) send(p copyPiece) error {
+	select {
+	case c.work <- p:
+		c.tell()
+		return nil
+	case <-c.ctx.Done():
+		return context.Cause(c.ctx)
+	}
+}
+
+func (c *copier) tell() {
+	if c.progress != nil {
+		c.progress(min(c.done.Load(), c.total), c.total)
+	}
 }
 
 // run copies pieces until there are no more.
 func (c *copier) run() {
 	buf, zeros := make([]byte, copyChunk), make([]byte, zeroPiece)
 	for p := range c.work {
-		if err := c.copyPiece(buf[:p.e.Length], zeros, p); err != nil {
+		if err := c.copyPiece(buf[:p.n], zeros, p); err != nil {
 			c.cancel(err)
 			return
 		}
@@ -119,7 +141,7 @@ func (c *copier) run() {
 const zeroPiece = 64 << 10
 
 func (c *copier) copyPiece(buf, zeros []byte, p copyPiece) error {
-	if _, err := c.v.ReadAt(buf, p.e.Offset); err != nil {
+	if err := p.read(buf); err != nil {
 		return err
 	}
 	for at := 0; at < len(buf); {
@@ -136,7 +158,7 @@ func (c *copier) copyPiece(buf, zeros []byte, p copyPiece) error {
 		}
 		at += n // zeros
 	}
-	c.done.Add(p.e.Length)
+	c.done.Add(p.n)
 	return nil
 }
 

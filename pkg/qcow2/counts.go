@@ -170,14 +170,19 @@ func (c counts) find(i, n int64, v uint64) int64 {
 // alike returns the first of n indexes from i on whose count is not v, or i+n, with v as in find.
 func (c counts) alike(i, n int64, v uint64) int64 {
 	low, _ := c.lanes()
+	pattern := low * v
 	head, b, tail := c.words(i, n)
 	for k := i; k < head; k++ {
 		if c.get(k) != v {
 			return k
 		}
 	}
-	for p := 0; p+8 <= len(b); p += 8 {
-		if binary.BigEndian.Uint64(b[p:]) != low*v {
+	word := func(p int) uint64 { return binary.BigEndian.Uint64(b[p:]) ^ pattern }
+	p := 0
+	for ; p+32 <= len(b) && word(p)|word(p+8)|word(p+16)|word(p+24) == 0; p += 32 {
+	}
+	for ; p+8 <= len(b); p += 8 {
+		if word(p) != 0 {
 			tail = head + int64(p)<<3>>c.order
 			break
 		}
@@ -190,13 +195,13 @@ func (c counts) alike(i, n int64, v uint64) int64 {
 	return i + n
 }
 
-// zeros returns the first counts of 0 from index i on, of n in all. Without counts all are 0.
-func (c counts) zeros(i, n int64) (from, end int64) {
+// zeros returns the first counts of 0 from index i on, at most so many, of n in all. Without counts all are 0.
+func (c counts) zeros(i, most, n int64) (from, end int64) {
 	if c.none() {
-		return i, n
+		return i, i + min(most, n-i)
 	}
 	from = c.nextZero(i)
-	return from, c.nextNonzero(from)
+	return from, c.alike(from, min(most, n-from), 0)
 }
 
 // nextZero returns the first index from i on whose count is 0, or the number of counts.

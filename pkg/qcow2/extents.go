@@ -11,12 +11,11 @@ const (
 	Zero                          // reads as zeros and is marked so; it may keep host clusters
 	Data
 	Compressed
-	mixed // a cluster some of whose subclusters hold data; only within this package
 )
 
 // String returns the kind's name in lower case.
 func (k ExtentKind) String() string {
-	return [...]string{"unallocated", "zero", "data", "compressed", "mixed"}[k]
+	return [...]string{"unallocated", "zero", "data", "compressed"}[k]
 }
 
 // Extent is a part of a disk that is stored in one way.
@@ -29,15 +28,6 @@ type Extent struct {
 // Extents calls fn for each extent from off to the end of the disk, in order, joined as far as possible. It ends
 // early with fn's error.
 func (v *View) Extents(off int64, fn func(Extent) error) error {
-	return v.extents(off, true, fn)
-}
-
-// clusterExtents is Extents with mixed clusters left whole.
-func (v *View) clusterExtents(off int64, fn func(Extent) error) error {
-	return v.extents(off, false, fn)
-}
-
-func (v *View) extents(off int64, split bool, fn func(Extent) error) error {
 	if off < 0 || off > v.Size() {
 		return fmt.Errorf("%s: %w: offset %d of a disk of %d", v.img.f.Name(), ErrOutOfRange, off, v.Size())
 	}
@@ -72,7 +62,7 @@ func (v *View) extents(off int64, split bool, fn func(Extent) error) error {
 		}
 		for _, e := range es {
 			for end := min(off-g.inCluster(off)+g.clusterSize, size); off < end; {
-				x := newExtent(g, e, off, end-off, split)
+				x := newExtent(g, e, off, end-off)
 				if err := emit(x); err != nil {
 					return err
 				}
@@ -87,7 +77,7 @@ func (v *View) extents(off int64, split bool, fn func(Extent) error) error {
 }
 
 // newExtent describes n bytes at off of the cluster that e maps, or as many of them as are alike.
-func newExtent(g geometry, e l2Entry, off, n int64, split bool) Extent {
+func newExtent(g geometry, e l2Entry, off, n int64) Extent {
 	x := Extent{Offset: off, Length: n, Host: -1}
 	if e.kind() != kindCompressed && e.offset() != 0 {
 		x.Host = e.offset() + g.inCluster(off)
@@ -102,12 +92,10 @@ func newExtent(g geometry, e l2Entry, off, n int64, split bool) Extent {
 		x.Kind = Compressed
 		x.Host, _ = e.compressed(g)
 	case kindMixed:
-		if x.Kind = mixed; split {
-			part, allocated := e.subRun(g, g.inCluster(off))
-			x.Length = min(n, part)
-			if x.Kind = Zero; allocated {
-				x.Kind = Data
-			}
+		part, allocated := e.subRun(g, g.inCluster(off))
+		x.Length = min(n, part)
+		if x.Kind = Zero; allocated {
+			x.Kind = Data
 		}
 	}
 	return x

@@ -44,7 +44,7 @@ func (n *generation) search(k, stop int64) error {
 	}
 	for n.next < stop {
 		block, i := n.next>>n.g.blockBits, n.next&(n.g.blockCounts-1)
-		from, _, err := n.freeIn(block, i)
+		from, _, err := n.freeIn(block, i, 1)
 		if err != nil {
 			return err
 		}
@@ -66,7 +66,7 @@ func (n *generation) freeRun(c, k int64) (int64, error) {
 	free := int64(0)
 	for free < k {
 		i := (c + free) & (n.g.blockCounts - 1)
-		from, end, err := n.freeIn((c+free)>>n.g.blockBits, i)
+		from, end, err := n.freeIn((c+free)>>n.g.blockBits, i, k-free)
 		if err != nil {
 			return 0, err
 		}
@@ -80,13 +80,14 @@ func (n *generation) freeRun(c, k int64) (int64, error) {
 	return min(free, k), nil
 }
 
-// freeIn returns the first free clusters of block k from index i on; from is behind the last one if there are none.
-func (n *generation) freeIn(k, i int64) (from, end int64, err error) {
+// freeIn returns the first free clusters of block k from index i on, at most so many; from is behind the last one if there
+// are none.
+func (n *generation) freeIn(k, i, most int64) (from, end int64, err error) {
 	b, err := n.block(k)
 	if err != nil {
 		return 0, 0, err
 	}
-	from, end = b.counts.zeros(i, n.g.blockCounts)
+	from, end = b.counts.zeros(i, most, n.g.blockCounts)
 	if _, fell := n.zeroed[k]; !fell {
 		return from, end, nil // what the live generation counts, this one does
 	}
@@ -95,11 +96,11 @@ func (n *generation) freeIn(k, i int64) (from, end int64, err error) {
 		return from, end, err
 	}
 	for from < n.g.blockCounts {
-		first, last := live.counts.zeros(from, n.g.blockCounts)
+		first, last := live.counts.zeros(from, most, n.g.blockCounts)
 		if first < end {
 			return first, min(last, end), nil
 		}
-		from, end = b.counts.zeros(end, n.g.blockCounts)
+		from, end = b.counts.zeros(first, most, n.g.blockCounts)
 	}
 	return from, end, nil
 }
