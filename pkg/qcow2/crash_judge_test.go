@@ -58,8 +58,10 @@ func (j *judge) moments(l *timeline) func(n int) int {
 	}
 	chosen := map[int]bool{}
 	once := func(op *crashOp) {
-		if j.level == 1 || j.one(j.plan.share) {
-			chosen[min(op.begin+1+j.rng.IntN(max(op.end-op.begin, 1)), op.end)] = true
+		for range 1 + 3*len(op.events) { // growth is rare
+			if j.level == 1 || j.one(j.plan.share) {
+				chosen[min(op.begin+1+j.rng.IntN(max(op.end-op.begin, 1)), op.end)] = true
+			}
 		}
 	}
 	for i := range l.ops {

@@ -193,7 +193,7 @@ func newFuzzed(t *testing.T, file *watchedFile) *fuzzed {
 // does not see, become leaks when it grows, and so do the clusters of bitmaps with the first write.
 func soundFuzzImage(t *testing.T, f *memFile) bool {
 	longer := f.clone()
-	longer.content.truncate(f.content.size + 8<<20)
+	longer.content.truncate(f.content.size + maxGap + 32<<20) // as far as the targets let it grow
 	for _, f := range []*memFile{f, longer} {
 		if r, err := Check(t.Context(), f, nil); err != nil || r.ExitStatus() != 0 {
 			return false

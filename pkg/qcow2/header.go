@@ -222,7 +222,10 @@ func (h *header) checkRefcountTable() error {
 }
 
 func (h *header) checkSnapshotTable() error {
-	if h.snapshots > 0 && h.snapshotsOffset == 0 {
+	switch {
+	case h.snapshots == 0: // nothing is read there
+		return h.checkAligned("snapshots_offset", 64, h.snapshotsOffset)
+	case h.snapshotsOffset == 0:
 		return fmt.Errorf("%w: the snapshot table is at offset 0, in the header", ErrCorrupt)
 	}
 	return h.checkPointer("snapshots_offset", 64, h.snapshotsOffset)

@@ -99,14 +99,17 @@ func (a *allocator) punchHole(r run) error {
 	return nil
 }
 
-// close returns what is left of the reservation, writes all counts and cuts the free end off the file. It
-// syncs.
+// close returns what is left of the reservation, writes all counts, syncs, and cuts the free end off the file, which may
+// also come back after a crash.
 func (a *allocator) close() error {
 	a.ledger.Lock()
 	defer a.ledger.Unlock()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err := a.giveBack(); err != nil {
+		return err
+	}
+	if err := a.sync(); err != nil {
 		return err
 	}
 	last := a.g.clusters(a.length.Load()) - 1
@@ -131,7 +134,7 @@ func (a *allocator) close() error {
 		}
 		a.length.Store(end)
 	}
-	return a.sync()
+	return nil
 }
 
 // endReservation returns what is left of the reservation and writes all counts.

@@ -95,7 +95,7 @@ func (img *Image) start(op operation) (*generation, error) {
 	if err != nil || op.stop {
 		return n, err
 	}
-	if err := img.commit(); err != nil {
+	if err := img.commitMapping(); err != nil { // what it freezes; finish syncs the data
 		err = n.abort(err)
 		close(n.done)
 		return nil, err
