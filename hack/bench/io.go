@@ -125,6 +125,10 @@ func medianOf(fs []ioFigure, of func(i int) float64) float64 {
 	for i := range fs {
 		xs = append(xs, of(i))
 	}
+	return medianFloat(xs)
+}
+
+func medianFloat(xs []float64) float64 {
 	slices.Sort(xs)
 	return xs[len(xs)/2]
 }

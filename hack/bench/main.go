@@ -76,6 +76,7 @@ func run(ctx context.Context) error {
 		{"throughput", b.throughput},
 		{"fsync", b.fsync},
 		{"restore", b.restore},
+		{"layout", b.layout},
 		{"io", b.io},
 	} {
 		if !b.only.MatchString(part.name) {

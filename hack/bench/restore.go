@@ -122,9 +122,6 @@ func scatter(path string, writes int) error {
 		return err
 	}
 	rng, p := rand.New(rand.NewPCG(3, 4)), alignedBlock()
-	for i := range p {
-		p[i] = byte(i) | 1
-	}
 	for range writes {
 		if _, err = s.WriteAt(p, rng.Int64N(16<<30/guestBlock)*guestBlock); err != nil {
 			break
