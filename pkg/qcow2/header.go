@@ -192,10 +192,7 @@ func (h *header) decodeGeneration() error {
 }
 
 func (h *header) checkL1Table() error {
-	if h.l1Size > 0 && h.l1Offset == 0 {
-		return fmt.Errorf("%w: the L1 table is at offset 0, in the header", ErrCorrupt)
-	}
-	return h.checkPointer("l1_table_offset", 40, h.l1Offset)
+	return h.checkTable("the L1 table", h.l1Size, "l1_table_offset", 40, h.l1Offset)
 }
 
 // checkPointer refuses an offset that no cluster can have, at byte at of the header.
@@ -222,13 +219,18 @@ func (h *header) checkRefcountTable() error {
 }
 
 func (h *header) checkSnapshotTable() error {
+	return h.checkTable("the snapshot table", h.snapshots, "snapshots_offset", 64, h.snapshotsOffset)
+}
+
+// checkTable refuses the offset of a table, at byte at of the header, unless the table is empty: nothing is read then.
+func (h *header) checkTable(table string, entries int64, name string, at int, off int64) error {
 	switch {
-	case h.snapshots == 0: // nothing is read there
-		return h.checkAligned("snapshots_offset", 64, h.snapshotsOffset)
-	case h.snapshotsOffset == 0:
-		return fmt.Errorf("%w: the snapshot table is at offset 0, in the header", ErrCorrupt)
+	case entries == 0:
+		return h.checkAligned(name, at, off)
+	case off == 0:
+		return fmt.Errorf("%w: %s is at offset 0, in the header", ErrCorrupt, table)
 	}
-	return h.checkPointer("snapshots_offset", 64, h.snapshotsOffset)
+	return h.checkPointer(name, at, off)
 }
 
 // checkable refuses what a check cannot begin with.
