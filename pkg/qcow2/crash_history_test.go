@@ -111,14 +111,18 @@ func newCrashHistory(t testing.TB, seed uint64, p crashParams) *crashHistory {
 	h.state.durable.size = p.size
 	h.log = h.file.record()
 	h.open()
-	if p.fullTable {
-		h.fillTable()
-	}
 	h.dress(0)
 	h.create()
 	h.dress(1)
 	h.flush()
+	if p.fullTable {
+		h.fillTable()
+	}
 	h.restart()
+	if p.fullTable { // a write to what a snapshot shares takes clusters
+		h.create()
+		h.write(0, (h.unused()+1)<<h.g.clusterBits)
+	}
 	return h
 }
 
@@ -138,7 +142,7 @@ func (h *crashHistory) open() {
 // fillTable writes until the refcount table has room for little more than one reservation.
 func (h *crashHistory) fillTable() {
 	h.t.Helper()
-	room, step := 2*h.img.alloc.batch, int64(64)<<h.g.clusterBits
+	room, step := h.img.alloc.batch-1, int64(64)<<h.g.clusterBits
 	for off := int64(0); h.unused() > room; off += step {
 		h.write(off, step)
 		must(h.t, h.img.Close()) // the next reservation is small again
