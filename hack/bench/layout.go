@@ -78,8 +78,11 @@ func (b *bench) layout(ctx context.Context) error {
 			name, unit string
 			large      bool
 		}{
-			{"1M writes, allocating", "MiB/s", true}, {"random 4K writes", "1/s", true}, {"snapshot", "ms", false},
-			{"random 4K writes after it", "1/s", true}, {"1M writes after it", "MiB/s", true},
+			{"1M writes, allocating", "MiB/s", true},
+			{"random 4K writes", "1/s", true},
+			{"snapshot", "ms", false},
+			{"random 4K writes after it", "1/s", true},
+			{"1M writes after it", "MiB/s", true},
 		} {
 			x := row{Part: "layout", Unit: f.unit, Name: fmt.Sprintf("%s: %s, %s", l, f.name, f.unit)}
 			x.Ours, x.QEMU = medianFloat(figures[0][i]), medianFloat(figures[1][i])
@@ -136,7 +139,7 @@ func writers(ctx context.Context, t target, n int, bytes int64, next func(rng *r
 		})
 	}
 	all.Wait()
-	if err := errors.Join(append(errs, ctx.Err(), t.Flush())...); err != nil {
+	if err := errors.Join(errors.Join(errs...), ctx.Err(), t.Flush()); err != nil {
 		return 0, err
 	}
 	return float64(done.Load()) / time.Since(start).Seconds(), nil
