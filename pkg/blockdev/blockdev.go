@@ -39,6 +39,11 @@ type Options struct {
 	// logical block size it means that.
 	DiscardGranularity int
 	ReadOnly           bool
+	// Journal keeps unanswered requests in memory of the Handle, as for a kernel that cannot hand them out again.
+	Journal bool
+	// Broken, if not nil, is called when the server cannot go on, nor say what became of the requests that it has in hand. The
+	// process should end, so that another resumes the device. Nil: the device's users get errors.
+	Broken func(error)
 	// Errno maps a Backend's error to what the device's user sees; nil, or an answer of 0: EIO. Of a failed
 	// write the user sees ENOSPC as such; the loop driver makes EIO of anything that a flush or a discard failed with.
 	Errno func(error) uintptr

@@ -17,14 +17,15 @@ type connection struct {
 	file  int    // the served file, -1 before open
 	id    uint32 // the connection's number in fusectl, ours until close
 
+	payload int  // the most data that one request carries
 	resends bool // the kernel can be asked for unanswered requests
 
 	mu     sync.Mutex // guards closed, and id against being somebody else's
 	closed bool
 }
 
-// connect makes a connection and negotiates it, in the memory of m.
-func connect(m message) (*connection, error) {
+// connect makes a connection and negotiates it, in the memory of m. Its requests carry at most payload bytes of data.
+func connect(m message, payload int) (*connection, error) {
 	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/fuse: %w", err)
@@ -35,13 +36,13 @@ func connect(m message) (*connection, error) {
 		"rootmode": strconv.FormatUint(unix.S_IFDIR, 8),
 		"user_id":  "0",
 		"group_id": "0",
-		"max_read": strconv.Itoa(maxPayload),
+		"max_read": strconv.Itoa(payload),
 	}, "allow_other")
 	if err != nil {
 		unix.Close(dev)
 		return nil, err
 	}
-	c := &connection{dev: dev, mount: mount, file: -1}
+	c := &connection{dev: dev, mount: mount, file: -1, payload: payload}
 	if err := c.identify(); err != nil {
 		c.close()
 		return nil, err
@@ -73,7 +74,6 @@ func (c *connection) negotiate(m message) error {
 	if !r.valid() || r.opcode() != opInit {
 		return errors.New("first FUSE request is not INIT")
 	}
-	unique := r.unique()
 	major, minor, readAhead, flags, more := r.init()
 	if major != protocolMajor || minor < minKernel {
 		return fmt.Errorf("kernel speaks FUSE %d.%d, need %d.%d or newer", major, minor, protocolMajor, minKernel)
@@ -83,8 +83,9 @@ func (c *connection) negotiate(m message) error {
 		return fmt.Errorf("kernel's FUSE flags %#x lack some of %#x (asynchronous direct I/O, large requests)", flags, need)
 	}
 	c.resends = flags&flagInitExt != 0 && more&flagHasResend != 0
-	putInitOut(m.payload(initOutSize), readAhead, need|flags&flagAsyncRead)
-	if err := c.send(m.reply(initOutSize, 0, unique)); err != nil {
+	defer m.clear()
+	putInitOut(m.payload(initOutSize), readAhead, need|flags&flagAsyncRead, c.payload)
+	if err := c.send(m.conclude(initOutSize, 0)); err != nil {
 		return fmt.Errorf("answer FUSE INIT: %w", err)
 	}
 	return nil
@@ -107,7 +108,9 @@ func (c *connection) receive(m message) (request, error) {
 		switch err {
 		case nil:
 			return request(m.request()[:n]), nil
-		case unix.EINTR, unix.EAGAIN, unix.ENOENT: // ENOENT: the request was withdrawn
+		case unix.EINTR, unix.EAGAIN:
+		case unix.ENOENT: // the request was withdrawn
+			m.clear()
 		default:
 			return nil, err
 		}

@@ -166,10 +166,9 @@ func TestAbort(t *testing.T) {
 		}()
 	}
 	waitFor(t, "requests in flight", func() bool {
-		var reads, writes int
-		_, err := fmt.Sscan(sysfs(t, d.Path(), "inflight"), &reads, &writes)
+		n, err := d.Waiting()
 		must(t, err)
-		return writes == stuck
+		return n == stuck
 	})
 	must(t, d.Abort())
 	for range stuck {

@@ -3,6 +3,7 @@ package blockdev
 import (
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 
@@ -31,15 +32,17 @@ func Attach(b Backend, o Options) (*Device, error) {
 	if size := b.Size(); size < 0 || size%int64(o.LogicalBlockSize) != 0 {
 		return nil, fmt.Errorf("attach %s: size %d is not a multiple of the logical block size %d", o.Name, size, o.LogicalBlockSize)
 	}
-	s, err := newServer(b, o)
+	ms, err := newMessages()
 	if err != nil {
 		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
 	}
-	c, err := connect(s.message(0))
+	s := newServer(b, o, ms)
+	c, err := connect(ms.at(smallMessages), s.payload())
 	if err != nil {
 		s.close()
 		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
 	}
+	c.resends = c.resends && !o.Journal
 	if err := s.start(c); err != nil {
 		c.close()
 		s.close()
@@ -70,6 +73,19 @@ func (d *Device) bind(o Options) error {
 
 // Path returns the device's path, /dev/loopN.
 func (d *Device) Path() string { return loopPath(d.loop.number) }
+
+// Waiting returns how many requests of the device's users have no answer yet.
+func (d *Device) Waiting() (int, error) {
+	b, err := os.ReadFile(loopSysfs(d.loop.number, "inflight"))
+	if err != nil {
+		return 0, fmt.Errorf("requests of %s: %w", d.Path(), err)
+	}
+	var reads, writes int
+	if _, err := fmt.Sscan(string(b), &reads, &writes); err != nil {
+		return 0, fmt.Errorf("requests of %s: %q: %w", d.Path(), b, err)
+	}
+	return reads + writes, nil
+}
 
 // Resize tells the kernel that the backend's size has changed. The device works meanwhile, and must be able
 // to: the kernel asks the server, which has no thread to answer when the backend blocks them all.

@@ -27,6 +27,9 @@ type Direct interface {
 // DirectRequests is how many requests an event loop has in hand at most.
 const DirectRequests = 32
 
+// restAfter is how long nothing has to be requested until memory is given back, in seconds; it may take twice as long.
+const restAfter = 5
+
 // eventLoop serves a connection from one thread: it reads requests as long as there are any, lets an io_uring do the I/O of
 // those that need nothing else, and answers them. It waits only in the ring. The others go to threads of their own, which
 // answer them by themselves.
@@ -36,12 +39,18 @@ type eventLoop struct {
 	file    int
 	ring    *ring
 
-	requests [DirectRequests]directRequest
-	idle     []int // numbers of free messages
-	flying   int   // requests in the ring
-	away     int   // requests with the threads
-	ready    bool  // there may be requests to read
-	ended    bool  // the connection
+	held    [DirectRequests]int // by request: its message
+	idle    []int               // numbers of free requests
+	large   []int               // free large messages, the last used on top
+	landing int                 // the message that requests are read into
+	flying  int                 // requests in the ring
+	away    int                 // requests with the threads
+	ready   bool                // there may be requests to read
+	ended   bool                // the connection
+
+	populated [smallMessages + largeMessages]bool // messages that a request may be read into
+	used      bool                                // there was a request since the clock was set
+	ticking   bool                                // the clock is set
 
 	onCompleted func(userData uint64, result int32) // l.completed, made once
 
@@ -55,17 +64,11 @@ type eventLoop struct {
 	over    bool
 }
 
-// directRequest is what must be remembered of a request that is in the ring.
-type directRequest struct {
-	op     uint32
-	unique uint64
-	n      int
-}
-
 const (
 	// A completion's userData is a request's number, or one of these.
 	pollConnection = DirectRequests
 	pollWake       = DirectRequests + 1
+	clock          = DirectRequests + 2
 )
 
 // newEventLoop must be called by the thread that runs it.
@@ -91,23 +94,34 @@ func newEventLoop(s *server, b Direct) (*eventLoop, error) {
 	for i := range DirectRequests {
 		l.idle = append(l.idle, i)
 	}
+	for i := range largeMessages {
+		l.large = append(l.large, smallMessages+i)
+	}
+	l.land()
 	return l, nil
 }
 
-// run serves until the connection ends, or is left. Then nothing calls the backend any more.
-func (l *eventLoop) run() {
+// run serves until the connection ends, or is left. Then nothing calls the backend any more, unless the ring is broken: that
+// is the end of the process.
+func (l *eventLoop) run() (ended bool) {
 	for range serverThreads {
 		l.threads.Go(l.work)
 	}
 	l.ring.poll(l.server.conn.dev, pollConnection)
 	l.ring.poll(l.wake, pollWake)
+	l.startClock()
 	for !l.ended && !l.left() || l.flying+l.away > 0 {
-		if err := l.turn(); err != nil {
+		if err := l.ring.wait(l.onCompleted); err != nil {
+			if l.server.options.Broken != nil {
+				l.server.options.Broken(err)
+				return false
+			}
+			l.server.abort(err)
+			break
+		}
+		if err := l.receiveAll(); err != nil {
 			l.server.abort(err)
 			l.ended = true
-			if l.flying > 0 {
-				break // the ring is broken: what it does with the backend's file cannot be known
-			}
 		}
 	}
 	close(l.slow)
@@ -120,19 +134,25 @@ func (l *eventLoop) run() {
 	}
 	l.over = true
 	unix.Close(l.wake)
+	return true
 }
 
-// turn waits for something to happen, and does all that can be done then.
-func (l *eventLoop) turn() error {
-	if err := l.ring.wait(l.onCompleted); err != nil {
-		return err
-	}
+// receiveAll reads requests as long as there are any, and begins them.
+func (l *eventLoop) receiveAll() error {
 	for l.ready && !l.ended && len(l.idle) > 0 && !l.left() {
 		if err := l.receive(); err != nil {
 			return err
 		}
 	}
+	if l.used && !l.ticking {
+		l.startClock()
+	}
 	return nil
+}
+
+func (l *eventLoop) startClock() {
+	l.ring.timeout(restAfter, clock)
+	l.ticking = true
 }
 
 // left tells whether the device is being left.
@@ -165,8 +185,7 @@ func (l *eventLoop) signal() {
 
 // receive reads a request, and begins it.
 func (l *eventLoop) receive() error {
-	i := l.idle[len(l.idle)-1]
-	m := l.server.message(i)
+	m := l.server.messages.at(l.landing)
 	b := m.request()
 	// A call that does not block: the scheduler need not know of it.
 	n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(l.server.conn.dev), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
@@ -176,7 +195,10 @@ func (l *eventLoop) receive() error {
 		l.ready = false
 		l.ring.poll(l.server.conn.dev, pollConnection)
 		return nil
-	case unix.EINTR, unix.ENOENT: // ENOENT: the request was withdrawn
+	case unix.EINTR:
+		return nil
+	case unix.ENOENT: // the request was withdrawn
+		m.clear()
 		return nil
 	case unix.ENODEV:
 		l.ended = true
@@ -188,32 +210,80 @@ func (l *eventLoop) receive() error {
 	if !r.valid() {
 		return fmt.Errorf("malformed FUSE request of %d bytes", n)
 	}
-	op := r.opcode()
-	if op == opForget || op == opBatchForget {
-		return nil // wants no reply
+	if !r.wantsReply() {
+		m.clear()
+		return nil
 	}
+	l.used = true
+	i := l.idle[len(l.idle)-1]
 	l.idle = l.idle[:len(l.idle)-1]
-	if !l.startDirect(i, op, r, m) {
-		l.toThreads(i, int(n))
+	l.hold(i, r)
+	if !l.startDirect(i) {
+		l.toThreads(i)
 	}
 	return nil
 }
 
+// hold finds a message for request i, which was read, and makes room for the next one.
+func (l *eventLoop) hold(i int, r request) {
+	landing, room := l.server.messages.at(l.landing), len(r)-headRoom
+	if r.opcode() == opRead {
+		room = r.ioLength()
+	}
+	switch {
+	case room <= smallPayload:
+		l.held[i] = i
+	case r.opcode() == opRead:
+		l.held[i] = l.popLarge()
+	default: // it stays where it is
+		l.held[i] = l.landing
+		l.land()
+		return
+	}
+	l.server.messages.at(l.held[i]).take(r)
+	landing.clear()
+}
+
+func (l *eventLoop) popLarge() int {
+	number := l.large[len(l.large)-1]
+	l.large = l.large[:len(l.large)-1]
+	return number
+}
+
+// land takes another message to read into.
+func (l *eventLoop) land() {
+	l.landing = l.popLarge()
+	if !l.populated[l.landing] {
+		l.server.messages.at(l.landing).populate(l.server.conn.payload)
+		l.populated[l.landing] = true
+	}
+}
+
+// free ends request i, which was answered.
+func (l *eventLoop) free(i int) {
+	l.idle = append(l.idle, i)
+	if l.held[i] >= smallMessages {
+		l.large = append(l.large, l.held[i])
+	}
+}
+
 // startDirect gives a request to the ring if it can.
-func (l *eventLoop) startDirect(i int, op uint32, r request, m message) bool {
+func (l *eventLoop) startDirect(i int) bool {
+	m := l.message(i)
+	r := m.held()
+	op := r.opcode()
 	write := op == opWrite
 	if op != opRead && !write || write && l.server.options.ReadOnly {
 		return false
 	}
 	n := r.ioLength()
-	if n > maxPayload {
+	if n > m.room() {
 		return false
 	}
 	at, ok := l.backend.StartDirect(i, r.ioOffset(), int64(n), write)
 	if !ok {
 		return false
 	}
-	l.requests[i] = directRequest{op: op, unique: r.unique(), n: n}
 	ringOp := uint8(ringOpRead)
 	if write {
 		ringOp = ringOpWrite
@@ -223,6 +293,8 @@ func (l *eventLoop) startDirect(i int, op uint32, r request, m message) bool {
 	return true
 }
 
+func (l *eventLoop) message(i int) message { return l.server.messages.at(l.held[i]) }
+
 // completed takes what the ring has done.
 func (l *eventLoop) completed(userData uint64, result int32) {
 	switch userData {
@@ -230,28 +302,45 @@ func (l *eventLoop) completed(userData uint64, result int32) {
 		l.ready = true
 	case pollWake:
 		l.awake()
+	case clock:
+		l.tick()
 	default:
 		l.flying--
 		l.endDirect(int(userData), int(result))
 	}
 }
 
+// tick gives memory back when there has been nothing to do for a while. Then the clock stands still.
+func (l *eventLoop) tick() {
+	l.ticking = false
+	if l.used || l.flying+l.away > 0 {
+		l.used = false
+		l.startClock()
+		return
+	}
+	l.server.messages.giveBack(l.landing)
+	landing := l.populated[l.landing]
+	clear(l.populated[:])
+	l.populated[l.landing] = landing
+}
+
 // endDirect answers a request whose I/O is done. One that has failed is made again, by a thread, which knows what the
 // failure means. The request itself is still in its message.
 func (l *eventLoop) endDirect(i, result int) {
-	q, m := &l.requests[i], l.server.message(i)
-	l.backend.EndDirect(i, result != q.n)
-	if result != q.n {
-		l.toThreads(i, int(binary.NativeEndian.Uint32(m.request())))
+	m := l.message(i)
+	r := m.held()
+	n := r.ioLength()
+	l.backend.EndDirect(i, result != n)
+	if result != n {
+		l.toThreads(i)
 		return
 	}
-	length := q.n
-	if q.op == opWrite {
-		putWriteOut(m.payload(writeOutSize), q.n)
-		length = writeOutSize
+	if r.opcode() == opWrite {
+		n = writeOutSize
 	}
-	l.reply(m.reply(length, 0, q.unique))
-	l.idle = append(l.idle, i)
+	l.reply(m.conclude(n, 0))
+	m.clear()
+	l.free(i)
 }
 
 func (l *eventLoop) reply(b []byte) {
@@ -268,8 +357,7 @@ func (l *eventLoop) reply(b []byte) {
 	}
 }
 
-func (l *eventLoop) toThreads(i, n int) {
-	l.requests[i].n = n
+func (l *eventLoop) toThreads(i int) {
 	l.away++
 	l.slow <- i // as many as there are requests fit
 }
@@ -279,8 +367,7 @@ func (l *eventLoop) work() {
 	runtime.LockOSThread() // never unlocked, see server.run
 	beFlusher()
 	for i := range l.slow {
-		m := l.server.message(i)
-		if err := l.server.answer(request(m.request()[:l.requests[i].n]), m); err != nil {
+		if err := l.server.answer(l.message(i)); err != nil {
 			l.server.abort(err)
 		}
 		l.mu.Lock()
@@ -297,7 +384,9 @@ func (l *eventLoop) awake() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.away -= len(l.back)
-	l.idle = append(l.idle, l.back...)
+	for _, i := range l.back {
+		l.free(i)
+	}
 	l.back = l.back[:0]
 	l.ring.poll(l.wake, pollWake)
 }

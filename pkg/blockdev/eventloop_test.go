@@ -103,6 +103,28 @@ func TestDirect(t *testing.T) {
 	b.heal()
 }
 
+// leave leaves a device, and its descriptors to whoever resumes it.
+func leave(t *testing.T, d *Device) Handle {
+	t.Helper()
+	d.Leave()
+	h := copyHandle(t, d)
+	d.conn.close() // as the end of the process would
+	d.server.close()
+	return h
+}
+
+// copyHandle returns the handle of a device that may end before it is used.
+func copyHandle(t *testing.T, d *Device) Handle {
+	t.Helper()
+	h, err := d.Handle()
+	must(t, err)
+	for i, fd := range h.FDs {
+		h.FDs[i], err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		must(t, err)
+	}
+	return h
+}
+
 // A device that is left can be resumed: what nobody has answered is answered then. (Another process would: here the loop of
 // the first has ended, too.)
 func TestLeaveAndResume(t *testing.T) {
@@ -140,18 +162,10 @@ func TestLeaveAndResume(t *testing.T) {
 	for range 20 {
 		from := done.Load()
 		waitFor(t, "requests", func() bool { return t.Failed() || done.Load() > from+8 })
-		h, err := d.Handle()
-		must(t, err)
-		for i, fd := range h.FDs {
-			h.FDs[i], err = unix.Dup(fd)
-			must(t, err)
-		}
-		d.Leave()
-		calls := b.begun.Load()
-		if calls != b.ended.Load() {
+		h := leave(t, d)
+		if b.begun.Load() != b.ended.Load() {
 			t.Error("left with requests in hand")
 		}
-		d.conn.close() // as the end of the process would
 		if d, err = Resume(b, o, h); err != nil {
 			t.Fatal(err)
 		}
@@ -163,4 +177,77 @@ func TestLeaveAndResume(t *testing.T) {
 	if _, err := Resume(b, o, Handle{State: []byte("{}")}); err == nil {
 		t.Error("resumed from nothing")
 	}
+}
+
+// Memory that requests have used is given back when there are none, and taken again.
+func TestGiveBack(t *testing.T) {
+	t.Parallel()
+	const size = 16 << 20
+	b := newDirectBackend(t, size)
+	d := attach(t, b, Options{})
+	memory := func() int64 {
+		var st unix.Stat_t
+		must(t, unix.Fstat(d.server.messages.fd, &st))
+		return st.Blocks * 512
+	}
+	const idle = 1<<20 + 4096 // what requests are read into
+	for range 2 {
+		var users sync.WaitGroup
+		for i := range int64(8) {
+			f := directIO(t, d.Path())
+			users.Go(func() {
+				p, got := aligned(1<<20), aligned(1<<20)
+				stamp(p, i, 1)
+				if _, err := f.WriteAt(p, i<<20); err != nil {
+					t.Errorf("write: %v", err)
+				}
+				if _, err := f.ReadAt(got, i<<20); err != nil || !bytes.Equal(got, p) {
+					t.Errorf("read: %v, or something else", err)
+				}
+			})
+		}
+		users.Wait()
+		if n := memory(); n <= 2*idle {
+			t.Errorf("%d bytes in use: this test proves nothing", n)
+		}
+		waitFor(t, "memory is given back", func() bool { return memory() <= idle })
+	}
+}
+
+// Without its ring the server does not know what became of its requests: it says so, and the next one carries them out.
+func TestBrokenRing(t *testing.T) {
+	b := newDirectBackend(t, 4<<20)
+	broken := make(chan error, 1)
+	o := Options{Name: deviceName(t.Name()), Broken: func(err error) { broken <- err }}
+	d, err := Attach(b, o)
+	must(t, err)
+	f := directIO(t, d.Path())
+	p, got := aligned(4096), aligned(4096)
+	stamp(p, 0, 1)
+	h := copyHandle(t, d)
+	null := openDevice(t, os.DevNull, os.O_RDONLY)
+	must(t, unix.Dup3(int(null.Fd()), d.server.loop.ring.fd, unix.O_CLOEXEC))
+	written := make(chan error, 1)
+	go func() {
+		_, err := f.WriteAt(p, 0)
+		written <- err
+	}()
+	if err := <-broken; !errors.Is(err, unix.EOPNOTSUPP) {
+		t.Errorf("broken: %v", err)
+	}
+	select {
+	case <-d.Done():
+		t.Error("done, with a request in hand")
+	default:
+	}
+	d.conn.close()
+	if d, err = Resume(b, o, h); err != nil {
+		t.Fatal(err)
+	}
+	must(t, <-written)
+	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, p) {
+		t.Errorf("read: %v, or something else", err)
+	}
+	must(t, f.Close())
+	must(t, d.Detach())
 }

@@ -15,7 +15,7 @@ import (
 type Handle struct {
 	// State says what the descriptors are, in a form that other versions understand or refuse.
 	State []byte
-	// FDs are the FUSE connection, the root of its mount, and the served file.
+	// FDs are the FUSE connection, the root of its mount, the served file, and the memory of the journal if there is one.
 	FDs []int
 }
 
@@ -27,6 +27,8 @@ type handleState struct {
 	MaxPayload    int  `json:"maxPayload"`
 	MaxBackground int  `json:"maxBackground"`
 	Resend        bool `json:"resend"`
+	// Journal is the version of the journal in the last descriptor; 0: the kernel resends.
+	Journal int `json:"journal,omitempty"`
 }
 
 const handleVersion = 1
@@ -34,16 +36,19 @@ const handleVersion = 1
 // ErrGone is returned by Resume when the loop device is no longer bound to the handle's file.
 var ErrGone = errors.New("device is gone")
 
-// errNoResend: what a dead server had read and not answered cannot be had again.
-var errNoResend = errors.New("kernel cannot resend requests, which came with Linux 6.9")
-
 // Handle returns the device's handle. The descriptors stay the device's.
 func (d *Device) Handle() (Handle, error) {
-	state, err := json.Marshal(handleState{
-		Version: handleVersion, Loop: d.loop.number,
-		MaxPayload: maxPayload, MaxBackground: maxBackground, Resend: d.conn.resends,
-	})
-	return Handle{State: state, FDs: []int{d.conn.dev, d.conn.mount, d.conn.file}}, err
+	c := d.conn
+	state := handleState{
+		Version: handleVersion, Loop: d.loop.number, MaxPayload: c.payload, MaxBackground: maxBackground, Resend: c.resends,
+	}
+	fds := []int{c.dev, c.mount, c.file}
+	if !c.resends {
+		state.Journal = journalVersion
+		fds = append(fds, d.server.messages.fd)
+	}
+	b, err := json.Marshal(state)
+	return Handle{State: b, FDs: fds}, err
 }
 
 // Close closes the descriptors.
@@ -68,10 +73,14 @@ func (h Handle) open() (handleState, *connection, error) {
 	if err := json.Unmarshal(h.State, &s); err != nil {
 		return s, nil, fmt.Errorf("device handle: %w", err)
 	}
-	if s.Version != handleVersion || len(h.FDs) != 3 {
+	want := 3
+	if !s.Resend {
+		want++
+	}
+	if s.Version != handleVersion || len(h.FDs) != want {
 		return s, nil, fmt.Errorf("device handle of version %d with %d descriptors", s.Version, len(h.FDs))
 	}
-	c := &connection{dev: h.FDs[0], mount: h.FDs[1], file: h.FDs[2], resends: s.Resend}
+	c := &connection{dev: h.FDs[0], mount: h.FDs[1], file: h.FDs[2], payload: s.MaxPayload, resends: s.Resend}
 	return s, c, c.identify()
 }
 
@@ -100,27 +109,47 @@ func resume(b Backend, o Options, h Handle) (*Device, error) {
 	if state.MaxPayload > maxPayload || state.MaxBackground > maxBackground {
 		return nil, fmt.Errorf("requests of up to %d bytes were negotiated, up to %d at once", state.MaxPayload, state.MaxBackground)
 	}
-	if !c.resends {
-		return nil, errNoResend
+	if !c.resends && state.Journal != journalVersion {
+		return nil, fmt.Errorf("unanswered requests are in a journal of version %d", state.Journal)
 	}
 	l, err := findBound(state.Loop, o.Name, c)
 	if err != nil {
 		return nil, err
 	}
-	s, err := newServer(b, o)
+	ms, err := h.messages()
 	if err != nil {
 		return nil, err
 	}
-	if err := c.resend(); err != nil {
+	s := newServer(b, o, ms)
+	if err := s.takeUp(c); err != nil {
 		s.close()
 		return nil, err
 	}
-	d := &Device{conn: c, server: s, backend: b, loop: l}
-	if err := s.start(c); err != nil {
-		s.close()
-		return nil, err
+	if len(h.FDs) > 3 {
+		unix.Close(h.FDs[3]) // the server has its own
 	}
-	return d, nil
+	return &Device{conn: c, server: s, backend: b, loop: l}, nil
+}
+
+// messages returns the memory of the server's messages: the earlier server's, if that is where unanswered requests are.
+func (h Handle) messages() (*messages, error) {
+	if len(h.FDs) > 3 {
+		return openMessages(h.FDs[3])
+	}
+	return newMessages()
+}
+
+// takeUp begins to serve a connection with what an earlier server has not answered.
+func (s *server) takeUp(c *connection) error {
+	s.conn = c
+	if c.resends {
+		if err := c.resend(); err != nil {
+			return err
+		}
+	} else if err := s.replay(); err != nil {
+		return err
+	}
+	return s.start(c)
 }
 
 // findBound returns loop device number if it is bound to the file of c. It does not open the device: that may have to wait

@@ -105,6 +105,9 @@ func (r request) valid() bool {
 	return true
 }
 
+// wantsReply: the kernel waits for one.
+func (r request) wantsReply() bool { return r.opcode() != opForget && r.opcode() != opBatchForget }
+
 // Arguments of READ and WRITE: 0 u64 fh   8 u64 offset   16 u32 size.
 func (r request) ioOffset() int64 { return int64(binary.NativeEndian.Uint64(r.args()[8:])) }
 func (r request) ioLength() int   { return int(binary.NativeEndian.Uint32(r.args()[16:])) }
@@ -136,7 +139,7 @@ func putOutHeader(b []byte, length int, errno unix.Errno, unique uint64) {
 
 // putInitOut writes the answer to INIT: 0 u32 major   4 u32 minor   8 u32 max_readahead   12 u32 flags
 // 16 u16 max_background   18 u16 congestion_threshold   20 u32 max_write   24 u32 time_gran   28 u16 max_pages.
-func putInitOut(b []byte, readAhead, flags uint32) {
+func putInitOut(b []byte, readAhead, flags uint32, payload int) {
 	clear(b[:initOutSize])
 	binary.NativeEndian.PutUint32(b, protocolMajor)
 	binary.NativeEndian.PutUint32(b[4:], protocolMinor)
@@ -144,9 +147,9 @@ func putInitOut(b []byte, readAhead, flags uint32) {
 	binary.NativeEndian.PutUint32(b[12:], flags)
 	binary.NativeEndian.PutUint16(b[16:], maxBackground)
 	binary.NativeEndian.PutUint16(b[18:], maxBackground)
-	binary.NativeEndian.PutUint32(b[20:], maxPayload)
+	binary.NativeEndian.PutUint32(b[20:], uint32(payload))
 	binary.NativeEndian.PutUint32(b[24:], 1)
-	binary.NativeEndian.PutUint16(b[28:], uint16(maxPayload/unix.Getpagesize()))
+	binary.NativeEndian.PutUint16(b[28:], uint16(payload/unix.Getpagesize()))
 }
 
 // putEntryOut writes the answer to LOOKUP: 0 u64 nodeid   8 u64 generation   16 u64 entry_valid

@@ -49,7 +49,8 @@ func TestNegotiation(t *testing.T) {
 			}
 			_, err := unix.Write(kernel, r)
 			must(t, err)
-			err = conn.negotiate(make(message, messageSize()))
+			conn.payload = maxPayload
+			err = conn.negotiate(newMessage())
 			if (err == nil) != c.ok {
 				t.Fatalf("negotiate: %v", err)
 			}
@@ -120,11 +121,16 @@ func TestMalformedRequests(t *testing.T) {
 	}
 }
 
+// newMessage returns a large one.
+func newMessage() message {
+	return make(message, messageOffset(smallMessages+1)-messageOffset(smallMessages))
+}
+
 // TestUnknownOperations: answered, and the ones that want no answer not.
 func TestUnknownOperations(t *testing.T) {
 	conn, kernel := kernelSide(t)
 	s := &server{conn: conn, backend: newBackend(t, 1<<20)}
-	m := make(message, messageSize())
+	m := newMessage()
 	for _, c := range []struct {
 		op    uint32
 		errno unix.Errno

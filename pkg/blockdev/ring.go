@@ -23,6 +23,8 @@ type ring struct {
 
 	tail    uint32 // of what was put
 	pending uint32 // put, and not yet submitted
+
+	time [2]int64 // of the last timeout that was put: seconds, nanoseconds
 }
 
 // sqe is a submission.
@@ -67,10 +69,20 @@ const (
 	ringOffsetRings   = 0
 	ringOffsetEntries = 0x10000000
 
-	ringOpPoll  = 6
-	ringOpRead  = 22
-	ringOpWrite = 23
+	ringOpPoll    = 6
+	ringOpTimeout = 11
+	ringOpRead    = 22
+	ringOpWrite   = 23
 )
+
+// tryRing tells why there can be no ring.
+func tryRing() error {
+	r, err := newRing(1)
+	if err == nil {
+		r.close()
+	}
+	return err
+}
 
 // newRing makes a ring for the calling thread, with room for n submissions. It fails where io_uring is disabled, or the
 // kernel is older than 6.1.
@@ -131,6 +143,12 @@ func (r *ring) transfer(op uint8, fd int, p []byte, off int64, userData uint64) 
 // poll adds a wait, for once, until fd can be read.
 func (r *ring) poll(fd int, userData uint64) {
 	r.put(sqe{opcode: ringOpPoll, fd: int32(fd), opFlags: unix.POLLIN, userData: userData})
+}
+
+// timeout adds a wait for some seconds. There may be one between two calls of wait.
+func (r *ring) timeout(seconds int64, userData uint64) {
+	r.time = [2]int64{seconds}
+	r.put(sqe{opcode: ringOpTimeout, fd: -1, addr: uint64(uintptr(unsafe.Pointer(&r.time))), length: 1, userData: userData})
 }
 
 // wait submits what was added, waits until something has completed, and calls fn with all that has.

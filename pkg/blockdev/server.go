@@ -11,8 +11,12 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// serverThreads is how many requests are worked on at the same time.
-const serverThreads = 16
+const (
+	// serverThreads is how many requests are worked on at the same time.
+	serverThreads = 16
+	// threadPayload is the most data of a request where threads do all the I/O.
+	threadPayload = 256 << 10
+)
 
 // server answers the requests of a connection with a backend: from an event loop if the backend has a file for it and the
 // kernel an io_uring, else from OS threads, each of which waits for a request in read(2), works on it, answers. Between
@@ -23,43 +27,16 @@ type server struct {
 	direct  Direct  // nil: threads do all the I/O
 	options Options // with defaults filled in
 
-	working sync.RWMutex  // held shared while a request is worked on, exclusively for ever by who has left the device
-	memory  []byte        // the threads' messages; unmapped by close
-	running atomic.Int32  // threads
-	loop    *eventLoop    // nil: threads
-	done    chan struct{} // closed when nothing calls the backend any more
+	messages *messages
+	working  sync.RWMutex  // held shared while a request is worked on, exclusively for ever by who has left the device
+	running  atomic.Int32  // threads
+	loop     *eventLoop    // nil: threads
+	done     chan struct{} // closed when nothing calls the backend any more
 }
 
-// message is the memory for one request and its reply. The data of a WRITE and of a READ's answer are
-// at the same page-aligned place; the heads before it overlap.
-type message []byte
-
-func messageSize() int { return unix.Getpagesize() + maxPayload }
-
-func (m message) request() []byte      { return m[unix.Getpagesize()-headRoom:] }
-func (m message) payload(n int) []byte { return m[unix.Getpagesize():][:n] }
-
-// reply returns the reply with n bytes of payload. It overwrites the request.
-func (m message) reply(n int, errno unix.Errno, unique uint64) []byte {
-	b := m[unix.Getpagesize()-outHeaderSize:][:outHeaderSize+n]
-	putOutHeader(b, len(b), errno, unique)
-	return b
-}
-
-// newServer allocates a server. Its memory is outside the heap and populated: serving a block device
-// must not wait for memory that only the device's own writeback could free. And a process that is killed while the kernel
-// copies a request to memory that is not there yet fails that request, which is then lost for the next one.
-func newServer(b Backend, o Options) (*server, error) {
-	direct, messages := direct(b), DirectRequests
-	if direct == nil {
-		messages = serverThreads
-	}
-	mem, err := unix.Mmap(-1, 0, messages*messageSize(), unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
-	if err != nil {
-		return nil, fmt.Errorf("map request buffers: %w", err)
-	}
-	return &server{backend: b, direct: direct, options: o, memory: mem, done: make(chan struct{})}, nil
+// newServer makes a server in the memory of ms, which is its own from then on.
+func newServer(b Backend, o Options, ms *messages) *server {
+	return &server{backend: b, direct: direct(b), options: o, messages: ms, done: make(chan struct{})}
 }
 
 // direct returns b if an event loop can do its I/O.
@@ -72,8 +49,15 @@ func direct(b Backend) Direct {
 	return nil
 }
 
-func (s *server) message(thread int) message {
-	return s.memory[thread*messageSize():][:messageSize()]
+// payload is the most data that one request should carry. Threads each need that much memory all the time.
+func (s *server) payload() int {
+	if s.direct == nil {
+		return threadPayload
+	}
+	if err := tryRing(); err != nil {
+		return threadPayload
+	}
+	return maxPayload
 }
 
 // start begins to serve. It ends when the connection does.
@@ -91,7 +75,9 @@ func (s *server) start(c *connection) error {
 	}
 	s.running.Store(serverThreads)
 	for i := range serverThreads {
-		go s.run(s.message(i))
+		m := s.messages.at(smallMessages + i)
+		m.populate(c.payload)
+		go s.run(m)
 	}
 	return nil
 }
@@ -104,8 +90,7 @@ func (s *server) startLoop() error {
 		l, err := newEventLoop(s, s.direct)
 		s.loop = l
 		started <- err
-		if err == nil {
-			l.run()
+		if err == nil && l.run() {
 			close(s.done)
 		}
 	}()
@@ -122,7 +107,7 @@ func (s *server) leave() {
 }
 
 // close frees the memory. No thread may be running.
-func (s *server) close() { _ = unix.Munmap(s.memory) }
+func (s *server) close() { s.messages.close() }
 
 func (s *server) run(m message) {
 	runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
@@ -165,22 +150,20 @@ func (s *server) serveOne(m message) error {
 	if !r.valid() {
 		return fmt.Errorf("malformed FUSE request of %d bytes", len(r))
 	}
-	if op := r.opcode(); op == opForget || op == opBatchForget {
-		return nil // wants no reply
-	}
 	s.working.RLock()
 	defer s.working.RUnlock()
-	return s.answer(r, m)
+	return s.answer(m)
 }
 
-// answer carries out a request and replies.
-func (s *server) answer(r request, m message) error {
-	op, unique := r.opcode(), r.unique() // the reply overwrites the request
-	n, errno := s.handle(r, m)
-	if errno != 0 {
-		n = 0
+// answer carries out the request of a message and replies; the message is free then.
+func (s *server) answer(m message) error {
+	defer m.clear()
+	r := m.held()
+	if !r.wantsReply() {
+		return nil
 	}
-	if err := s.conn.send(m.reply(n, errno, unique)); err != nil {
+	op := r.opcode()
+	if err := s.conn.send(m.conclude(s.handle(r, m))); err != nil {
 		return fmt.Errorf("reply to FUSE operation %d: %w", op, err)
 	}
 	return nil
@@ -220,7 +203,7 @@ func (s *server) handle(r request, m message) (int, unix.Errno) {
 
 func (s *server) read(r request, m message) (int, unix.Errno) {
 	off, n := r.ioOffset(), r.ioLength()
-	if n > maxPayload {
+	if n > m.room() {
 		return 0, unix.EIO
 	}
 	got, err := s.backend.ReadAt(m.payload(n), off)
@@ -245,7 +228,6 @@ func (s *server) write(r request, m message) (int, unix.Errno) {
 	if got < n {
 		return 0, unix.EIO
 	}
-	putWriteOut(m.payload(writeOutSize), n)
 	return writeOutSize, 0
 }
 
