@@ -49,6 +49,7 @@ It waits for the pool: a directory without pool.json is a disk that is not mount
 	cmd.Flags().DurationVar(&o.IOTimeout, "io-timeout", time.Minute,
 		"how long a volume's users wait for a worker that does not start, before they get I/O errors")
 	cmd.Flags().StringVar(&readyFile, "ready-file", "", "`path` of a file to create when volumes are served, or could be taken over")
+	addJournalFlag(cmd, &o.Journal)
 	metrics.addFlag(cmd)
 	require(cmd, "listen", "pool")
 	addLogFlags(cmd)
@@ -77,15 +78,23 @@ func newWorkerCommand() *cobra.Command {
 			defer klog.Flush()
 			protectMemory()
 			limitMemory(workerMemoryLimit)
+			o.Rest = unmapProgram
 			return engine.RunWorker(cmd.Context(), o)
 		},
 	}
 	cmd.Flags().StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")
 	cmd.Flags().StringVar(&o.Volume, "volume", "", "`ID` of the volume")
 	cmd.Flags().StringVar(&o.Holder, "holder", "", "`path` of the holder's socket")
+	addJournalFlag(cmd, &o.Journal)
 	require(cmd, "pool", "volume", "holder")
 	addLogFlags(cmd)
 	return cmd
+}
+
+// addJournalFlag adds what only tests of newer kernels need.
+func addJournalFlag(cmd *cobra.Command, journal *bool) {
+	cmd.Flags().BoolVar(journal, "journal", false, "keep unanswered requests as on a kernel before 6.9")
+	_ = cmd.Flags().MarkHidden("journal") // there is such a flag
 }
 
 // require makes flags of cmd, which it must have, mandatory.

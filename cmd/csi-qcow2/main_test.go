@@ -71,6 +71,13 @@ func mustRunWith(t *testing.T, stdin string, args ...string) string {
 	return r.stdout
 }
 
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // qemu runs one of QEMU's tools, which must succeed, and returns its output.
 func qemu(t *testing.T, tool string, args ...string) string {
 	t.Helper()

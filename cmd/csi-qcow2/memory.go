@@ -1,9 +1,11 @@
 package main
 
 import (
+	"fmt"
 	"math"
 	"os"
 	"runtime/debug"
+	"strings"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
@@ -23,6 +25,29 @@ func protectMemory() {
 	}
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
 		klog.InfoS("The kernel may kill this process when memory is short", "reason", err)
+	}
+}
+
+// unmapProgram gives up the pages of the program's file that this process has mapped, most of them when it started. What is
+// used again comes from the page cache, and is kept as before.
+func unmapProgram() {
+	self, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return
+	}
+	maps, _ := os.ReadFile("/proc/self/maps")
+	for line := range strings.Lines(string(maps)) {
+		var from, to, offset uintptr
+		var mode, device, path string
+		var inode uint64
+		_, err := fmt.Sscanf(line, "%x-%x %s %x %s %d %s", &from, &to, &mode, &offset, &device, &inode, &path)
+		if err != nil || path != self || strings.Contains(mode, "w") {
+			continue
+		}
+		// Locked memory is not given up, so it is unlocked meanwhile. Where that fails, all stays as it is.
+		_, _, _ = unix.Syscall(unix.SYS_MUNLOCK, from, to-from, 0)
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED)
+		_, _, _ = unix.Syscall(unix.SYS_MLOCK2, from, to-from, unix.MLOCK_ONFAULT)
 	}
 }
 

@@ -112,6 +112,11 @@ func (b *backend) note(o *operations, start time.Time, n int64, err error) error
 	return err
 }
 
+// count returns how many requests have ended.
+func (b *backend) count() int64 {
+	return b.reads.count.Load() + b.writes.count.Load() + b.zeroes.count.Load() + b.discards.count.Load() + b.flushes.count.Load()
+}
+
 // operations returns what has been counted.
 func (b *backend) operations() []*api.Operations {
 	var all []*api.Operations

@@ -30,7 +30,33 @@ type Attachment struct {
 	Device    string // /dev/loopN
 	Size      int64  // virtual bytes
 	WorkerPID int
-	Failure   string // empty while the volume is served; else why it is not
+	State     State
+	Failure   string // why State is not Served
+	Corrupt   bool   // the image is: it is read, and not written
+	Deaths    int    // workers that died, and were replaced, since it was attached or the engine started
+}
+
+// State is how an attached volume is served.
+type State int
+
+// States.
+const (
+	Served    State = iota // its users get what they ask for
+	Failed                 // its users get errors
+	Replacing              // its users wait for another worker
+	Stalled                // its users wait, for a worker that does not answer or a disk that does not
+)
+
+// Err is nil if the volume is served, ErrNotAttached if it has failed, and else ErrUnavailable.
+func (a Attachment) Err() error {
+	switch a.State {
+	case Served:
+		return nil
+	case Failed:
+		return fmt.Errorf("%s: %w: %s", a.VolumeID, ErrNotAttached, a.Failure)
+	default:
+		return fmt.Errorf("%s: %w: %s", a.VolumeID, ErrUnavailable, a.Failure)
+	}
 }
 
 // NewClient returns a client of the engine at endpoint, unix:///path. It connects when it is used, and
@@ -88,9 +114,13 @@ func (c *Client) List(ctx context.Context) ([]Attachment, error) {
 	}
 	var out []Attachment
 	for _, a := range r.GetAttachments() {
+		state := State(a.GetState())
+		if state == Served && a.GetFailure() != "" { // an engine that knows no states
+			state = Failed
+		}
 		out = append(out, Attachment{
-			VolumeID: a.GetVolumeId(), Device: a.GetDevice(), Size: a.GetSize(),
-			WorkerPID: int(a.GetWorkerPid()), Failure: a.GetFailure(),
+			VolumeID: a.GetVolumeId(), Device: a.GetDevice(), Size: a.GetSize(), WorkerPID: int(a.GetWorkerPid()),
+			State: state, Failure: a.GetFailure(), Corrupt: a.GetCorrupt(), Deaths: int(a.GetDeaths()),
 		})
 	}
 	return out, nil

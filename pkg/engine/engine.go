@@ -39,9 +39,11 @@ type Options struct {
 	Holder string
 	// IOTimeout is how long users of a volume wait for a worker that does not start before they get errors; 0: a minute.
 	IOTimeout time.Duration
+	// Journal makes workers keep unanswered requests as on a kernel that cannot hand them out again; for tests.
+	Journal bool
 	// Ready, if not nil, is called when the engine serves, or stands by to take over from another one.
 	Ready func()
-	// WorkerCommand is the command of a worker process, to which "--pool DIR --volume ID --holder PATH" is added; it
+	// WorkerCommand is the command of a worker process, to which "--pool DIR --volume ID --holder PATH [--journal]" is added; it
 	// must call RunWorker. Empty: this executable with the argument "worker".
 	WorkerCommand []string
 	// Metrics, if not nil, gets the engine's metrics.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -50,8 +51,30 @@ func runTestWorker(args []string) error {
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	flags.StringVar(&o.Volume, "volume", "", "")
 	flags.StringVar(&o.Holder, "holder", "", "")
+	flags.BoolVar(&o.Journal, "journal", false, "")
 	_ = flags.Parse(args)
+	breakRingOnSignal()
 	return RunWorker(mainContext(), o)
+}
+
+// breakRingOnSignal makes SIGUSR1 put another file in the place of this process's io_uring.
+func breakRingOnSignal() {
+	told := make(chan os.Signal, 1)
+	signal.Notify(told, syscall.SIGUSR1)
+	go func() {
+		<-told
+		null, err := os.Open(os.DevNull)
+		if err != nil {
+			panic(err)
+		}
+		fds, _ := filepath.Glob("/proc/self/fd/*")
+		for _, fd := range fds {
+			if target, err := os.Readlink(fd); err == nil && target == "anon_inode:[io_uring]" {
+				n, _ := strconv.Atoi(filepath.Base(fd))
+				_ = unix.Dup3(int(null.Fd()), n, unix.O_CLOEXEC)
+			}
+		}
+	}()
 }
 
 func runTestSupervisor(args []string) error {
@@ -61,6 +84,7 @@ func runTestSupervisor(args []string) error {
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	flags.StringVar(&o.Holder, "holder", "", "")
 	flags.DurationVar(&o.IOTimeout, "io-timeout", 0, "")
+	flags.BoolVar(&o.Journal, "journal", false, "")
 	ready := flags.String("ready-file", "", "")
 	hang := flags.String("hang-frozen", "", "a file to create when a file system is frozen; it stays so")
 	flags.DurationVar(&o.hooks.orphanPatience, "orphan-patience", 0, "")

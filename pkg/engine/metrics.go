@@ -80,6 +80,13 @@ func (c volumeCollector) Collect(out chan<- prometheus.Metric) {
 		return
 	}
 	failed := volumeMetric("failed", "1 if an attached volume is not served any more: its pods get I/O errors.")
+	waiting := volumeMetric("waiting", "1 if the pods of an attached volume wait: for another worker, or for one or a disk that does not answer.")
+	is := func(yes bool) float64 {
+		if yes {
+			return 1
+		}
+		return 0
+	}
 	size := volumeMetric("size_bytes", "Virtual size of an attached volume.")
 	count := volumeMetric("operations_total", "Requests to a volume's device.", "operation")
 	errors := volumeMetric("errors_total", "Requests to a volume's device that failed.", "operation")
@@ -90,11 +97,12 @@ func (c volumeCollector) Collect(out chan<- prometheus.Metric) {
 	}
 	for _, a := range list.GetAttachments() {
 		id := a.GetVolumeId()
-		if a.GetFailure() != "" {
-			send(failed, prometheus.GaugeValue, 1, id)
+		state := a.GetState()
+		send(failed, prometheus.GaugeValue, is(state == api.State_FAILED), id)
+		send(waiting, prometheus.GaugeValue, is(state == api.State_REPLACING || state == api.State_STALLED), id)
+		if len(a.GetOperations()) == 0 { // there is no worker to tell
 			continue
 		}
-		send(failed, prometheus.GaugeValue, 0, id)
 		send(size, prometheus.GaugeValue, float64(a.GetSize()), id)
 		for _, o := range a.GetOperations() {
 			send(count, prometheus.CounterValue, float64(o.GetCount()), id, o.GetKind())

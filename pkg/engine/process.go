@@ -25,7 +25,7 @@ const (
 	// stopPatience is how long a worker may take to flush and exit before it is killed.
 	stopPatience = time.Minute
 	// statusPatience is how long a worker may take to say how it is.
-	statusPatience = 10 * time.Second
+	statusPatience = 5 * time.Second
 	// maxMessage bounds a gRPC message: the list of the 65,536 snapshots that an image can have is longer
 	// than the default of 4 MiB.
 	maxMessage = 64 << 20
@@ -50,6 +50,9 @@ func startProcess(command []string, o WorkerOptions) (*process, error) {
 	}
 	defer theirs.Close()
 	args := slices.Concat(command[1:], []string{"--pool", o.PoolDir, "--volume", volume, "--holder", o.Holder})
+	if o.Journal {
+		args = append(args, "--journal")
+	}
 	cmd := exec.Command(command[0], args...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	cmd.ExtraFiles = []*os.File{theirs} // controlFD

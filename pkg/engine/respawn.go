@@ -31,7 +31,7 @@ func (s *supervisor) lost(id string, a *attachment) {
 		s.mu.Unlock()
 		return
 	}
-	orphan := &attachment{device: a.device, failure: reason.Error(), waiting: true}
+	orphan := &attachment{device: a.device, failure: reason.Error(), waiting: true, deaths: a.deaths + 1}
 	s.attached[id] = orphan
 	s.mu.Unlock()
 	klog.ErrorS(reason, "Worker died, starting another: the volume's users wait", "volume", id, "device", a.device)
@@ -94,7 +94,7 @@ func (s *supervisor) giveUp(id string, a *attachment, reason error) {
 	if err := discard(s.running, s.holder, id); err != nil {
 		klog.ErrorS(err, "Device of a failed volume stays", "volume", id, "device", a.device)
 	}
-	s.set(id, &attachment{device: a.device, failure: reason.Error()})
+	s.set(id, &attachment{device: a.device, failure: reason.Error(), deaths: a.deaths})
 }
 
 // resume goes on with the volumes that an earlier engine has left, and with the devices that it has.

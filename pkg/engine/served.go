@@ -16,15 +16,20 @@ import (
 
 // served is a volume that this process owns and serves: its lease, its image and its device.
 type served struct {
+	options WorkerOptions
 	lease   *pool.Lease
 	img     *qcow2.Image
 	log     *redoMemory
 	backend *backend
 	dev     *blockdev.Device
 	holder  holder.Client
+	broken  chan<- error
 
 	// leaky: the image may have leaks of an earlier, unclean stop.
 	leaky atomic.Bool
+
+	// lastAnswer is when no request was waiting, or one was answered, in nanoseconds.
+	lastAnswer atomic.Int64
 
 	// tasks counts what uses img besides the device: Clones, and what is put in order after a crash; stopTasks ends them.
 	tasks     sync.WaitGroup
@@ -33,8 +38,8 @@ type served struct {
 }
 
 // serve takes a volume and makes a device of it, or goes on with the one that an earlier worker has left. Its tasks end
-// with ctx.
-func serve(ctx context.Context, o WorkerOptions) (*served, error) {
+// with ctx. The process must end when there is something in broken.
+func serve(ctx context.Context, o WorkerOptions, broken chan<- error) (*served, error) {
 	p, err := pool.Open(o.PoolDir)
 	if err != nil {
 		return nil, err
@@ -52,7 +57,7 @@ func serve(ctx context.Context, o WorkerOptions) (*served, error) {
 	}
 	lease, err := outwait(ctx, k != nil, func() (*pool.Lease, error) { return p.Lock(o.Volume) })
 	if err == nil {
-		s := &served{lease: lease, holder: at}
+		s := &served{options: o, lease: lease, holder: at, broken: broken}
 		if err = s.begin(ctx, k); err == nil {
 			return s, nil
 		}
@@ -104,6 +109,8 @@ func (s *served) begin(ctx context.Context, k *kept) error {
 	s.tasksCtx, s.stopTasks = context.WithCancel(context.WithoutCancel(ctx))
 	orphans := reservedSnapshots(s.img)
 	s.leaky.Store(unclean)
+	s.lastAnswer.Store(time.Now().UnixNano())
+	s.tasks.Go(s.watch)
 	s.tasks.Go(func() {
 		sweepClones(s.img, volume, orphans)
 		if unclean {
@@ -140,7 +147,10 @@ func (s *served) openImage(ctx context.Context, k *kept) error {
 // openDevice goes on with the kept device, or makes one that is kept from now on.
 func (s *served) openDevice(ctx context.Context, k *kept) (err error) {
 	volume := s.lease.Volume().ID
-	o := blockdev.Options{Name: devicePrefix + volume, DiscardGranularity: int(s.img.ClusterSize()), Errno: errno}
+	o := blockdev.Options{
+		Name: devicePrefix + volume, DiscardGranularity: int(s.img.ClusterSize()), Errno: errno,
+		Journal: s.options.Journal, Broken: func(err error) { s.broken <- err },
+	}
 	if k != nil {
 		s.dev, err = blockdev.Resume(s.backend, o, k.device)
 		if !errors.Is(err, blockdev.ErrGone) {
@@ -172,21 +182,26 @@ func (s *served) endDevice(ctx context.Context) error {
 }
 
 // close ends what reads the image, flushes and closes the image, and lets go of the volume. The device
-// has been ended, or left.
+// has been ended.
 func (s *served) close() error {
+	return errors.Join(s.closeImage(), s.lease.Unlock())
+}
+
+// leave leaves the device to another worker. The process must end then, and with it the lease: until then its threads may
+// still take requests, which the next worker would miss.
+func (s *served) leave() error {
+	s.dev.Leave()
+	return s.closeImage()
+}
+
+func (s *served) closeImage() error {
 	s.stopTasks()
 	s.tasks.Wait()
 	err := s.img.Close()
 	if err == nil && !s.leaky.Load() {
 		s.markClean()
 	}
-	return errors.Join(err, s.lease.Unlock())
-}
-
-// leave leaves the device to another worker, and closes. The process must end then.
-func (s *served) leave() error {
-	s.dev.Leave()
-	return s.close()
+	return err
 }
 
 // failure says why nothing is served any more; nil while all is well.

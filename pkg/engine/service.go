@@ -89,7 +89,7 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 		klog.ErrorS(err, "Replacing a dead worker", "volume", id)
 	case err != nil:
 		return "", err
-	case status.GetFailure() == "":
+	case status.GetState() != api.State_FAILED:
 		return a.device, nil
 	default:
 		klog.ErrorS(nil, "Replacing a failed worker", "volume", id, "failure", status.GetFailure())
@@ -159,14 +159,25 @@ func (s *service) List(ctx context.Context, _ *api.ListRequest) (*api.ListRespon
 }
 
 func (a *attachment) describe(ctx context.Context, id string) *api.Attachment {
-	if a.worker != nil {
+	r := &api.Attachment{VolumeId: id, Device: a.device, Failure: a.failure}
+	switch {
+	case a.worker != nil:
 		status, err := a.worker.status(ctx)
 		if err == nil {
-			return status
+			r = status
+			break
 		}
-		return &api.Attachment{VolumeId: id, Device: a.device, Failure: a.worker.explain(err).Error()}
+		r.State, r.Failure = api.State_STALLED, a.worker.explain(err).Error()
+		if a.worker.death() != nil {
+			r.State = api.State_REPLACING
+		}
+	case a.waiting:
+		r.State = api.State_REPLACING
+	default:
+		r.State = api.State_FAILED
 	}
-	return &api.Attachment{VolumeId: id, Device: a.device, Failure: a.failure}
+	r.Deaths = int32(a.deaths)
+	return r
 }
 
 // locked returns a volume's worker and device while nothing else changes the volume.

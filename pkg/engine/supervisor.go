@@ -78,6 +78,7 @@ type attachment struct {
 	waiting bool // another worker is being started
 	device  string
 	failure string
+	deaths  int // of workers
 }
 
 func newSupervisor(ctx context.Context, o Options) *supervisor {
@@ -233,7 +234,9 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 // start starts a worker that serves the volume.
 func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attachment, error) {
 	a := &attachment{started: time.Now()}
-	w, err := startProcess(s.options.WorkerCommand, WorkerOptions{PoolDir: p.Dir(), Volume: id, Holder: s.options.Holder})
+	w, err := startProcess(s.options.WorkerCommand, WorkerOptions{
+		PoolDir: p.Dir(), Volume: id, Holder: s.options.Holder, Journal: s.options.Journal,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -259,6 +262,9 @@ func (s *supervisor) watch(id string, a *attachment) error {
 	defer s.mu.Unlock()
 	if s.closing { // shutDown may have taken its list of volumes already
 		return errClosing
+	}
+	if before := s.attached[id]; before != nil && before.waiting {
+		a.deaths = before.deaths
 	}
 	s.attached[id] = a
 	s.tasks.Go(func() {

@@ -1,17 +1,21 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 )
 
 // Nobody who uses a volume notices the death of what serves it, but for a pause.
@@ -33,23 +37,42 @@ func ioctlRange(f *os.File, request uint, span *[2]uint64) error {
 // snapshots makes and deletes snapshots of a volume until stop is called. They may fail, for what serves them dies.
 func (r *rig) snapshots(id string) (stop func()) {
 	end := make(chan struct{})
-	ctx := testContext(r.t)
 	var running sync.WaitGroup
+	made := 0
+	step := func(i int) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.t.Context()), patience)
+		defer cancel()
+		if _, err := r.client.CreateSnapshot(ctx, id, fmt.Sprint("s", i), nil); err == nil {
+			made++
+		}
+		_ = r.client.DeleteSnapshot(ctx, id, fmt.Sprint("s", i-2))
+	}
 	running.Go(func() {
 		for i := 0; ; i++ {
 			select {
 			case <-end:
 				return
 			default:
+				step(i)
 			}
-			_, _ = r.client.CreateSnapshot(ctx, id, fmt.Sprint("s", i), nil)
-			_ = r.client.DeleteSnapshot(ctx, id, fmt.Sprint("s", i-2))
 		}
 	})
 	return sync.OnceFunc(func() {
 		close(end)
 		running.Wait()
+		r.t.Logf("%d snapshots of %s", made, id)
 	})
+}
+
+// wantJournal checks which way the unanswered requests of a volume go.
+func (r *rig) wantJournal(id string, want bool) {
+	r.t.Helper()
+	k, err := getKept(testContext(r.t), holder.Client{Path: r.holderSocket()}, id)
+	must(r.t, err)
+	defer k.close()
+	if got := len(k.device.FDs) == 4; got != want {
+		r.t.Fatalf("%d descriptors of the device are held", len(k.device.FDs))
+	}
 }
 
 // killWorker kills the worker of a volume, if it has one.
@@ -63,11 +86,16 @@ func (r *rig) killWorker(id string) {
 }
 
 // Workers are killed at random moments, while guests write and snapshots come and go.
-func TestSurviveWorkers(t *testing.T) {
-	r := newHeldRig(t)
+func TestSurviveWorkers(t *testing.T)        { surviveWorkers(t) }
+func TestSurviveWorkersJournal(t *testing.T) { surviveWorkers(t, "--journal") }
+
+func surviveWorkers(t *testing.T, args ...string) {
+	t.Helper()
+	r := newHeldRig(t, args...)
 	const size = 64 * mib
 	id := r.newVolume("a", size)
 	device := r.attach(id)
+	r.wantJournal(id, slices.Contains(args, "--journal"))
 	l := startLoad(t, device, size, 8)
 	stop := r.snapshots(id)
 	defer stop()
@@ -89,8 +117,12 @@ func TestSurviveWorkers(t *testing.T) {
 }
 
 // Engines and holders are killed, stopped and replaced while guests write.
-func TestSurviveEngines(t *testing.T) {
-	r := newHeldRig(t)
+func TestSurviveEngines(t *testing.T)        { surviveEngines(t) }
+func TestSurviveEnginesJournal(t *testing.T) { surviveEngines(t, "--journal") }
+
+func surviveEngines(t *testing.T, args ...string) {
+	t.Helper()
+	r := newHeldRig(t, args...)
 	const size = 64 * mib
 	var ids []string
 	var loads []*load
@@ -102,7 +134,7 @@ func TestSurviveEngines(t *testing.T) {
 		what string
 		do   func()
 	}{
-		{"the engine is killed", func() { r.kill(); r.start() }},
+		{"the engine is killed", func() { r.kill(); r.start(args...) }},
 		{"the engine is killed with its workers", func() {
 			pids := []int{r.find(ids[0]).WorkerPID, r.find(ids[1]).WorkerPID}
 			must(t, r.engine.cmd.Process.Signal(unix.SIGSTOP))
@@ -110,10 +142,10 @@ func TestSurviveEngines(t *testing.T) {
 				must(t, unix.Kill(pid, unix.SIGKILL))
 			}
 			r.kill()
-			r.start()
+			r.start(args...)
 		}},
-		{"the engine is stopped", func() { r.stop(); r.start() }},
-		{"the engine is upgraded", r.upgrade},
+		{"the engine is stopped", func() { r.stop(); r.start(args...) }},
+		{"the engine is upgraded", func() { r.upgrade(args...) }},
 		{"the holder is upgraded", r.upgradeHolder},
 	} {
 		for range *engineChanges {
@@ -141,10 +173,10 @@ func TestSurviveEngines(t *testing.T) {
 }
 
 // upgrade starts another engine beside the one that runs, and ends that when the other stands by.
-func (r *rig) upgrade() {
+func (r *rig) upgrade(args ...string) {
 	r.t.Helper()
 	old := r.engine
-	r.launch("--ready-file", r.socket+".ready")
+	r.launch(append([]string{"--ready-file", r.socket + ".ready"}, args...)...)
 	r.eventually("the next engine stands by", func() bool {
 		return os.Remove(r.socket+".ready") == nil
 	})
@@ -156,4 +188,22 @@ func (r *rig) upgradeHolder() {
 	old := r.holder
 	r.holder = r.process("holder", r.holderSocket())
 	old.stop(r.t)
+}
+
+// A worker whose io_uring breaks does not know what became of its requests: it ends, and the next one carries them out.
+func TestSurviveBrokenRing(t *testing.T) {
+	r := newHeldRig(t)
+	const size = 64 * mib
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	l := startLoad(t, device, size, 8)
+	for range 3 {
+		l.awaitProgress(t)
+		pid := r.find(id).WorkerPID
+		must(t, unix.Kill(pid, unix.SIGUSR1))
+		r.awaitReplaced(id, pid)
+	}
+	l.awaitProgress(t)
+	l.end(t)
+	l.verify(t, device)
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"k8s.io/klog/v2"
 
@@ -26,11 +27,13 @@ type WorkerOptions struct {
 	PoolDir string
 	Volume  string // its ID
 	Holder  string // path of the holder's socket
+	Journal bool   // see Options
+	Rest    func() // called, if not nil, when nobody has used the volume for a while
 }
 
 // RunWorker is the body of a worker process: it serves one volume of a pool, as told over the inherited
 // connection, until the connection or ctx ends. A volume that is attached then is flushed and left to a next worker:
-// its users wait. The process must end when RunWorker returns.
+// its users wait. The process must end when RunWorker returns, at once after an error: it may still hold the volume.
 func RunWorker(ctx context.Context, o WorkerOptions) error {
 	f := os.NewFile(controlFD, "supervisor")
 	conn, err := net.FileConn(f)
@@ -41,8 +44,33 @@ func RunWorker(ctx context.Context, o WorkerOptions) error {
 	return serveWorker(ctx, conn, o)
 }
 
+// worker serves the control API for one volume.
+type worker struct {
+	api.UnimplementedEngineServer
+	options WorkerOptions
+	broken  chan error // has one when the process must end
+
+	// mu serialises Attach, Detach, Resize and the snapshot calls.
+	mu sync.Mutex
+	// current is nil while the volume is not attached. Changed under mu, read without.
+	current atomic.Pointer[served]
+	ended   bool // the supervisor is gone; guarded by mu
+}
+
 func serveWorker(ctx context.Context, conn net.Conn, o WorkerOptions) error {
-	w := &worker{options: o}
+	w := &worker{options: o, broken: make(chan error, 1)}
+	ended := make(chan error, 1)
+	go func() { ended <- w.run(ctx, conn) }()
+	select {
+	case err := <-ended:
+		return err
+	case err := <-w.broken: // neither the volume nor calls can be brought to an end: only the process can
+		return fmt.Errorf("%s: %w", o.Volume, err)
+	}
+}
+
+// run serves until the connection or ctx ends.
+func (w *worker) run(ctx context.Context, conn net.Conn) error {
 	server := newServer(workerLogLevel)
 	api.RegisterEngineServer(server, w)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
@@ -54,18 +82,6 @@ func serveWorker(ctx context.Context, conn net.Conn, o WorkerOptions) error {
 	err = errors.Join(err, w.leave())
 	server.Stop() // waits for the calls that still run
 	return err
-}
-
-// worker serves the control API for one volume.
-type worker struct {
-	api.UnimplementedEngineServer
-	options WorkerOptions
-
-	// mu serialises Attach, Detach, Resize and the snapshot calls.
-	mu sync.Mutex
-	// current is nil while the volume is not attached. Changed under mu, read without.
-	current atomic.Pointer[served]
-	ended   bool // the supervisor is gone; guarded by mu
 }
 
 // leave leaves an attached volume to a next worker when this one has lost its supervisor. It does not wait for calls that
@@ -105,7 +121,7 @@ func (w *worker) Attach(ctx context.Context, _ *api.AttachRequest) (*api.AttachR
 			return nil, errSupervisorGone
 		}
 		var err error
-		if s, err = serve(context.WithoutCancel(ctx), w.options); err != nil {
+		if s, err = serve(context.WithoutCancel(ctx), w.options, w.broken); err != nil {
 			return nil, err
 		}
 		w.current.Store(s)
@@ -138,10 +154,12 @@ func (w *worker) List(context.Context, *api.ListRequest) (*api.ListResponse, err
 	}
 	a := &api.Attachment{
 		VolumeId: w.options.Volume, Device: s.dev.Path(), Size: s.img.Size(), WorkerPid: int32(os.Getpid()),
-		Operations: s.backend.operations(),
+		Operations: s.backend.operations(), Corrupt: s.backend.corrupted.Load(),
 	}
 	if err := s.failure(); err != nil {
-		a.Failure = err.Error()
+		a.State, a.Failure = api.State_FAILED, err.Error()
+	} else if waited := s.stalled(); waited > 0 {
+		a.State, a.Failure = api.State_STALLED, fmt.Sprintf("no request was answered for %v", waited.Round(time.Second))
 	}
 	return &api.ListResponse{Attachments: []*api.Attachment{a}}, nil
 }

@@ -79,6 +79,16 @@ func (c *l2Cache) put(t *l2Table) {
 	}
 }
 
+// dropClean drops all tables but the dirty ones.
+func (c *l2Cache) dropClean() {
+	for index, e := range c.tables {
+		if e.Value.(*l2Table).clean() {
+			c.drop(index)
+		}
+	}
+	c.spare = nil
+}
+
 func (c *l2Cache) drop(index int64) {
 	if e := c.tables[index]; e != nil {
 		c.recent.Remove(e)

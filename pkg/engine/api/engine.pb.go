@@ -25,6 +25,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// State is how an attached volume is served.
+type State int32
+
+const (
+	State_SERVED    State = 0 // or, from an engine that knows no states, FAILED if there is a failure
+	State_FAILED    State = 1 // its users get errors
+	State_REPLACING State = 2 // its users wait for another worker
+	State_STALLED   State = 3 // its users wait, for a worker that does not answer or a disk that does not
+)
+
+// Enum value maps for State.
+var (
+	State_name = map[int32]string{
+		0: "SERVED",
+		1: "FAILED",
+		2: "REPLACING",
+		3: "STALLED",
+	}
+	State_value = map[string]int32{
+		"SERVED":    0,
+		"FAILED":    1,
+		"REPLACING": 2,
+		"STALLED":   3,
+	}
+)
+
+func (x State) Enum() *State {
+	p := new(State)
+	*p = x
+	return p
+}
+
+func (x State) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (State) Descriptor() protoreflect.EnumDescriptor {
+	return file_pkg_engine_api_engine_proto_enumTypes[0].Descriptor()
+}
+
+func (State) Type() protoreflect.EnumType {
+	return &file_pkg_engine_api_engine_proto_enumTypes[0]
+}
+
+func (x State) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use State.Descriptor instead.
+func (State) EnumDescriptor() ([]byte, []int) {
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{0}
+}
+
 type ProbeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -359,8 +412,11 @@ type Attachment struct {
 	Device        string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
 	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"` // virtual bytes
 	WorkerPid     int32                  `protobuf:"varint,4,opt,name=worker_pid,json=workerPid,proto3" json:"worker_pid,omitempty"`
-	Failure       string                 `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"` // empty while the volume is served; else why it is not
+	Failure       string                 `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"` // why the state is not SERVED
 	Operations    []*Operations          `protobuf:"bytes,6,rep,name=operations,proto3" json:"operations,omitempty"`
+	State         State                  `protobuf:"varint,7,opt,name=state,proto3,enum=csi_qcow2.engine.v1.State" json:"state,omitempty"`
+	Corrupt       bool                   `protobuf:"varint,8,opt,name=corrupt,proto3" json:"corrupt,omitempty"` // the image is: it is read, and not written
+	Deaths        int32                  `protobuf:"varint,9,opt,name=deaths,proto3" json:"deaths,omitempty"`   // workers that died, and were replaced, since it was attached or the engine started
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -435,6 +491,27 @@ func (x *Attachment) GetOperations() []*Operations {
 		return x.Operations
 	}
 	return nil
+}
+
+func (x *Attachment) GetState() State {
+	if x != nil {
+		return x.State
+	}
+	return State_SERVED
+}
+
+func (x *Attachment) GetCorrupt() bool {
+	if x != nil {
+		return x.Corrupt
+	}
+	return false
+}
+
+func (x *Attachment) GetDeaths() int32 {
+	if x != nil {
+		return x.Deaths
+	}
+	return 0
 }
 
 // Operations are the device's requests of one kind since its worker started.
@@ -1089,7 +1166,7 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x0eDetachResponse\"\r\n" +
 	"\vListRequest\"Q\n" +
 	"\fListResponse\x12A\n" +
-	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\xcf\x01\n" +
+	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\xb3\x02\n" +
 	"\n" +
 	"Attachment\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x16\n" +
@@ -1100,7 +1177,10 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\afailure\x18\x05 \x01(\tR\afailure\x12?\n" +
 	"\n" +
 	"operations\x18\x06 \x03(\v2\x1f.csi_qcow2.engine.v1.OperationsR\n" +
-	"operations\"\x86\x01\n" +
+	"operations\x120\n" +
+	"\x05state\x18\a \x01(\x0e2\x1a.csi_qcow2.engine.v1.StateR\x05state\x12\x18\n" +
+	"\acorrupt\x18\b \x01(\bR\acorrupt\x12\x16\n" +
+	"\x06deaths\x18\t \x01(\x05R\x06deaths\"\x86\x01\n" +
 	"\n" +
 	"Operations\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
@@ -1138,7 +1218,14 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12\x16\n" +
 	"\x06target\x18\x03 \x01(\tR\x06target\x12\x12\n" +
 	"\x04size\x18\x04 \x01(\x03R\x04size\"\x0f\n" +
-	"\rCloneResponse2\xac\x06\n" +
+	"\rCloneResponse*;\n" +
+	"\x05State\x12\n" +
+	"\n" +
+	"\x06SERVED\x10\x00\x12\n" +
+	"\n" +
+	"\x06FAILED\x10\x01\x12\r\n" +
+	"\tREPLACING\x10\x02\x12\v\n" +
+	"\aSTALLED\x10\x032\xac\x06\n" +
 	"\x06Engine\x12N\n" +
 	"\x05Probe\x12!.csi_qcow2.engine.v1.ProbeRequest\x1a\".csi_qcow2.engine.v1.ProbeResponse\x12Q\n" +
 	"\x06Attach\x12\".csi_qcow2.engine.v1.AttachRequest\x1a#.csi_qcow2.engine.v1.AttachResponse\x12Q\n" +
@@ -1162,60 +1249,63 @@ func file_pkg_engine_api_engine_proto_rawDescGZIP() []byte {
 	return file_pkg_engine_api_engine_proto_rawDescData
 }
 
+var file_pkg_engine_api_engine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_pkg_engine_api_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_pkg_engine_api_engine_proto_goTypes = []any{
-	(*ProbeRequest)(nil),           // 0: csi_qcow2.engine.v1.ProbeRequest
-	(*ProbeResponse)(nil),          // 1: csi_qcow2.engine.v1.ProbeResponse
-	(*AttachRequest)(nil),          // 2: csi_qcow2.engine.v1.AttachRequest
-	(*AttachResponse)(nil),         // 3: csi_qcow2.engine.v1.AttachResponse
-	(*DetachRequest)(nil),          // 4: csi_qcow2.engine.v1.DetachRequest
-	(*DetachResponse)(nil),         // 5: csi_qcow2.engine.v1.DetachResponse
-	(*ListRequest)(nil),            // 6: csi_qcow2.engine.v1.ListRequest
-	(*ListResponse)(nil),           // 7: csi_qcow2.engine.v1.ListResponse
-	(*Attachment)(nil),             // 8: csi_qcow2.engine.v1.Attachment
-	(*Operations)(nil),             // 9: csi_qcow2.engine.v1.Operations
-	(*ResizeRequest)(nil),          // 10: csi_qcow2.engine.v1.ResizeRequest
-	(*ResizeResponse)(nil),         // 11: csi_qcow2.engine.v1.ResizeResponse
-	(*CreateSnapshotRequest)(nil),  // 12: csi_qcow2.engine.v1.CreateSnapshotRequest
-	(*CreateSnapshotResponse)(nil), // 13: csi_qcow2.engine.v1.CreateSnapshotResponse
-	(*Snapshot)(nil),               // 14: csi_qcow2.engine.v1.Snapshot
-	(*DeleteSnapshotRequest)(nil),  // 15: csi_qcow2.engine.v1.DeleteSnapshotRequest
-	(*DeleteSnapshotResponse)(nil), // 16: csi_qcow2.engine.v1.DeleteSnapshotResponse
-	(*ListSnapshotsRequest)(nil),   // 17: csi_qcow2.engine.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),  // 18: csi_qcow2.engine.v1.ListSnapshotsResponse
-	(*CloneRequest)(nil),           // 19: csi_qcow2.engine.v1.CloneRequest
-	(*CloneResponse)(nil),          // 20: csi_qcow2.engine.v1.CloneResponse
-	(*timestamppb.Timestamp)(nil),  // 21: google.protobuf.Timestamp
+	(State)(0),                     // 0: csi_qcow2.engine.v1.State
+	(*ProbeRequest)(nil),           // 1: csi_qcow2.engine.v1.ProbeRequest
+	(*ProbeResponse)(nil),          // 2: csi_qcow2.engine.v1.ProbeResponse
+	(*AttachRequest)(nil),          // 3: csi_qcow2.engine.v1.AttachRequest
+	(*AttachResponse)(nil),         // 4: csi_qcow2.engine.v1.AttachResponse
+	(*DetachRequest)(nil),          // 5: csi_qcow2.engine.v1.DetachRequest
+	(*DetachResponse)(nil),         // 6: csi_qcow2.engine.v1.DetachResponse
+	(*ListRequest)(nil),            // 7: csi_qcow2.engine.v1.ListRequest
+	(*ListResponse)(nil),           // 8: csi_qcow2.engine.v1.ListResponse
+	(*Attachment)(nil),             // 9: csi_qcow2.engine.v1.Attachment
+	(*Operations)(nil),             // 10: csi_qcow2.engine.v1.Operations
+	(*ResizeRequest)(nil),          // 11: csi_qcow2.engine.v1.ResizeRequest
+	(*ResizeResponse)(nil),         // 12: csi_qcow2.engine.v1.ResizeResponse
+	(*CreateSnapshotRequest)(nil),  // 13: csi_qcow2.engine.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil), // 14: csi_qcow2.engine.v1.CreateSnapshotResponse
+	(*Snapshot)(nil),               // 15: csi_qcow2.engine.v1.Snapshot
+	(*DeleteSnapshotRequest)(nil),  // 16: csi_qcow2.engine.v1.DeleteSnapshotRequest
+	(*DeleteSnapshotResponse)(nil), // 17: csi_qcow2.engine.v1.DeleteSnapshotResponse
+	(*ListSnapshotsRequest)(nil),   // 18: csi_qcow2.engine.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),  // 19: csi_qcow2.engine.v1.ListSnapshotsResponse
+	(*CloneRequest)(nil),           // 20: csi_qcow2.engine.v1.CloneRequest
+	(*CloneResponse)(nil),          // 21: csi_qcow2.engine.v1.CloneResponse
+	(*timestamppb.Timestamp)(nil),  // 22: google.protobuf.Timestamp
 }
 var file_pkg_engine_api_engine_proto_depIdxs = []int32{
-	8,  // 0: csi_qcow2.engine.v1.ListResponse.attachments:type_name -> csi_qcow2.engine.v1.Attachment
-	9,  // 1: csi_qcow2.engine.v1.Attachment.operations:type_name -> csi_qcow2.engine.v1.Operations
-	14, // 2: csi_qcow2.engine.v1.CreateSnapshotResponse.snapshot:type_name -> csi_qcow2.engine.v1.Snapshot
-	21, // 3: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
-	14, // 4: csi_qcow2.engine.v1.ListSnapshotsResponse.snapshots:type_name -> csi_qcow2.engine.v1.Snapshot
-	0,  // 5: csi_qcow2.engine.v1.Engine.Probe:input_type -> csi_qcow2.engine.v1.ProbeRequest
-	2,  // 6: csi_qcow2.engine.v1.Engine.Attach:input_type -> csi_qcow2.engine.v1.AttachRequest
-	4,  // 7: csi_qcow2.engine.v1.Engine.Detach:input_type -> csi_qcow2.engine.v1.DetachRequest
-	6,  // 8: csi_qcow2.engine.v1.Engine.List:input_type -> csi_qcow2.engine.v1.ListRequest
-	10, // 9: csi_qcow2.engine.v1.Engine.Resize:input_type -> csi_qcow2.engine.v1.ResizeRequest
-	12, // 10: csi_qcow2.engine.v1.Engine.CreateSnapshot:input_type -> csi_qcow2.engine.v1.CreateSnapshotRequest
-	15, // 11: csi_qcow2.engine.v1.Engine.DeleteSnapshot:input_type -> csi_qcow2.engine.v1.DeleteSnapshotRequest
-	17, // 12: csi_qcow2.engine.v1.Engine.ListSnapshots:input_type -> csi_qcow2.engine.v1.ListSnapshotsRequest
-	19, // 13: csi_qcow2.engine.v1.Engine.Clone:input_type -> csi_qcow2.engine.v1.CloneRequest
-	1,  // 14: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
-	3,  // 15: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
-	5,  // 16: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
-	7,  // 17: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
-	11, // 18: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
-	13, // 19: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
-	16, // 20: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
-	18, // 21: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
-	20, // 22: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
-	14, // [14:23] is the sub-list for method output_type
-	5,  // [5:14] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	9,  // 0: csi_qcow2.engine.v1.ListResponse.attachments:type_name -> csi_qcow2.engine.v1.Attachment
+	10, // 1: csi_qcow2.engine.v1.Attachment.operations:type_name -> csi_qcow2.engine.v1.Operations
+	0,  // 2: csi_qcow2.engine.v1.Attachment.state:type_name -> csi_qcow2.engine.v1.State
+	15, // 3: csi_qcow2.engine.v1.CreateSnapshotResponse.snapshot:type_name -> csi_qcow2.engine.v1.Snapshot
+	22, // 4: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
+	15, // 5: csi_qcow2.engine.v1.ListSnapshotsResponse.snapshots:type_name -> csi_qcow2.engine.v1.Snapshot
+	1,  // 6: csi_qcow2.engine.v1.Engine.Probe:input_type -> csi_qcow2.engine.v1.ProbeRequest
+	3,  // 7: csi_qcow2.engine.v1.Engine.Attach:input_type -> csi_qcow2.engine.v1.AttachRequest
+	5,  // 8: csi_qcow2.engine.v1.Engine.Detach:input_type -> csi_qcow2.engine.v1.DetachRequest
+	7,  // 9: csi_qcow2.engine.v1.Engine.List:input_type -> csi_qcow2.engine.v1.ListRequest
+	11, // 10: csi_qcow2.engine.v1.Engine.Resize:input_type -> csi_qcow2.engine.v1.ResizeRequest
+	13, // 11: csi_qcow2.engine.v1.Engine.CreateSnapshot:input_type -> csi_qcow2.engine.v1.CreateSnapshotRequest
+	16, // 12: csi_qcow2.engine.v1.Engine.DeleteSnapshot:input_type -> csi_qcow2.engine.v1.DeleteSnapshotRequest
+	18, // 13: csi_qcow2.engine.v1.Engine.ListSnapshots:input_type -> csi_qcow2.engine.v1.ListSnapshotsRequest
+	20, // 14: csi_qcow2.engine.v1.Engine.Clone:input_type -> csi_qcow2.engine.v1.CloneRequest
+	2,  // 15: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
+	4,  // 16: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
+	6,  // 17: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
+	8,  // 18: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
+	12, // 19: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
+	14, // 20: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
+	17, // 21: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
+	19, // 22: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
+	21, // 23: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
+	15, // [15:24] is the sub-list for method output_type
+	6,  // [6:15] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_pkg_engine_api_engine_proto_init() }
@@ -1228,13 +1318,14 @@ func file_pkg_engine_api_engine_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pkg_engine_api_engine_proto_rawDesc), len(file_pkg_engine_api_engine_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      1,
 			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_pkg_engine_api_engine_proto_goTypes,
 		DependencyIndexes: file_pkg_engine_api_engine_proto_depIdxs,
+		EnumInfos:         file_pkg_engine_api_engine_proto_enumTypes,
 		MessageInfos:      file_pkg_engine_api_engine_proto_msgTypes,
 	}.Build()
 	File_pkg_engine_api_engine_proto = out.File
