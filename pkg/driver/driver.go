@@ -128,7 +128,7 @@ func (d *Driver) inCluster(config *rest.Config) (func(context.Context), error) {
 	if err != nil {
 		return nil, err
 	}
-	o := cluster.Options{Clients: clients, Driver: Name, Node: d.nodeID, Owns: d.ownsHandle}
+	o := cluster.Options{Clients: clients, Driver: Name, Node: d.nodeID, Owns: d.ownsHandle, Attached: d.attachedVolumes}
 	return func(ctx context.Context) { cluster.Run(ctx, o) }, nil
 }
 

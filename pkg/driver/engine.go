@@ -43,8 +43,8 @@ func (d *Driver) attachedSize(ctx context.Context, id string) (int64, error) {
 		return 0, err
 	}
 	a, ok := attached[id]
-	if !ok || a.Failure != "" {
+	if !ok {
 		return 0, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
 	}
-	return a.Size, nil
+	return a.Size, a.Err()
 }

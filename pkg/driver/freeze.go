@@ -19,8 +19,11 @@ func (d *Driver) mountedFileSystem(ctx context.Context, id string) (*os.File, er
 		return nil, err
 	}
 	a, ok := attached[id]
-	if !ok || a.Failure != "" {
+	if !ok {
 		return nil, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
+	}
+	if err := a.Err(); err != nil {
+		return nil, err
 	}
 	device, err := newBlockDevice(a.Device)
 	if err != nil {

@@ -13,6 +13,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 )
 
 // blockDevice is an attached volume's device.
@@ -166,7 +168,7 @@ func (n *node) unmountStale(ctx context.Context, m mountPoint) error {
 	stale := m.isLoop()
 	for _, a := range attached {
 		device, err := newBlockDevice(a.Device)
-		inUse := err == nil && a.Failure == "" && (m.dev == device.rdev || m.isNodeOf(device))
+		inUse := err == nil && a.State != engine.Failed && (m.dev == device.rdev || m.isNodeOf(device))
 		stale = stale && !inUse
 	}
 	if !stale {

@@ -66,8 +66,10 @@ func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, erro
 	switch {
 	case !ok:
 		return blockDevice{}, fmt.Errorf("%w: volume %s is not staged: %w", errPrecondition, id, engine.ErrNotAttached)
-	case a.Failure != "":
+	case a.State == engine.Failed:
 		return blockDevice{}, fmt.Errorf("%w: volume %s has failed, it must be staged again: %s", errPrecondition, id, a.Failure)
+	case a.State != engine.Served:
+		return blockDevice{}, a.Err()
 	}
 	return newBlockDevice(a.Device)
 }

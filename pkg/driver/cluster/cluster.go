@@ -5,6 +5,8 @@
 //   - A VolumeSnapshotContent whose snapshot, or whose volume, is in this node's pool gets the label by which this
 //     node's csi-snapshotter finds its work.
 //
+// What goes wrong with a volume in use becomes an Event of its claim.
+//
 // Each node looks after its own pool only, so nodes need no leader. Nothing else in the cluster is changed.
 package cluster
 
@@ -30,6 +32,8 @@ type Options struct {
 	Node   string // the Kubernetes node's name
 	// Owns tells whether a volume handle or snapshot handle is of this node's pool. After an error it is asked again.
 	Owns func(handle string) (bool, error)
+	// Attached returns the volumes that are in use on this node.
+	Attached func(context.Context) ([]Volume, error)
 }
 
 // Clients of the API groups that are used. Those of all groups together would be most of the program.
@@ -65,6 +69,8 @@ func Run(ctx context.Context, o Options) {
 	for _, r := range []*reconciler{newClaims(o, events), newContents(o)} {
 		group.Go(func() { r.run(ctx) })
 	}
+	h := &health{Options: o, events: events, before: map[string]Volume{}}
+	group.Go(func() { h.run(ctx) })
 }
 
 // newScheme knows the kinds that events are about.

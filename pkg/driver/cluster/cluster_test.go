@@ -79,6 +79,7 @@ func (a *api) options() Options {
 			}
 			return strings.HasPrefix(handle, "here"), nil
 		},
+		Attached: func(context.Context) ([]Volume, error) { return nil, nil },
 	}
 }
 
