@@ -6,7 +6,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test crash survive fuzz differential damage lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
+.PHONY: help build demo test crash survive soak fuzz differential damage lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
 
 help: ## say what there is to make
 	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
@@ -28,9 +28,13 @@ crash: ## crash images at 200,000 moments and make every call of the file fail, 
 	@hack/setup.sh test
 	@hack/crash.sh
 
-survive: ## kill workers KILLS=200 times, and change engines CHANGES=50 times in each way, under load
+survive: ## kill workers KILLS=200 times, and change engines CHANGES=50 times in each way, under load, each with resending and with a journal
 	@hack/setup.sh test
 	@hack/survive.sh $(or $(KILLS),200) $(or $(CHANGES),50)
+
+soak: ## let two volumes live for SOAK=2h under load, with kills, snapshots, growing and upgrades
+	@hack/setup.sh test
+	@hack/soak.sh $(or $(SOAK),2h)
 
 fuzz: ## feed hostile images to the engine, FUZZTIME=1h for each group of targets
 	@hack/setup.sh test
