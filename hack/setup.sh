@@ -15,6 +15,7 @@ test=(
 	"${demo[@]}"
 	qemu-system-common=/usr/bin/qemu-storage-daemon
 	fio=/usr/bin/fio
+	sqlite3=/usr/bin/sqlite3
 	strace=/usr/bin/strace
 	btrfs-progs=/sbin/mkfs.btrfs
 	gcc=/usr/bin/gcc # the race detector links with it

@@ -12,9 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
-	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
 // ioSize is the size of the disks of the I/O table, which are fully mapped.
@@ -25,6 +22,13 @@ type ioLoad struct {
 	name string
 	fio  []string
 	bulk bool // MB/s, not IOPS
+}
+
+func (l ioLoad) unit() string {
+	if l.bulk {
+		return "MB/s"
+	}
+	return "1/s"
 }
 
 func ioLoads() []ioLoad {
@@ -38,13 +42,6 @@ func ioLoads() []ioLoad {
 		{"seqread 1M QD8", []string{"--rw=read", "--bs=1m", "--iodepth=8"}, true},
 		{"seqwrite 1M QD8", []string{"--rw=write", "--bs=1m", "--iodepth=8"}, true},
 	}
-}
-
-// ioTarget is a block device under load.
-type ioTarget struct {
-	name   string
-	device string
-	end    func() error
 }
 
 // ioFigure is what one run gave.
@@ -66,8 +63,17 @@ func (b *bench) io(ctx context.Context) (err error) {
 			err = errors.Join(err, t.end())
 		}
 	}()
-	for _, start := range []func(context.Context, string) (*ioTarget, error){b.ioRaw, b.ioPassThrough, b.ioOurs, b.ioQEMU} {
-		t, err := start(ctx, master)
+	image := filepath.Join(b.dir, "io.qcow2")
+	if err := convert(ctx, master, image); err != nil {
+		return err
+	}
+	for _, start := range []func() (*ioTarget, error){
+		func() (*ioTarget, error) { return b.ioRaw(ctx, master) },
+		func() (*ioTarget, error) { return b.ioPassThrough(ctx, master) },
+		func() (*ioTarget, error) { return b.ioOurs(ctx, image) },
+		func() (*ioTarget, error) { return b.ioQEMU(ctx, image) },
+	} {
+		t, err := start()
 		if err != nil {
 			return err
 		}
@@ -96,10 +102,7 @@ func (b *bench) io(ctx context.Context) (err error) {
 
 // reportIO prints the medians of a row, and those of the ratios of runs that followed each other.
 func (b *bench) reportIO(load ioLoad, figures [][]ioFigure) {
-	unit := "1/s"
-	if load.bulk {
-		unit = "MB/s"
-	}
+	unit := load.unit()
 	cells := []string{load.name + ", " + unit}
 	for _, fs := range figures {
 		cells = append(cells, fmt.Sprintf("%s, %s µs", number(medianOf(fs, func(i int) float64 { return fs[i].rate })),
@@ -180,102 +183,4 @@ func busyTime() time.Duration {
 		ticks += n
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond
-}
-
-// onLoop puts a loop device with direct I/O on a file.
-func onLoop(ctx context.Context, path string) (device string, end func() error, err error) {
-	out, err := exec.CommandContext(ctx, "losetup", "--find", "--show", "--direct-io=on", path).Output()
-	if err != nil {
-		return "", nil, fmt.Errorf("losetup %s: %w", path, err)
-	}
-	device = strings.TrimSpace(string(out))
-	return device, func() error {
-		_, err := command(context.WithoutCancel(ctx), "losetup", "--detach", device)
-		return err
-	}, nil
-}
-
-func (b *bench) ioRaw(ctx context.Context, master string) (*ioTarget, error) {
-	device, end, err := onLoop(ctx, master)
-	return &ioTarget{"raw file on loop", device, end}, err
-}
-
-// ioPassThrough serves a raw file in a process of its own.
-func (b *bench) ioPassThrough(ctx context.Context, master string) (*ioTarget, error) {
-	path := filepath.Join(b.dir, "pass.raw")
-	if _, err := command(ctx, "cp", "--sparse=never", master, path); err != nil {
-		return nil, err
-	}
-	p, err := startServer(ctx, "/proc/self/exe", "-pass-through", path)
-	if err != nil {
-		return nil, err
-	}
-	return &ioTarget{"pass-through", p.line, p.stop}, nil
-}
-
-// ioOurs serves the image in an engine.
-func (b *bench) ioOurs(ctx context.Context, master string) (*ioTarget, error) {
-	dir, socket := filepath.Join(b.dir, "pool"), filepath.Join(b.dir, "engine")
-	if err := errors.Join(os.Mkdir(dir, 0o700), pool.Init(dir)); err != nil {
-		return nil, err
-	}
-	p, err := pool.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	v := pool.Volume{ID: p.NewID("bench"), Name: "bench", Size: ioSize, Created: time.Now()}
-	if err := p.Create(ctx, v, func(ctx context.Context, path string) error { return convert(ctx, master, path) }); err != nil {
-		return nil, err
-	}
-	server, err := startServer(ctx, b.program, "engine", "--listen=unix://"+socket, "--pool="+dir)
-	if err != nil {
-		return nil, err
-	}
-	client, err := engine.NewClient("unix://" + socket)
-	if err != nil {
-		return nil, errors.Join(err, server.stop())
-	}
-	device := ""
-	for deadline := time.Now().Add(30 * time.Second); device == "" && time.Now().Before(deadline); {
-		if device, err = client.Attach(ctx, v.ID); err != nil {
-			<-time.After(50 * time.Millisecond)
-		}
-	}
-	return &ioTarget{"ours", device, func() error {
-		return errors.Join(client.Detach(context.WithoutCancel(ctx), v.ID), client.Close(), server.stop())
-	}}, err
-}
-
-// ioQEMU serves the image in qemu-storage-daemon, with direct I/O and io_uring.
-func (b *bench) ioQEMU(ctx context.Context, master string) (*ioTarget, error) {
-	image, export := filepath.Join(b.dir, "qemu.qcow2"), filepath.Join(b.dir, "export")
-	if err := errors.Join(convert(ctx, master, image), os.WriteFile(export, nil, 0o600)); err != nil {
-		return nil, err
-	}
-	server, err := startServer(ctx, "qemu-storage-daemon",
-		"--blockdev", "driver=file,node-name=file,discard=unmap,aio=io_uring,cache.direct=on,filename="+image,
-		"--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap,cache.direct=on",
-		"--export", "type=fuse,id=export,node-name=disk,writable=on,mountpoint="+export)
-	if err != nil {
-		return nil, err
-	}
-	for deadline := time.Now().Add(30 * time.Second); ; <-time.After(10 * time.Millisecond) {
-		if st, err := os.Stat(export); err == nil && st.Size() == ioSize {
-			break
-		}
-		if time.Now().After(deadline) {
-			return nil, errors.Join(errors.New("qemu-storage-daemon has no export"), server.stop())
-		}
-	}
-	device, end, err := onLoop(ctx, export)
-	if err != nil {
-		return nil, errors.Join(err, server.stop())
-	}
-	return &ioTarget{"QEMU", device, func() error { return errors.Join(end(), server.stop()) }}, nil
-}
-
-// convert makes a fully mapped image of a raw file.
-func convert(ctx context.Context, raw, image string) error {
-	_, err := command(ctx, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-S", "0", raw, image)
-	return err
 }

@@ -78,6 +78,8 @@ func run(ctx context.Context) error {
 		{"restore", b.restore},
 		{"layout", b.layout},
 		{"io", b.io},
+		{"allocate", b.allocate},
+		{"files", b.files},
 	} {
 		if !b.only.MatchString(part.name) {
 			continue

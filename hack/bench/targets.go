@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// ioTarget is a block device under load.
+type ioTarget struct {
+	name   string
+	device string
+	end    func() error // also removes what was made for it
+}
+
+// onLoop puts a loop device with direct I/O on a file.
+func onLoop(ctx context.Context, path string) (device string, end func() error, err error) {
+	out, err := exec.CommandContext(ctx, "losetup", "--find", "--show", "--direct-io=on", path).Output()
+	if err != nil {
+		return "", nil, fmt.Errorf("losetup %s: %w", path, err)
+	}
+	device = strings.TrimSpace(string(out))
+	return device, func() error {
+		_, err := command(context.WithoutCancel(ctx), "losetup", "--detach", device)
+		return err
+	}, nil
+}
+
+// ioRaw does not remove the raw file.
+func (b *bench) ioRaw(ctx context.Context, raw string) (*ioTarget, error) {
+	device, end, err := onLoop(ctx, raw)
+	return &ioTarget{"raw file on loop", device, end}, err
+}
+
+// ioPassThrough serves a copy of a raw file in a process of its own.
+func (b *bench) ioPassThrough(ctx context.Context, raw string) (*ioTarget, error) {
+	path := filepath.Join(b.dir, "pass.raw")
+	if _, err := command(ctx, "cp", "--sparse=never", raw, path); err != nil {
+		return nil, err
+	}
+	p, err := startServer(ctx, "/proc/self/exe", "-pass-through", path)
+	if err != nil {
+		return nil, err
+	}
+	return &ioTarget{"pass-through", p.line, func() error { return errors.Join(p.stop(), os.Remove(path)) }}, nil
+}
+
+// ioOurs serves a copy of an image in an engine.
+func (b *bench) ioOurs(ctx context.Context, image string) (*ioTarget, error) {
+	dir, err := os.MkdirTemp(b.dir, "ours")
+	if err != nil {
+		return nil, err
+	}
+	home, socket := filepath.Join(dir, "pool"), filepath.Join(dir, "engine")
+	if err := errors.Join(os.Mkdir(home, 0o700), pool.Init(home)); err != nil {
+		return nil, err
+	}
+	p, err := pool.Open(home)
+	if err != nil {
+		return nil, err
+	}
+	size, err := imageSize(image)
+	if err != nil {
+		return nil, err
+	}
+	v := pool.Volume{ID: p.NewID("bench"), Name: "bench", Size: size, Created: time.Now()}
+	if err := p.Create(ctx, v, func(ctx context.Context, path string) error { return copyImage(ctx, image, path) }); err != nil {
+		return nil, err
+	}
+	server, err := startServer(ctx, b.program, "engine", "--listen=unix://"+socket, "--pool="+home)
+	if err != nil {
+		return nil, err
+	}
+	client, err := engine.NewClient("unix://" + socket)
+	if err != nil {
+		return nil, errors.Join(err, server.stop())
+	}
+	device := ""
+	for deadline := time.Now().Add(30 * time.Second); device == "" && time.Now().Before(deadline); {
+		if device, err = client.Attach(ctx, v.ID); err != nil {
+			<-time.After(50 * time.Millisecond)
+		}
+	}
+	return &ioTarget{"ours", device, func() error {
+		return errors.Join(client.Detach(context.WithoutCancel(ctx), v.ID), client.Close(), server.stop(), os.RemoveAll(dir))
+	}}, err
+}
+
+// ioQEMU serves a copy of an image in qemu-storage-daemon, with direct I/O and io_uring.
+func (b *bench) ioQEMU(ctx context.Context, image string) (*ioTarget, error) {
+	dir, err := os.MkdirTemp(b.dir, "qemu")
+	if err != nil {
+		return nil, err
+	}
+	path, export := filepath.Join(dir, "image"), filepath.Join(dir, "export")
+	if err := errors.Join(copyImage(ctx, image, path), os.WriteFile(export, nil, 0o600)); err != nil {
+		return nil, err
+	}
+	size, err := imageSize(image)
+	if err != nil {
+		return nil, err
+	}
+	server, err := startServer(ctx, "qemu-storage-daemon",
+		"--blockdev", "driver=file,node-name=file,discard=unmap,aio=io_uring,cache.direct=on,filename="+path,
+		"--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap,cache.direct=on",
+		"--export", "type=fuse,id=export,node-name=disk,writable=on,mountpoint="+export)
+	if err != nil {
+		return nil, err
+	}
+	for deadline := time.Now().Add(30 * time.Second); ; <-time.After(10 * time.Millisecond) {
+		if st, err := os.Stat(export); err == nil && st.Size() == size {
+			break
+		}
+		if time.Now().After(deadline) {
+			return nil, errors.Join(errors.New("qemu-storage-daemon has no export"), server.stop())
+		}
+	}
+	device, end, err := onLoop(ctx, export)
+	if err != nil {
+		return nil, errors.Join(err, server.stop())
+	}
+	return &ioTarget{"QEMU", device, func() error { return errors.Join(end(), server.stop(), os.RemoveAll(dir)) }}, nil
+}
+
+// convert makes a fully mapped image of a raw file.
+func convert(ctx context.Context, raw, image string) error {
+	_, err := command(ctx, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-S", "0", raw, image)
+	return err
+}
+
+// copyImage copies a file, its holes as holes, to the disk.
+func copyImage(ctx context.Context, from, to string) error {
+	if _, err := command(ctx, "cp", "--sparse=auto", from, to); err != nil {
+		return err
+	}
+	_, err := command(ctx, "sync", to)
+	return err
+}
+
+// imageSize returns the size of an image's disk.
+func imageSize(path string) (size int64, err error) {
+	f, err := qcow2.OpenFile(path, true)
+	if err != nil {
+		return 0, err
+	}
+	img, err := qcow2.Open(f, qcow2.OpenOptions{ReadOnly: true})
+	if err != nil {
+		return 0, errors.Join(err, f.Close())
+	}
+	size = img.Size()
+	return size, img.Close()
+}
