@@ -71,12 +71,13 @@ func (img *Image) attempt(op operation) error {
 
 // settleFirst commits, so that little is left to be committed when the operation begins, and reserves clusters for guests.
 func (img *Image) settleFirst() error {
-	guests := img.requests.Load() > 0
-	if err := img.begin(0, 0, true); err != nil {
+	img.gate.RLock() // as a guest's request, but for the count of those
+	err := img.usable(true)
+	img.gate.RUnlock()
+	if err != nil {
 		return err
 	}
-	img.end()
-	if guests {
+	if img.requests.Load() > 0 {
 		if err := img.alloc.reserve(img.g.batch(beforeBuildBytes)); err != nil {
 			return err
 		}
