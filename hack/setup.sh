@@ -42,6 +42,7 @@ e2e=(
 	iproute2=/sbin/ip
 	openssl=/usr/bin/openssl
 	busybox-static=/bin/busybox # what the tests' pods run
+	fio=/usr/bin/fio
 	# a virtual machine in a pod
 	qemu-system-x86=/usr/bin/qemu-system-x86_64
 	extlinux=/usr/bin/extlinux

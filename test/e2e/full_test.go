@@ -62,15 +62,27 @@ func (s *space) capacityBelow(node string, most int64) {
 func (s *space) eventuallyCapacity(node string, fn func(resource.Quantity) error) {
 	s.Helper()
 	s.eventually("capacity of "+node, func(ctx context.Context) error {
-		list, err := client.StorageV1().CSIStorageCapacities(system).List(ctx, meta.ListOptions{})
+		c, err := offered(ctx, node)
 		if err != nil {
 			return err
 		}
-		for _, c := range list.Items {
-			if c.StorageClassName == "csi-qcow2" && c.NodeTopology.MatchLabels["topology.qcow2.csi.dev/node"] == node {
-				return fn(*c.Capacity)
-			}
+		if c == nil {
+			return errors.New("it is not known")
 		}
-		return errors.New("it is not known")
+		return fn(*c)
 	})
+}
+
+// offered returns what a node offers to the class csi-qcow2, nil if nobody knows.
+func offered(ctx context.Context, node string) (*resource.Quantity, error) {
+	list, err := client.StorageV1().CSIStorageCapacities(system).List(ctx, meta.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range list.Items {
+		if c.StorageClassName == "csi-qcow2" && c.NodeTopology.MatchLabels["topology.qcow2.csi.dev/node"] == node {
+			return c.Capacity, nil
+		}
+	}
+	return nil, nil
 }

@@ -17,7 +17,7 @@ import (
 )
 
 // patience is how long anything in the cluster may take before the test fails. The machine may be small and busy.
-const patience = 3 * time.Minute
+const patience = 5 * time.Minute
 
 var (
 	restConfig *rest.Config

@@ -137,6 +137,9 @@ func loss(s *space) {
 		if len(claims.Items) > 1 || len(snaps.Items) > 1 || len(pods.Items) > 0 {
 			return fmt.Errorf("there are %d claims, %d snapshots, %d pods", len(claims.Items), len(snaps.Items), len(pods.Items))
 		}
+		if c, err := offered(ctx, spare); err != nil || c != nil {
+			return fmt.Errorf("its capacity of %s is offered: %w", c, err)
+		}
 		return nil
 	})
 	if volume := s.pv("kept"); volume.Status.Phase != core.VolumeBound {

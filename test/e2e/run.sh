@@ -5,10 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . cluster/env.sh
 
+# Those that may be the cluster's: of a node's disk, of a volume, and kubelet's.
+loops() { losetup --noheadings --raw --output NAME,BACK-FILE | { grep -E "$STATE|/csiq:pvc-|/kubernetes.io/" || true; } | sort; }
+
 leftovers() {
 	ip netns | grep -E '^q2e-' | sed 's/^/network namespace /'
 	grep -F "$STATE" /proc/self/mountinfo | cut -d' ' -f5 | sed 's/^/mount /'
-	losetup --noheadings --output NAME,BACK-FILE | sort | comm -13 "$before" - | sed 's/^/loop device /'
+	loops | comm -13 "$before" - | sed 's/^/loop device /'
 	find /sys/fs/cgroup -maxdepth 2 -name 'q2e-*' | sed 's/^/cgroup /'
 	local exe
 	for exe in /proc/[0-9]*/exe; do
@@ -34,8 +37,8 @@ finish() {
 before=$(mktemp)
 trap finish EXIT
 cluster/down.sh # of an earlier run that was killed
-losetup --noheadings --output NAME,BACK-FILE | sort >"$before"
+loops >"$before"
 
 CGO_ENABLED=0 GOFLAGS=-buildvcs=false go test -c -trimpath -o "$CACHE/e2e.test" .
 cluster/up.sh 2
-STATE=$STATE KUBECONFIG=$KUBECONFIG_ADMIN in_netns "$CONTROL" "$CACHE/e2e.test" -test.v -test.parallel 16 -test.timeout 20m "$@"
+STATE=$STATE KUBECONFIG=$KUBECONFIG_ADMIN in_netns "$CONTROL" "$CACHE/e2e.test" -test.v -test.parallel 16 -test.timeout 30m "$@"

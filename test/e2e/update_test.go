@@ -14,13 +14,18 @@ import (
 const system = "csi-qcow2" // the driver's namespace
 
 // The plugin's pods are deleted, with another configuration, and all of the driver is updated to another version, while
-// a pod writes: it sees no error, and the new version takes over what it finds. The tests that follow use it.
+// pods write, one with many requests at once: they see no error, and the new version takes over what it finds. The tests
+// that follow use it.
 func TestUpdate(t *testing.T) {
 	s := newSpace(t)
 	node := nodes(s)[0]
+	block := claim{class: "csi-qcow2-block", block: true}
 	s.pvc("data", claim{})
-	s.pod("writer", on(node), "data")
+	s.pvc("load", block)
+	s.pod("writer", on(node), "data", "load")
 	s.ready("writer")
+	load := s.disk("writer", "load", block)
+	load.startLoad()
 	d := s.disk("writer", "data", claim{})
 	sum := d.fill()
 	d.startAppending()
@@ -43,6 +48,7 @@ func TestUpdate(t *testing.T) {
 		}
 		before = after
 	}
+	load.stopLoad()
 	s.capacityBelow(node, plain*3/2)
 	s.snapshot("new", "data")
 	after := d.appended()

@@ -4,9 +4,13 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . ./env.sh
 
+crashes=()
 for dir in "$STATE"/n[0-9]*; do
-	[[ ! -d $dir ]] || ./node.sh crash "${dir##*/}"
+	[[ -d $dir ]] || continue
+	./node.sh crash "${dir##*/}" &
+	crashes+=($!)
 done
+for pid in "${crashes[@]}"; do wait "$pid"; done
 for file in "$STATE"/*.pid; do
 	pid=$(cat "$file" 2>/dev/null) || continue
 	# The number may be another's by now.

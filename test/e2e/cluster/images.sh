@@ -23,18 +23,22 @@ for name in csi-provisioner csi-snapshotter csi-resizer snapshot-controller regi
 	archive "$name:e2e" "$root/$name" "/$name"
 done
 
-busybox=$root/busybox
-mkdir -p "$busybox"/{bin,etc,tmp,root}
-cp /bin/busybox "$busybox/bin/"
-chroot "$busybox" /bin/busybox --install -s /bin
-printf 'root:x:0:0:root:/root:/bin/sh\n' >"$busybox/etc/passwd"
-cat >"$busybox/bin/pause" <<-'S'
-	#!/bin/sh
-	trap 'exit 0' TERM
-	while :; do sleep 3600 & wait $!; done
-S
-chmod +x "$busybox/bin/pause"
-archive busybox:e2e "$busybox"
-archive pause:e2e "$busybox" /bin/pause # holds a pod's namespaces
+# system DIR: busybox, and a command that does nothing.
+system() {
+	mkdir -p "$1/bin"
+	cp /bin/busybox "$1/bin/"
+	chroot "$1" /bin/busybox --install -s /bin
+	cat >"$1/bin/pause" <<-'S'
+		#!/bin/sh
+		trap 'exit 0' TERM
+		while :; do sleep 3600 & wait $!; done
+	S
+	chmod +x "$1/bin/pause"
+}
+system "$root/pause"
+archive pause:e2e "$root/pause" /bin/pause # holds a pod's namespaces
+"$top/hack/image-root.sh" "$root/busybox" /usr/bin/fio
+system "$root/busybox"
+archive busybox:e2e "$root/busybox" # what the tests' pods run
 
 ln -s "$CACHE/vm.tar" "$IMAGES/"

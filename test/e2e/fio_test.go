@@ -1,0 +1,29 @@
+package e2e
+
+// startLoad has fio write to a block volume at random, with several requests at once, and read back what it wrote, again and
+// again until stopLoad.
+func (d disk) startLoad() {
+	d.Helper()
+	d.sh(`cat >/tmp/load <<S
+: >/tmp/rounds
+while [ ! -e /tmp/stop-load ]; do
+	fio --name=load --filename=$file --size=128M --time_based --runtime=5 --rw=randwrite --bsrange=4k-64k \
+		--ioengine=libaio --iodepth=8 --direct=1 --thinktime=20ms --thinktime_blocks=8 \
+		--verify=crc32c --verify_backlog=64 --verify_fatal=1 >/tmp/fio 2>&1 || exit 1
+	echo >>/tmp/rounds
+done
+S
+(sh /tmp/load && echo ended >/tmp/load-ended || echo failed >/tmp/load-ended) </dev/null >/dev/null 2>&1 &`)
+}
+
+// stopLoad ends it, and fails the test if a request has failed or other bytes were read than were written.
+func (d disk) stopLoad() {
+	d.Helper()
+	d.sh("touch /tmp/stop-load")
+	d.eventuallyExec(d.pod, "[ -e /tmp/load-ended ]")
+	var rounds int
+	d.scan(d.sh("wc -l </tmp/rounds"), &rounds)
+	if end := d.sh("cat /tmp/load-ended"); end != "ended" || rounds < 3 {
+		d.Errorf("fio has %s after %d rounds: %s", end, rounds, d.sh("cat /tmp/fio"))
+	}
+}
