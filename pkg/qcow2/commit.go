@@ -60,13 +60,16 @@ func (img *Image) retire(rs runs) error {
 	return img.judge(err)
 }
 
-// commitMapping makes the mapping durable, and with it all data if there is anything in it to commit.
+// commitMapping makes the mapping durable, and with it all data if there is anything in it to commit. A commit that is under
+// way has ended then: what is on disk is the mapping.
 func (img *Image) commitMapping() error {
+	img.commitMu.Lock()
 	img.mu.Lock()
 	clean := img.dirty == 0 && len(img.frozen) == 0 && img.l1Dirty.empty() && len(img.freed) == 0
 	img.mu.Unlock()
+	img.commitMu.Unlock()
 	if clean {
-		return nil
+		return img.failed()
 	}
 	return img.commit()
 }
