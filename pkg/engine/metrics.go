@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -79,36 +80,39 @@ func (c volumeCollector) Collect(out chan<- prometheus.Metric) {
 		klog.V(2).InfoS("No metrics of volumes", "reason", err)
 		return
 	}
-	failed := volumeMetric("failed", "1 if an attached volume is not served any more: its pods get I/O errors.")
-	waiting := volumeMetric("waiting", "1 if the pods of an attached volume wait: for another worker, or for one or a disk that does not answer.")
-	is := func(yes bool) float64 {
-		if yes {
+	for _, a := range list.GetAttachments() {
+		collectVolume(out, a)
+	}
+}
+
+func collectVolume(out chan<- prometheus.Metric, a *api.Attachment) {
+	id := a.GetVolumeId()
+	send := func(desc *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(desc, kind, value, append([]string{id}, labels...)...)
+	}
+	is := func(states ...api.State) float64 {
+		if slices.Contains(states, a.GetState()) {
 			return 1
 		}
 		return 0
+	}
+	send(volumeMetric("failed", "1 if an attached volume is not served any more: its pods get I/O errors."),
+		prometheus.GaugeValue, is(api.State_FAILED))
+	send(volumeMetric("waiting", "1 if the pods of an attached volume wait: for another worker, or for one or a disk that does not answer."),
+		prometheus.GaugeValue, is(api.State_REPLACING, api.State_STALLED))
+	if len(a.GetOperations()) == 0 { // there is no worker to tell
+		return
 	}
 	size := volumeMetric("size_bytes", "Virtual size of an attached volume.")
 	count := volumeMetric("operations_total", "Requests to a volume's device.", "operation")
 	errors := volumeMetric("errors_total", "Requests to a volume's device that failed.", "operation")
 	bytes := volumeMetric("bytes_total", "Bytes of the requests to a volume's device.", "operation")
 	seconds := volumeMetric("operation_seconds_total", "Time that the requests to a volume's device took, added up.", "operation")
-	send := func(desc *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string) {
-		out <- prometheus.MustNewConstMetric(desc, kind, value, labels...)
-	}
-	for _, a := range list.GetAttachments() {
-		id := a.GetVolumeId()
-		state := a.GetState()
-		send(failed, prometheus.GaugeValue, is(state == api.State_FAILED), id)
-		send(waiting, prometheus.GaugeValue, is(state == api.State_REPLACING || state == api.State_STALLED), id)
-		if len(a.GetOperations()) == 0 { // there is no worker to tell
-			continue
-		}
-		send(size, prometheus.GaugeValue, float64(a.GetSize()), id)
-		for _, o := range a.GetOperations() {
-			send(count, prometheus.CounterValue, float64(o.GetCount()), id, o.GetKind())
-			send(errors, prometheus.CounterValue, float64(o.GetErrors()), id, o.GetKind())
-			send(bytes, prometheus.CounterValue, float64(o.GetBytes()), id, o.GetKind())
-			send(seconds, prometheus.CounterValue, time.Duration(o.GetNanoseconds()).Seconds(), id, o.GetKind())
-		}
+	send(size, prometheus.GaugeValue, float64(a.GetSize()))
+	for _, o := range a.GetOperations() {
+		send(count, prometheus.CounterValue, float64(o.GetCount()), o.GetKind())
+		send(errors, prometheus.CounterValue, float64(o.GetErrors()), o.GetKind())
+		send(bytes, prometheus.CounterValue, float64(o.GetBytes()), o.GetKind())
+		send(seconds, prometheus.CounterValue, time.Duration(o.GetNanoseconds()).Seconds(), o.GetKind())
 	}
 }

@@ -5,6 +5,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 )
 
 // What Prometheus reads is what the device's users did.
@@ -52,6 +54,26 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
 }
+
+// Users of a volume whose worker is replaced wait; users of one that has failed get errors.
+func TestMetricsOfTrouble(t *testing.T) {
+	for state, want := range map[api.State][2]float64{
+		api.State_SERVED: {0, 0}, api.State_FAILED: {1, 0}, api.State_REPLACING: {0, 1}, api.State_STALLED: {0, 1},
+	} {
+		registry := prometheus.NewPedanticRegistry()
+		must(t, registry.Register(collected{&api.Attachment{VolumeId: "v", State: state}}))
+		got := gather(t, registry)
+		if got["csi_qcow2_volume_failed v"] != want[0] || got["csi_qcow2_volume_waiting v"] != want[1] || len(got) != 2 {
+			t.Errorf("%v: %v", state, got)
+		}
+	}
+}
+
+// collected is one volume's metrics.
+type collected struct{ a *api.Attachment }
+
+func (c collected) Describe(chan<- *prometheus.Desc)     {}
+func (c collected) Collect(out chan<- prometheus.Metric) { collectVolume(out, c.a) }
 
 // gather returns the value, or the number of observations, of each metric, by its name and the values of its labels.
 func gather(t *testing.T, g prometheus.Gatherer) map[string]float64 {
