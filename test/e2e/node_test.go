@@ -46,17 +46,28 @@ func power(t *testing.T, what string) {
 // The driver's parts come to a new node by themselves, and offer its space.
 func joined(s *space) {
 	for _, part := range []string{"holder", "engine", "node"} {
-		s.eventually(part+" on "+spare, func(ctx context.Context) error {
-			options := component(part)
-			options.FieldSelector = "spec.nodeName=" + spare
-			pods, err := client.CoreV1().Pods(system).List(ctx, options)
-			if err == nil && (len(pods.Items) != 1 || !isReady(&pods.Items[0])) {
-				err = fmt.Errorf("not ready: %d pods", len(pods.Items))
-			}
-			return err
-		})
+		s.driverPod(part, spare)
 	}
 	s.capacity(spare, 1<<30)
+}
+
+// driverPod waits until the driver's pod of a part, "node" for example, is ready on a node, and returns its name.
+func (s *space) driverPod(part, node string) (name string) {
+	s.Helper()
+	s.eventually(part+" on "+node, func(ctx context.Context) error {
+		options := component(part)
+		options.FieldSelector = "spec.nodeName=" + node
+		pods, err := client.CoreV1().Pods(system).List(ctx, options)
+		if err != nil {
+			return err
+		}
+		if len(pods.Items) != 1 || !isReady(&pods.Items[0]) {
+			return fmt.Errorf("not ready: %d pods", len(pods.Items))
+		}
+		name = pods.Items[0].Name
+		return nil
+	})
+	return name
 }
 
 // After a power cut while a pod writes the node boots, and the pod comes back with everything that had been flushed. So do

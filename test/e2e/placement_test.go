@@ -133,15 +133,19 @@ func (s *space) snapshotHandle(name string) string {
 func (s *space) event(kind, name, reason, text string) {
 	s.Helper()
 	s.eventually(fmt.Sprintf("event %s of %s %s with %q", reason, kind, name, text), func(ctx context.Context) error {
-		events, err := client.CoreV1().Events(s.name).List(ctx, meta.ListOptions{FieldSelector: "involvedObject.name=" + name})
-		if err != nil {
-			return err
-		}
-		for _, e := range events.Items {
-			if e.InvolvedObject.Kind == kind && e.Reason == reason && strings.Contains(e.Message, text) {
-				return nil
-			}
-		}
-		return fmt.Errorf("none of %d events", len(events.Items))
+		return s.hasEvent(ctx, kind, name, reason, text)
 	})
+}
+
+func (s *space) hasEvent(ctx context.Context, kind, name, reason, text string) error {
+	events, err := client.CoreV1().Events(s.name).List(ctx, meta.ListOptions{FieldSelector: "involvedObject.name=" + name})
+	if err != nil {
+		return err
+	}
+	for _, e := range events.Items {
+		if e.InvolvedObject.Kind == kind && e.Reason == reason && strings.Contains(e.Message, text) {
+			return nil
+		}
+	}
+	return fmt.Errorf("none of %d events", len(events.Items))
 }

@@ -331,9 +331,14 @@ func (s *space) eventuallyExec(pod, script string) {
 }
 
 func (s *space) tryExec(pod, script string) (string, error) {
-	req := client.CoreV1().RESTClient().Post().Resource("pods").Namespace(s.name).Name(pod).SubResource("exec").
+	return s.execIn(s.name, pod, "main", script)
+}
+
+// execIn runs a shell script in a container.
+func (s *space) execIn(namespace, pod, container, script string) (string, error) {
+	req := client.CoreV1().RESTClient().Post().Resource("pods").Namespace(namespace).Name(pod).SubResource("exec").
 		VersionedParams(&core.PodExecOptions{
-			Container: "main", Command: []string{"/bin/sh", "-ec", script}, Stdout: true, Stderr: true,
+			Container: container, Command: []string{"/bin/sh", "-ec", script}, Stdout: true, Stderr: true,
 		}, scheme.ParameterCodec)
 	executor, err := remotecommand.NewSPDYExecutor(restConfig, http.MethodPost, req.URL())
 	if err != nil {
