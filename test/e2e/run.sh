@@ -5,6 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . cluster/env.sh
 
+# Another run on this machine is waited for: it has the names that this one needs. flock, not what is started, has the lock.
+lock=/run/csi-qcow2-e2e.lock
+[[ ${E2E_LOCK-} == "$lock" ]] || E2E_LOCK=$lock exec flock --close "$lock" ./run.sh "$@"
+
 # Those that may be the cluster's: of a node's disk, of a volume, and kubelet's.
 loops() { losetup --noheadings --raw --output NAME,BACK-FILE | { grep -E "$STATE|/csiq:pvc-|/kubernetes.io/" || true; } | sort; }
 
