@@ -53,7 +53,7 @@ func TestOperationBesideCommit(t *testing.T) {
 			go func() { results <- img.Flush() }()
 			<-f.held
 			go func() { results <- operation(img) }()
-			time.Sleep(50 * time.Millisecond) // that it begins by then shows a mistake; that it does not hides one
+			<-time.After(50 * time.Millisecond) // that it begins by then shows a mistake; that it does not hides one
 			close(f.released)
 			must(t, <-results)
 			must(t, <-results)
