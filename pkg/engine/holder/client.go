@@ -82,13 +82,18 @@ func (c Client) call(ctx context.Context, m message, fds []int) (message, []int,
 			return reply, got, fmt.Errorf("holder: %s", reply.Error)
 		case err == nil && !reply.Leaving:
 			return reply, got, nil
-		case err != nil && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, os.ErrNotExist):
+		case err != nil && !unheard(err):
 			return reply, nil, err
 		}
 		if !pause(ctx) {
 			return message{}, nil, errors.Join(ctx.Err(), err)
 		}
 	}
+}
+
+// unheard tells that no holder has read the request: none listens, or it left before.
+func unheard(err error) bool {
+	return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET)
 }
 
 func (c Client) try(ctx context.Context, m message, fds []int) (message, []int, error) {

@@ -72,7 +72,7 @@ func (h *holder) sendAll(c *net.UnixConn) error {
 func (h *holder) succeed(ctx context.Context) error {
 	for ctx.Err() == nil {
 		c, err := dial(ctx, h.options.Socket)
-		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
+		if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) || errors.Is(err, context.Canceled) {
 			return nil
 		}
 		if err != nil {
