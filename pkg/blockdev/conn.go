@@ -24,8 +24,8 @@ type connection struct {
 	closed bool
 }
 
-// connect makes a connection and negotiates it, in the memory of m. Its requests carry at most payload bytes of data.
-func connect(m message, payload int) (*connection, error) {
+// connect makes a connection and negotiates it. Its requests carry at most payload bytes of data.
+func connect(payload int) (*connection, error) {
 	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/fuse: %w", err)
@@ -47,7 +47,7 @@ func connect(m message, payload int) (*connection, error) {
 		c.close()
 		return nil, err
 	}
-	if err := c.negotiate(m); err != nil {
+	if err := c.negotiate(); err != nil {
 		c.close()
 		return nil, err
 	}
@@ -66,7 +66,8 @@ func (c *connection) identify() error {
 }
 
 // negotiate answers INIT, the first request of a connection.
-func (c *connection) negotiate(m message) error {
+func (c *connection) negotiate() error {
+	m := make(message, unix.Getpagesize()+smallPayload)
 	r, err := c.receive(m)
 	if err != nil {
 		return fmt.Errorf("read FUSE INIT: %w", err)
@@ -83,7 +84,6 @@ func (c *connection) negotiate(m message) error {
 		return fmt.Errorf("kernel's FUSE flags %#x lack some of %#x (asynchronous direct I/O, large requests)", flags, need)
 	}
 	c.resends = flags&flagInitExt != 0 && more&flagHasResend != 0
-	defer m.clear()
 	putInitOut(m.payload(initOutSize), readAhead, need|flags&flagAsyncRead, c.payload)
 	if err := c.send(m.conclude(initOutSize, 0)); err != nil {
 		return fmt.Errorf("answer FUSE INIT: %w", err)

@@ -32,17 +32,17 @@ func Attach(b Backend, o Options) (*Device, error) {
 	if size := b.Size(); size < 0 || size%int64(o.LogicalBlockSize) != 0 {
 		return nil, fmt.Errorf("attach %s: size %d is not a multiple of the logical block size %d", o.Name, size, o.LogicalBlockSize)
 	}
-	ms, err := newMessages()
+	c, err := connect(payload(direct(b)))
 	if err != nil {
-		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
-	}
-	s := newServer(b, o, ms)
-	c, err := connect(ms.at(smallMessages), s.payload())
-	if err != nil {
-		s.close()
 		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
 	}
 	c.resends = c.resends && !o.Journal
+	ms, err := newMessages(!c.resends)
+	if err != nil {
+		c.close()
+		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
+	}
+	s := newServer(b, o, ms)
 	if err := s.start(c); err != nil {
 		c.close()
 		s.close()

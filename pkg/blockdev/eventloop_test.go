@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -182,14 +183,17 @@ func TestLeaveAndResume(t *testing.T) {
 // Memory that requests have used is given back when there are none, and taken again.
 func TestGiveBack(t *testing.T) {
 	t.Parallel()
+	t.Run("anonymous", func(t *testing.T) { testGiveBack(t, Options{}) })
+	t.Run("journal", func(t *testing.T) { testGiveBack(t, Options{Journal: true}) })
+}
+
+func testGiveBack(t *testing.T, o Options) {
+	t.Helper()
+	t.Parallel()
 	const size = 16 << 20
 	b := newDirectBackend(t, size)
-	d := attach(t, b, Options{})
-	memory := func() int64 {
-		var st unix.Stat_t
-		must(t, unix.Fstat(d.server.messages.fd, &st))
-		return st.Blocks * 512
-	}
+	d := attach(t, b, o)
+	memory := func() int64 { return resident(t, d.server.messages.memory) }
 	const idle = 1<<20 + 4096 // what requests are read into
 	for range 2 {
 		var users sync.WaitGroup
@@ -212,6 +216,20 @@ func TestGiveBack(t *testing.T) {
 		}
 		waitFor(t, "memory is given back", func() bool { return memory() <= idle })
 	}
+}
+
+// resident returns how many bytes of a mapping have memory.
+func resident(t *testing.T, b []byte) (n int64) {
+	t.Helper()
+	pages := make([]byte, len(b)/os.Getpagesize())
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(unsafe.Pointer(&pages[0])))
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	for _, p := range pages {
+		n += int64(p&1) * int64(os.Getpagesize())
+	}
+	return n
 }
 
 // Without its ring the server does not know what became of its requests: it says so, and the next one carries them out.

@@ -136,7 +136,7 @@ func (h Handle) messages() (*messages, error) {
 	if len(h.FDs) > 3 {
 		return openMessages(h.FDs[3])
 	}
-	return newMessages()
+	return newMessages(false)
 }
 
 // takeUp begins to serve a connection with what an earlier server has not answered.

@@ -100,7 +100,7 @@ func TestJournal(t *testing.T) {
 // Whatever is in the memory, it is answered or refused.
 func TestMalformedJournal(t *testing.T) {
 	conn, _ := kernelSide(t)
-	ms, err := newMessages()
+	ms, err := newMessages(true)
 	must(t, err)
 	t.Cleanup(ms.close)
 	s := newServer(newBackend(t, 1<<20), Options{}, ms)

@@ -50,7 +50,7 @@ func TestNegotiation(t *testing.T) {
 			_, err := unix.Write(kernel, r)
 			must(t, err)
 			conn.payload = maxPayload
-			err = conn.negotiate(newMessage())
+			err = conn.negotiate()
 			if (err == nil) != c.ok {
 				t.Fatalf("negotiate: %v", err)
 			}

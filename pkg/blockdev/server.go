@@ -50,8 +50,8 @@ func direct(b Backend) Direct {
 }
 
 // payload is the most data that one request should carry. Threads each need that much memory all the time.
-func (s *server) payload() int {
-	if s.direct == nil {
+func payload(d Direct) int {
+	if d == nil {
 		return threadPayload
 	}
 	if err := tryRing(); err != nil {

@@ -1,11 +1,9 @@
 package engine
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -36,7 +34,7 @@ func TestSnapshotsWhileWriting(t *testing.T) {
 		f, buf := openDirect(t, device), aligned(t, stampedBlock)
 		work.Go(func() { h.write(f, buf, w*perWriter, perWriter, &quit); f.Close() })
 	}
-	work.Go(func() { fioVerify(t, device, stamped, size-stamped, &quit) })
+	stopFio := startFio(t, device, stamped, size-stamped)
 	defer work.Wait()
 	defer quit.Store(true)
 
@@ -66,6 +64,7 @@ func TestSnapshotsWhileWriting(t *testing.T) {
 	}
 	quit.Store(true)
 	work.Wait()
+	stopFio()
 	if err := h.failed.Load(); err != nil {
 		t.Errorf("a writer failed: %v", *err)
 	}
@@ -119,18 +118,4 @@ func stampsOf(t *testing.T, content io.ReaderAt, size int64) map[int64]int {
 		}
 	}
 	return stamps
-}
-
-// fioVerify has fio write a part of a device at random and verify it, over and over.
-func fioVerify(t *testing.T, device string, off, size int64, quit *atomic.Bool) {
-	t.Helper()
-	for !quit.Load() {
-		out, err := exec.CommandContext(t.Context(), "fio", "--name=verify", "--filename="+device, "--rw=randwrite",
-			fmt.Sprintf("--offset=%d", off), fmt.Sprintf("--size=%d", size), "--bsrange=4k-128k", "--direct=1", "--fsync=32",
-			"--ioengine=libaio", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0").CombinedOutput()
-		if err != nil {
-			t.Errorf("fio: %v\n%s", err, bytes.TrimSpace(out))
-			return
-		}
-	}
 }

@@ -32,17 +32,38 @@ func usageOf(t *testing.T, pid int) usage {
 	return usage{len(fds), resident * os.Getpagesize() / mib}
 }
 
-// Two volumes live through all that happens to volumes: they are written, read and verified, snapshots come and go, they
-// grow, the workers of one are killed, the engine is upgraded now and then. In between nothing takes more and more memory
-// or descriptors.
+// wantSteady checks that a process has no more in the second half of its samples than in the first, but for what comes and
+// goes with a call or a dying worker, and what is not collected yet.
+func wantSteady(t *testing.T, name string, samples []usage) {
+	t.Helper()
+	t.Logf("%s: descriptors and MiB were %v", name, samples)
+	most := func(of []usage) (m usage) {
+		for _, u := range of {
+			m = usage{max(m.fds, u.fds), max(m.mib, u.mib)}
+		}
+		return m
+	}
+	half := len(samples) / 2
+	before, now := most(samples[:half]), most(samples[half:])
+	if now.fds > before.fds+16 || now.mib > before.mib*5/4+16 {
+		t.Errorf("the %s grows", name)
+	}
+}
+
+// Two volumes live through all that happens to volumes: fio and others write, read and verify them, snapshots come and go,
+// they grow, the workers of one are killed, the engine is upgraded now and then. In between nothing takes more and more
+// memory or descriptors.
 func TestSoak(t *testing.T) {
 	r := newHeldRig(t)
 	const size = 256 * mib
-	spared, killed := r.newVolume("spared", size), r.newVolume("killed", size)
-	sizes := map[string]int64{spared: size, killed: size}
+	spared, killed := r.newVolume("spared", size+fioSize), r.newVolume("killed", size+fioSize)
+	sizes := map[string]int64{spared: size + fioSize, killed: size + fioSize}
 	var loads []*load
+	var fios []func()
 	for _, id := range []string{spared, killed} {
-		loads = append(loads, startLoad(t, r.attach(id), size, 4))
+		device := r.attach(id)
+		loads = append(loads, startLoad(t, device, size, 4))
+		fios = append(fios, startFio(t, device, size, fioSize))
 		t.Cleanup(r.snapshots(id))
 	}
 	rng := rand.New(rand.NewPCG(3, 4))
@@ -67,32 +88,27 @@ func TestSoak(t *testing.T) {
 			}
 		}
 	}
-	const eras = 4
+	const eras, samples = 3, 6
+	holder := make([]usage, 0, eras*samples)
 	for era := range eras {
 		if era > 0 {
 			r.upgrade()
 			r.awaitReplaced(spared, 0)
 		}
-		work(*soak / eras / 4)
-		processes := map[string]int{
-			"holder": r.holder.cmd.Process.Pid, "engine": r.engine.cmd.Process.Pid, "worker": r.find(spared).WorkerPID,
+		engine, worker := make([]usage, 0, samples), make([]usage, 0, samples)
+		for range samples {
+			work(*soak / eras / samples)
+			holder = append(holder, usageOf(t, r.holder.cmd.Process.Pid))
+			engine = append(engine, usageOf(t, r.engine.cmd.Process.Pid))
+			worker = append(worker, usageOf(t, r.find(spared).WorkerPID))
 		}
-		before := map[string]usage{}
-		for name, pid := range processes {
-			before[name] = usageOf(t, pid)
-		}
-		work(*soak / eras * 3 / 4)
-		for name, pid := range processes {
-			b, now := before[name], usageOf(t, pid)
-			t.Logf("%s: %d descriptors, %d MiB; %d and %d before", name, now.fds, now.mib, b.fds, b.mib)
-			// What comes and goes with a call or a dying worker, and what is not collected yet.
-			if now.fds > b.fds+16 || now.mib > 2*b.mib+32 {
-				t.Errorf("the %s grows", name)
-			}
-		}
+		wantSteady(t, "engine", engine)
+		wantSteady(t, "worker", worker)
 	}
-	for _, l := range loads {
+	wantSteady(t, "holder", holder)
+	for i, l := range loads {
 		l.awaitProgress(t)
+		fios[i]()
 		t.Logf("%d requests, the longest %v", l.done.Load(), l.end(t))
 	}
 	t.Logf("%d kills, sizes %s", kills, strings.Trim(fmt.Sprint(sizes), "map[]"))

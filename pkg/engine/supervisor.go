@@ -55,6 +55,7 @@ type supervisor struct {
 	attached  map[string]*attachment
 	clones    map[string]*cloneCall // by target
 	snapshots []*snapshotCall       // that run
+	spares    map[string]*process   // by volume: wait for the running engine to end
 }
 
 // lockVolume takes calls and workers.
@@ -84,7 +85,7 @@ type attachment struct {
 func newSupervisor(ctx context.Context, o Options) *supervisor {
 	s := &supervisor{
 		options: o, metrics: newMetrics(), fds: newFDStore(tokenLifetime), holder: holder.Client{Path: o.Holder},
-		attached: map[string]*attachment{}, clones: map[string]*cloneCall{},
+		attached: map[string]*attachment{}, clones: map[string]*cloneCall{}, spares: map[string]*process{},
 	}
 	s.running, s.close = context.WithCancel(context.WithoutCancel(ctx))
 	return s
@@ -147,10 +148,12 @@ func (s *supervisor) lockPool(ctx context.Context, p *pool.Pool) (*os.File, erro
 			break
 		}
 		if !waited {
-			if _, unreachable := s.held(ctx, p); unreachable != nil {
+			held, unreachable := s.held(ctx, p)
+			if unreachable != nil {
 				err = unreachable
 				break
 			}
+			s.spare(ctx, p, held)
 			klog.InfoS("Standing by until the running engine ends", "pool", p.Dir())
 			s.options.ready()
 		}
@@ -234,11 +237,12 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 // start starts a worker that serves the volume.
 func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attachment, error) {
 	a := &attachment{started: time.Now()}
-	w, err := startProcess(s.options.WorkerCommand, WorkerOptions{
-		PoolDir: p.Dir(), Volume: id, Holder: s.options.Holder, Journal: s.options.Journal,
-	})
-	if err != nil {
-		return nil, err
+	w := s.takeSpare(id)
+	if w == nil {
+		var err error
+		if w, err = s.startWorker(p, id); err != nil {
+			return nil, err
+		}
 	}
 	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id})
 	if err != nil {
@@ -254,6 +258,12 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attac
 		return nil, err
 	}
 	return a, nil
+}
+
+func (s *supervisor) startWorker(p *pool.Pool, id string) (*process, error) {
+	return startProcess(s.options.WorkerCommand, WorkerOptions{
+		PoolDir: p.Dir(), Volume: id, Holder: s.options.Holder, Journal: s.options.Journal,
+	})
 }
 
 // watch records a new attachment, and notices when its worker dies.
@@ -293,6 +303,7 @@ func (s *supervisor) shutDown(ctx context.Context) {
 	}
 	volumes.Wait()
 	s.tasks.Wait()
+	s.dropSpares(func(string) bool { return false })
 	s.fds.closeAll()
 	if s.lockFile != nil {
 		s.lockFile.Close()

@@ -25,6 +25,9 @@ var (
 	engineChanges = flag.Int("engine-changes", 2, "changes of each kind in TestSurviveEngines")
 )
 
+// fioSize is how much of a volume fio uses, behind what else uses it.
+const fioSize = 16 * mib
+
 // ioctlRange is an ioctl whose argument is a range of bytes.
 func ioctlRange(f *os.File, request uint, span *[2]uint64) error {
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(request), uintptr(unsafe.Pointer(span)))
@@ -93,10 +96,11 @@ func surviveWorkers(t *testing.T, args ...string) {
 	t.Helper()
 	r := newHeldRig(t, args...)
 	const size = 64 * mib
-	id := r.newVolume("a", size)
+	id := r.newVolume("a", size+fioSize)
 	device := r.attach(id)
 	r.wantJournal(id, slices.Contains(args, "--journal"))
 	l := startLoad(t, device, size, 8)
+	stopFio := startFio(t, device, size, fioSize)
 	stop := r.snapshots(id)
 	defer stop()
 	rng := rand.New(rand.NewPCG(1, 2))
@@ -110,6 +114,7 @@ func surviveWorkers(t *testing.T, args ...string) {
 	}
 	l.awaitProgress(t)
 	stop()
+	stopFio()
 	t.Logf("%d kills, %d requests, the longest %v", *workerKills, l.done.Load(), l.end(t))
 	l.verify(t, device)
 	r.eventually("detached", func() bool { return r.client.Detach(testContext(t), id) == nil })
@@ -126,9 +131,12 @@ func surviveEngines(t *testing.T, args ...string) {
 	const size = 64 * mib
 	var ids []string
 	var loads []*load
+	var fios []func()
 	for i := range 2 {
-		id := r.newVolume(fmt.Sprint(i), size)
-		ids, loads = append(ids, id), append(loads, startLoad(t, r.attach(id), size, 4))
+		id := r.newVolume(fmt.Sprint(i), size+fioSize)
+		device := r.attach(id)
+		ids, loads = append(ids, id), append(loads, startLoad(t, device, size, 4))
+		fios = append(fios, startFio(t, device, size, fioSize))
 	}
 	for _, change := range []struct {
 		what string
@@ -164,6 +172,7 @@ func surviveEngines(t *testing.T, args ...string) {
 	}
 	for i, l := range loads {
 		l.end(t)
+		fios[i]()
 		device := r.attach(ids[i])
 		if device != l.device {
 			t.Errorf("%s is %s now", l.device, device)
@@ -175,11 +184,17 @@ func surviveEngines(t *testing.T, args ...string) {
 // upgrade starts another engine beside the one that runs, and ends that when the other stands by.
 func (r *rig) upgrade(args ...string) {
 	r.t.Helper()
-	old := r.engine
-	r.launch(append([]string{"--ready-file", r.socket + ".ready"}, args...)...)
-	r.eventually("the next engine stands by", func() bool {
-		return os.Remove(r.socket+".ready") == nil
-	})
+	r.upgradeAfter(func(*testEngine) {}, args...)
+}
+
+// upgradeAfter is upgrade, with something to do while the other engine stands by.
+func (r *rig) upgradeAfter(do func(next *testEngine), args ...string) {
+	r.t.Helper()
+	old, ready := r.engine, r.socket+".ready"
+	_ = os.Remove(ready) // the old one's
+	r.launch(append([]string{"--ready-file", ready}, args...)...)
+	r.eventually("the next engine stands by", func() bool { return os.Remove(ready) == nil })
+	do(r.engine)
 	old.stop(r.t)
 	r.awaitProbe(nil)
 }

@@ -1,0 +1,56 @@
+package engine
+
+import (
+	"context"
+
+	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+)
+
+// spare has a worker process wait for each volume that the running engine serves: the users of the volumes, who wait when
+// that engine ends, do not wait for processes to start.
+func (s *supervisor) spare(ctx context.Context, p *pool.Pool, volumes map[string]bool) {
+	for id := range volumes {
+		w, err := s.startWorker(p, id)
+		if err == nil {
+			s.mu.Lock()
+			s.spares[id] = w
+			s.mu.Unlock()
+			_, err = w.api.List(ctx, &api.ListRequest{}) // answered when it is ready
+		}
+		if err != nil {
+			klog.ErrorS(err, "Worker cannot be started beforehand", "volume", id)
+		}
+	}
+}
+
+// takeSpare returns the worker that waits for a volume, nil if none does.
+func (s *supervisor) takeSpare(id string) *process {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w := s.spares[id]
+	delete(s.spares, id)
+	if w != nil && w.death() != nil {
+		return nil
+	}
+	return w
+}
+
+// dropSpares ends the workers that wait for a volume for which want does not ask.
+func (s *supervisor) dropSpares(want func(id string) bool) {
+	s.mu.Lock()
+	var all []string
+	for id := range s.spares {
+		all = append(all, id)
+	}
+	s.mu.Unlock()
+	for _, id := range all {
+		if !want(id) {
+			if w := s.takeSpare(id); w != nil {
+				w.stop()
+			}
+		}
+	}
+}
