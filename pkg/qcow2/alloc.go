@@ -21,6 +21,10 @@ type allocator struct {
 
 	// ledger is held by whoever changes live counts and writes them, for as long as that takes. Taken before mu.
 	ledger sync.Mutex
+	// growth is held shared by an operation's write, which may lie behind the end of the file, and exclusively by whoever
+	// makes the file longer by setting its length: else that could cut off what was written since it looked. Taken after
+	// ledger, and before mu.
+	growth sync.RWMutex
 
 	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
 	rc     *refcounts
@@ -277,31 +281,43 @@ func (a *allocator) refuse(r run) error {
 
 // prepare makes reserved clusters read as zeros and, with their counts, durable. Called with ledger held.
 func (a *allocator) prepare(got runs) error {
-	end := a.length.Load()
 	for _, r := range got {
 		if at := r.first << a.g.clusterBits; at < a.length.Load() {
 			if err := a.f.PunchHole(at, min(r.n<<a.g.clusterBits, a.length.Load()-at)); err != nil {
 				return err
 			}
 		}
-		end = max(end, r.end()<<a.g.clusterBits)
 	}
 	if err := a.writeBack(); err != nil {
 		return err
 	}
-	length, err := a.f.Size() // a new refcount block may have made it longer
+	if err := a.reach(got); err != nil {
+		return err
+	}
+	return a.sync()
+}
+
+// reach makes the file at least so long that clusters lie inside it. Called with ledger held.
+func (a *allocator) reach(rs runs) error {
+	a.growth.Lock()
+	defer a.growth.Unlock()
+	length, err := a.f.Size() // a new refcount block, or an operation, may have made it longer
 	if err != nil {
 		return err
 	}
-	if end = max(end, length); end > length {
+	end := max(length, a.length.Load())
+	for _, r := range rs {
+		end = max(end, r.end()<<a.g.clusterBits)
+	}
+	if end > length {
 		if err := a.f.Truncate(end); err != nil {
 			return err
 		}
 	}
 	a.mu.Lock()
+	defer a.mu.Unlock()
 	a.length.Store(end)
-	a.mu.Unlock()
-	return a.sync()
+	return nil
 }
 
 // writeBack writes what has changed in the refcount blocks. It does not sync. Called with ledger held, but not mu.

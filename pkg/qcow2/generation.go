@@ -84,7 +84,7 @@ func (img *Image) newGeneration() *generation {
 	defer img.mu.Unlock()
 	return &generation{
 		img: img, g: img.g, h: *img.hdr.Load(), row: append([]snapshotRow(nil), img.rows...), l1Keep: int64(len(img.l1)),
-		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f}, idle: img.requests.Load(),
+		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f, growth: &img.alloc.growth}, idle: img.requests.Load(),
 		blocks: make(map[int64]*shadowBlock), loading: make(map[int64]bool), zeroed: make(map[int64]struct{}),
 		ahead: make(map[int64]int), own: make(map[int64]struct{}), dirty: make(map[int64]*sectorSet),
 		tables: make(map[int64]*nextTable), copied: make(map[int64]int64),

@@ -1,11 +1,15 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+	"sync"
+)
 
 // metaWriter gathers writes, which are made in the order of their calls: what comes one after the other in the file is
 // written together, while the next is gathered.
 type metaWriter struct {
 	f       File
+	growth  *sync.RWMutex // see allocator
 	off     int64
 	b       []byte // to be written at off
 	spare   []byte
@@ -55,7 +59,9 @@ func (w *metaWriter) send() error {
 	w.off += int64(len(b))
 	w.total += int64(len(b))
 	go func() {
+		w.growth.RLock()
 		_, err := w.f.WriteAt(b, off)
+		w.growth.RUnlock()
 		if f, ok := w.f.(writebacker); ok && err == nil {
 			f.StartWriteback(off, int64(len(b))) // the disk works while we go on, and a sync has less to do
 		}
