@@ -1,12 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
@@ -44,14 +48,14 @@ func (b *bench) restoreCopying(ctx context.Context, data int64) error {
 	var times [2][]time.Duration
 	for range min(b.pairs, 3) {
 		for who := range 2 {
-			d, err := b.restoreOnce(ctx, source, func(dst string) error {
+			d, end, err := restoreOnce(ctx, source, func(dst string) error {
 				if who == 0 {
 					return cloneSnapshot(ctx, source, dst)
 				}
 				_, err := command(ctx, "qemu-img", "convert", "-l", "snap", "-O", "qcow2", source, dst)
 				return err
 			})
-			if err != nil {
+			if err = errors.Join(err, end()); err != nil {
 				return err
 			}
 			times[who] = append(times[who], d)
@@ -64,19 +68,17 @@ func (b *bench) restoreCopying(ctx context.Context, data int64) error {
 	return os.Remove(source)
 }
 
-// restoreOnce returns how long it takes to restore a snapshot durably, and removes what came of it.
-func (b *bench) restoreOnce(ctx context.Context, source string, restore func(dst string) error) (time.Duration, error) {
+// restoreOnce returns how long it takes to restore a snapshot durably, and what checks and removes what came of it.
+func restoreOnce(ctx context.Context, source string, restore func(dst string) error) (took time.Duration, end func() error, err error) {
 	dst := filepath.Join(filepath.Dir(source), "restored.qcow2")
 	start := time.Now()
-	err := restore(dst)
-	if err == nil {
+	if err = restore(dst); err == nil {
 		_, err = command(ctx, "sync", dst)
 	}
-	took := time.Since(start)
-	if err == nil {
-		_, err = command(ctx, "qemu-img", "check", "-q", dst)
-	}
-	return took, errors.Join(err, os.Remove(dst))
+	return time.Since(start), func() error {
+		_, err := command(ctx, "qemu-img", "check", "-q", dst)
+		return errors.Join(err, os.Remove(dst))
+	}, err
 }
 
 // restoreSharing measures on a file system of its own that can share blocks. QEMU's tools cannot, so nothing is compared.
@@ -96,26 +98,24 @@ func (b *bench) restoreSharing(ctx context.Context, name string, mkfs []string) 
 		err = errors.Join(err, e, os.Remove(device))
 	}()
 
-	source := filepath.Join(dir, "source.qcow2")
-	if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=falloc", source, "100G"); err != nil {
+	if err := b.sharing(ctx, dir, name+", 100 GiB in one piece", 100<<30, func(path string) error {
+		_, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=falloc", path, "100G")
+		return err
+	}); err != nil {
 		return err
 	}
-	if err := b.sharing(ctx, name+", 100 GiB in one piece", source); err != nil {
-		return err
-	}
-	if err := os.Remove(source); err != nil {
-		return err
-	}
-	if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", source, "16G"); err != nil {
-		return err
-	}
-	if err := scatter(source, 100_000); err != nil {
-		return err
-	}
-	return b.sharing(ctx, name+", 100,000 random writes", source)
+	return b.sharing(ctx, dir, name+", 100,000 random writes", scatterSize, func(path string) error {
+		if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, strconv.Itoa(scatterSize)); err != nil {
+			return err
+		}
+		return scatter(path, 100_000)
+	})
 }
 
-// scatter makes so many 4 KiB writes at random places of a disk of 16 GiB.
+// scatterSize is the size of a disk that is written at random places.
+const scatterSize = 16 << 30
+
+// scatter makes so many 4 KiB writes at random places of a disk.
 func scatter(path string, writes int) error {
 	s, err := serveOurs(path)
 	if err != nil {
@@ -123,60 +123,101 @@ func scatter(path string, writes int) error {
 	}
 	rng, p := rand.New(rand.NewPCG(3, 4)), alignedBlock()
 	for range writes {
-		if _, err = s.WriteAt(p, rng.Int64N(16<<30/guestBlock)*guestBlock); err != nil {
+		if _, err = s.WriteAt(p, rng.Int64N(scatterSize/guestBlock)*guestBlock); err != nil {
 			break
 		}
 	}
 	return errors.Join(err, s.close())
 }
 
-// sharing restores a snapshot, first with nothing beside, then while its source's guest works.
-func (b *bench) sharing(ctx context.Context, name, source string) error {
-	if _, err := command(ctx, b.program, "image", "snapshot", "create", source, "snap"); err != nil {
+// sharing restores a snapshot of an attached volume, first with nothing beside, then while fio works on the volume.
+func (b *bench) sharing(ctx context.Context, dir, name string, size int64, makeImage func(path string) error) (err error) {
+	v, err := b.attach(ctx, dir, size, makeImage)
+	if err != nil {
 		return err
+	}
+	defer func() { err = errors.Join(err, v.end()) }()
+	if _, err := v.engine.CreateSnapshot(ctx, v.id, "snap", nil); err != nil {
+		return err
+	}
+	restore := func() (time.Duration, func() error, error) {
+		return restoreOnce(ctx, v.pool.ImagePath(v.id), func(dst string) error { return v.engine.Clone(ctx, v.id, "snap", dst, 0) })
 	}
 	var idle []time.Duration
 	for range min(b.pairs, 3) {
-		d, err := b.restoreOnce(ctx, source, func(dst string) error { return cloneSnapshot(ctx, source, dst) })
-		if err != nil {
+		d, end, err := restore()
+		if err = errors.Join(err, end()); err != nil {
 			return err
 		}
 		idle = append(idle, d)
 	}
 	b.report.add(row{Part: "restore", Name: name, Unit: "ms", Ours: milliseconds(median(idle))}, false)
-
-	img, err := openImage(source, false)
-	if err != nil {
+	// What removing those has left to be committed is not the next one's.
+	if _, err := command(ctx, "sync", "-f", dir); err != nil {
 		return err
 	}
-	l := &latencies{of: map[string][]request{}, phases: map[string]span{}}
-	guest, stop := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		work(guest, img, 16<<30, writePause, l)
-	}()
-	wait := func() error {
-		<-time.After(b.load)
-		return ctx.Err()
-	}
-	err = l.phase("before", wait)
-	if err == nil {
-		_, err = b.restoreOnce(ctx, source, func(dst string) error {
-			return l.phase("restore", func() error { return cloneFrom(ctx, img, dst) })
+	for _, beside := range []string{"before", "restore"} {
+		var took time.Duration
+		end := func() error { return nil }
+		longest, err := longestBeside(ctx, v.device, func() error {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(b.load):
+			}
+			if beside == "restore" {
+				took, end, err = restore()
+			}
+			return err
 		})
-	}
-	stop()
-	<-done
-	if err := errors.Join(err, l.err, img.Close()); err != nil {
-		return err
-	}
-	b.report.add(row{Part: "restore", Name: name + ", beside a guest", Unit: "ms", Ours: milliseconds(l.took("restore"))}, false)
-	for _, phase := range []string{"before", "restore"} {
-		longest := milliseconds(quantile(l.during(phase, "write"), 1))
-		b.report.add(row{Part: "restore", Name: fmt.Sprintf("%s, %s: longest write", name, phase), Unit: "ms", Ours: longest}, false)
+		if err = errors.Join(err, end()); err != nil {
+			return err
+		}
+		if beside == "restore" {
+			b.report.add(row{Part: "restore", Name: name + ", beside fio", Unit: "ms", Ours: milliseconds(took)}, false)
+		}
+		for _, kind := range []string{"write", "flush"} {
+			b.report.add(row{Part: "restore", Name: fmt.Sprintf("%s, %s: longest %s", name, beside, kind), Unit: "ms", Ours: longest[kind]}, false)
+		}
 	}
 	return nil
+}
+
+// longestBeside has fio write 4 KiB at random places of a device, with a pause of 1 ms, and in a second job with a flush
+// each 100 ms, while something is done. It returns how long the longest write and flush took, in ms.
+func longestBeside(ctx context.Context, device string, do func() error) (map[string]float64, error) {
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, "fio", "--filename="+device, "--direct=1", "--ioengine=io_uring", "--rw=randwrite", "--bs=4k",
+		"--time_based", "--runtime=1h", "--norandommap", "--output-format=json",
+		"--name=write", "--thinktime="+strconv.FormatInt(writePause.Microseconds(), 10),
+		"--name=flush", "--thinktime="+strconv.FormatInt(flushEvery.Microseconds(), 10), "--fsync=1")
+	cmd.Stdout, cmd.Stderr = &out, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	err := do()
+	// Interrupted it says what it has seen, and exits with 128.
+	_ = cmd.Process.Signal(os.Interrupt)
+	_ = cmd.Wait()
+	var result struct {
+		Jobs []struct {
+			Error       int
+			Write, Sync struct {
+				Latency struct{ Max float64 } `json:"lat_ns"`
+			}
+		}
+	}
+	text := out.Bytes()
+	if i := bytes.IndexByte(text, '{'); i > 0 {
+		text = text[i:]
+	}
+	if e := json.Unmarshal(text, &result); e != nil || len(result.Jobs) != 2 || result.Jobs[0].Error+result.Jobs[1].Error != 0 {
+		return nil, errors.Join(err, fmt.Errorf("fio's answer: %w: %s", e, out.Bytes()))
+	}
+	return map[string]float64{
+		"write": max(result.Jobs[0].Write.Latency.Max, result.Jobs[1].Write.Latency.Max) / 1e6,
+		"flush": result.Jobs[1].Sync.Latency.Max / 1e6,
+	}, err
 }
 
 // filled makes an image of 16 GiB with so many bytes of data and the snapshot "snap".

@@ -10,8 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
-	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -56,43 +54,15 @@ func (b *bench) ioPassThrough(ctx context.Context, raw string) (*ioTarget, error
 
 // ioOurs serves a copy of an image in an engine.
 func (b *bench) ioOurs(ctx context.Context, image string) (*ioTarget, error) {
-	dir, err := os.MkdirTemp(b.dir, "ours")
-	if err != nil {
-		return nil, err
-	}
-	home, socket := filepath.Join(dir, "pool"), filepath.Join(dir, "engine")
-	if err := errors.Join(os.Mkdir(home, 0o700), pool.Init(home)); err != nil {
-		return nil, err
-	}
-	p, err := pool.Open(home)
-	if err != nil {
-		return nil, err
-	}
 	size, err := imageSize(image)
 	if err != nil {
 		return nil, err
 	}
-	v := pool.Volume{ID: p.NewID("bench"), Name: "bench", Size: size, Created: time.Now()}
-	if err := p.Create(ctx, v, func(ctx context.Context, path string) error { return copyImage(ctx, image, path) }); err != nil {
-		return nil, err
-	}
-	server, err := startServer(ctx, b.program, "engine", "--listen=unix://"+socket, "--pool="+home)
+	v, err := b.attach(ctx, b.dir, size, func(path string) error { return copyImage(ctx, image, path) })
 	if err != nil {
 		return nil, err
 	}
-	client, err := engine.NewClient("unix://" + socket)
-	if err != nil {
-		return nil, errors.Join(err, server.stop())
-	}
-	device := ""
-	for deadline := time.Now().Add(30 * time.Second); device == "" && time.Now().Before(deadline); {
-		if device, err = client.Attach(ctx, v.ID); err != nil {
-			<-time.After(50 * time.Millisecond)
-		}
-	}
-	return &ioTarget{"ours", device, func() error {
-		return errors.Join(client.Detach(context.WithoutCancel(ctx), v.ID), client.Close(), server.stop(), os.RemoveAll(dir))
-	}}, err
+	return &ioTarget{"ours", v.device, v.end}, nil
 }
 
 // ioQEMU serves a copy of an image in qemu-storage-daemon, with direct I/O and io_uring.

@@ -20,6 +20,8 @@ const (
 	shareFirst = 16 << 20
 	shareMost  = 1 << 30
 	shareTime  = 5 * time.Millisecond
+	// settleTime is for how long is shared, beside guests, until it is settled.
+	settleTime = 100 * time.Millisecond
 )
 
 // copier takes data over into another file: by sharing blocks where the file system can, else by parallel copies that
@@ -31,6 +33,8 @@ type copier struct {
 	v        *View
 	cloner   RangeCloner // nil where blocks cannot be shared
 	slice    int64       // shared at once
+	requests int64       // of guests before it began
+	settled  time.Time   // when what is shared was last settled
 	work     chan copyPiece
 	running  sync.WaitGroup
 	done     atomic.Int64 // bytes
@@ -45,7 +49,7 @@ type copyPiece struct {
 }
 
 func startCopier(ctx context.Context, dst File, v *View, total int64, progress func(done, total int64)) *copier {
-	c := &copier{dst: dst, v: v, slice: shareFirst, work: make(chan copyPiece), total: total, progress: progress}
+	c := &copier{dst: dst, v: v, slice: shareFirst, work: make(chan copyPiece), total: total, progress: progress, requests: v.img.requests.Load()}
 	c.cloner, _ = dst.(RangeCloner)
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	for range copyStreams {
@@ -78,7 +82,20 @@ func (c *copier) takeOver(off, n, to int64) error {
 	return nil
 }
 
-// share shares blocks, and looks how long that takes.
+// A settler is a RangeCloner that shares blocks in a way that would make the next Sync long, for the file and for others
+// beside it. Settle makes what it has shared durable without that.
+type settler interface{ Settle() error }
+
+func (c *copier) settle() error {
+	c.settled = time.Now()
+	if s, ok := c.cloner.(settler); ok {
+		return s.Settle()
+	}
+	return nil
+}
+
+// share shares blocks, and looks how long that takes. If there are guests their requests are given as much time then, for the
+// next share may be faster than they are to get at the file.
 func (c *copier) share(off, n, to int64) error {
 	if err := c.ctx.Err(); err != nil {
 		return context.Cause(c.ctx)
@@ -87,7 +104,8 @@ func (c *copier) share(off, n, to int64) error {
 	if err := c.cloner.CloneRange(c.v.img.f.File, off, to, n); err != nil {
 		return err
 	}
-	switch took := time.Since(start); {
+	took := time.Since(start)
+	switch {
 	case took > 2*shareTime:
 		c.slice = max(c.slice/2, shareLeast)
 	case took < shareTime && n == c.slice:
@@ -95,6 +113,16 @@ func (c *copier) share(off, n, to int64) error {
 	}
 	c.done.Add(n)
 	c.tell()
+	if c.v.img.requests.Load() == c.requests {
+		return nil
+	}
+	select {
+	case <-c.ctx.Done():
+	case <-time.After(took):
+	}
+	if time.Since(c.settled) > settleTime {
+		return c.settle()
+	}
 	return nil
 }
 
@@ -169,6 +197,9 @@ func (c *copier) wait() error {
 	defer c.cancel(nil)
 	if c.ctx.Err() != nil {
 		return context.Cause(c.ctx)
+	}
+	if err := c.settle(); err != nil {
+		return err
 	}
 	if c.progress != nil {
 		c.progress(c.total, c.total)

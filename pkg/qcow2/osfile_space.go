@@ -119,6 +119,18 @@ func (o *osFile) CloneRange(src File, srcOff, dstOff, n int64) error {
 	}
 }
 
+var _ settler = (*osFile)(nil)
+
+// Settle commits all of a btrfs: a sync of the file would log each of its extents, and the syncs of all other files would
+// wait for the end of that.
+func (o *osFile) Settle() error {
+	var st unix.Statfs_t
+	if err := o.op("statfs", func(fd int) error { return unix.Fstatfs(fd, &st) }); err != nil || st.Type != unix.BTRFS_SUPER_MAGIC {
+		return err
+	}
+	return o.op("syncfs", unix.Syncfs)
+}
+
 var _ writebacker = (*osFile)(nil)
 
 // StartWriteback is a hint: an error in writing is Sync's to tell.
