@@ -91,6 +91,7 @@ func newEventLoop(s *server, b Direct) (*eventLoop, error) {
 	}
 	l := &eventLoop{server: s, backend: b, file: file, ring: r, wake: wake, slow: make(chan int, DirectRequests)}
 	l.onCompleted = l.completed
+	s.messages.useHugePages()
 	for i := range DirectRequests {
 		l.idle = append(l.idle, i)
 	}

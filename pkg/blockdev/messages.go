@@ -8,8 +8,7 @@ import (
 
 // messages is the memory of a server's messages. Only what has been used takes memory, until it is given back.
 //
-// A journal's has to outlive the process: it is a file in memory. All other is anonymous memory in huge pages, where the
-// system has them: I/O of one MiB in scattered pages is more segments than a disk takes at once, and half as fast.
+// A journal's has to outlive the process: it is a file in memory. All other is anonymous memory, which can be in huge pages.
 //
 // A request is read into a large message: its size cannot be known before. That memory must be there, because a process
 // that is killed while the kernel copies a request to memory that is not fails that request, which is then lost for the
@@ -71,7 +70,6 @@ func mapMessages(fd int) (*messages, error) {
 		}
 		return nil, fmt.Errorf("map the memory of requests: %w", err)
 	}
-	_ = unix.Madvise(b, unix.MADV_HUGEPAGE) // a hint
 	return &messages{b, fd}, nil
 }
 
@@ -81,6 +79,9 @@ func messageOffset(number int) int {
 	small, large := min(number, smallMessages), max(number-smallMessages, 0)
 	return small*(page+smallPayload) + large*(page+maxPayload)
 }
+
+// useHugePages asks for them: I/O of one MiB in scattered pages is more segments than a disk takes at once, and half as fast.
+func (ms *messages) useHugePages() { _ = unix.Madvise(ms.memory, unix.MADV_HUGEPAGE) }
 
 func (ms *messages) at(number int) message {
 	from, to := messageOffset(number), messageOffset(number+1)

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"fmt"
 
 	"k8s.io/klog/v2"
 
@@ -18,12 +19,22 @@ func (s *supervisor) spare(ctx context.Context, p *pool.Pool, volumes map[string
 			s.mu.Lock()
 			s.spares[id] = w
 			s.mu.Unlock()
-			_, err = w.api.List(ctx, &api.ListRequest{}) // answered when it is ready
+			err = w.ready(ctx)
 		}
 		if err != nil {
 			klog.ErrorS(err, "Worker cannot be started beforehand", "volume", id)
 		}
 	}
+}
+
+// ready waits until a worker that serves nothing yet answers.
+func (p *process) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, statusPatience)
+	defer cancel()
+	if _, err := p.api.List(ctx, &api.ListRequest{}); err != nil {
+		return fmt.Errorf("the worker of %s does not answer: %w", p.volume, err)
+	}
+	return nil
 }
 
 // takeSpare returns the worker that waits for a volume, nil if none does.
