@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -23,7 +24,8 @@ type killHistory struct {
 	whole bool     // so is an operation on the whole disk
 	in    bool     // an operation on snapshots is under way
 	kills []kill
-	busy  sync.Mutex // held in between: an operation reads the file from several goroutines
+	busy  sync.Mutex   // held in between: an operation reads the file from several goroutines
+	moved atomic.Int64 // requests begun and ended, and calls of the file
 }
 
 // kill is what a process left, and what must be found.
@@ -63,20 +65,24 @@ func (h *killHistory) guest() {
 	h.count++
 	off, n := h.history.span()
 	h.span = [2]int64{off, n}
+	h.moved.Add(1)
 	switch h.rng.IntN(6) {
 	case 0:
 		h.note("%d: zero %#x %#x", h.count, off, n)
 		must(h.t, h.img.WriteZeroes(off, n))
+		h.moved.Add(1)
 		h.model.active.zero(off, n)
 	case 1:
 		h.note("%d: discard %#x %#x", h.count, off, n)
 		must(h.t, h.img.Discard(off, n))
+		h.moved.Add(1)
 		h.model.active.zero(off, n)
 	default:
 		h.note("%d: write %#x %#x", h.count, off, n)
 		p := stamp(h.count, off, n)
 		_, err := h.img.WriteAt(p, off)
 		must(h.t, err)
+		h.moved.Add(1)
 		h.model.active.writeAt(p, off)
 	}
 	h.span = [2]int64{}
@@ -156,6 +162,7 @@ func (h *killHistory) gotoAny() {
 
 // between kills the process before some of the calls of the file, and lets a guest work beside operations.
 func (h *killHistory) between() {
+	h.moved.Add(1)
 	if !h.busy.TryLock() {
 		return
 	}
@@ -172,12 +179,18 @@ func (h *killHistory) between() {
 	}
 }
 
+// kill notes what there is at one instant. In the background, where clusters are reserved for example, it may see several:
+// then there is no kill.
 func (h *killHistory) kill() {
-	h.kills = append(h.kills, kill{
+	moved := h.moved.Load()
+	k := kill{
 		what: fmt.Sprintf("after %q", h.history.log[len(h.history.log)-1]),
 		file: h.file.clone(), log: slices.Clone(h.log), active: h.model.active.clone(), span: h.span,
 		settled: slices.Clone(h.model.snaps),
-	})
+	}
+	if h.moved.Load() == moved {
+		h.kills = append(h.kills, k)
+	}
 }
 
 // judge opens what a killed process left: all that guests were told is there, and they go on.
