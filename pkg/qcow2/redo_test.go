@@ -151,8 +151,8 @@ func (h *killHistory) gotoAny() {
 	}
 	h.note("%d: goto %s", h.count, selector)
 	h.whole = true
+	defer func() { h.whole = false }()
 	err := h.img.GotoSnapshot(selector)
-	h.whole = false
 	if h.tooNarrow(err) {
 		return
 	}
