@@ -88,7 +88,7 @@ func TestSoak(t *testing.T) {
 			}
 		}
 	}
-	const eras, samples = 3, 6
+	const eras, samples = 4, 6
 	holder := make([]usage, 0, eras*samples)
 	for era := range eras {
 		if era > 0 {
