@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // target is a disk that a guest works on.
@@ -116,3 +119,23 @@ func work(ctx context.Context, t target, size int64, pause time.Duration, l *lat
 	loop("flush", flushEvery, func([]byte, int64) error { return t.Flush() })
 	all.Wait()
 }
+
+// watch reads blocks of a file past the page cache, as somebody who only has the disk in common with the guest.
+func watch(ctx context.Context, path string, l *latencies) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		l.note("bystander", time.Now(), err)
+		return
+	}
+	defer f.Close()
+	p := alignedBlock()
+	for block := int64(0); ctx.Err() == nil; block++ {
+		<-time.After(2 * time.Millisecond)
+		from := time.Now()
+		_, err := f.ReadAt(p, block%bystanderBlocks*guestBlock)
+		l.note("bystander", from, err)
+	}
+}
+
+// bystanderBlocks is how much watch reads: the beginning of a mapped image are tables.
+const bystanderBlocks = 64

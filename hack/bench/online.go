@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
@@ -19,7 +20,7 @@ type served struct {
 
 // serveOurs opens an image in this process.
 func serveOurs(path string) (*served, error) {
-	img, err := openImage(path, false)
+	img, err := openServed(path)
 	if err != nil {
 		return nil, err
 	}
@@ -31,12 +32,13 @@ func serveOurs(path string) (*served, error) {
 	}, nil
 }
 
-func openImage(path string, readOnly bool) (*qcow2.Image, error) {
-	f, err := qcow2.OpenFile(path, readOnly)
+// openServed opens an image as the engine does.
+func openServed(path string) (*qcow2.Image, error) {
+	f, err := qcow2.OpenDirectFile(path)
 	if err != nil {
 		return nil, err
 	}
-	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly})
+	return qcow2.Open(f, qcow2.OpenOptions{})
 }
 
 // writePause is between the writes of a guest whose latencies are measured, so that both sides bear the same load.
@@ -44,7 +46,7 @@ const writePause = time.Millisecond
 
 // online compares what a guest's requests suffer while a snapshot is taken and deleted: 4 KiB writes at random places one
 // after the other, reads beside them, a flush every 100 ms. Ours is the engine in this process; QEMU's is
-// qemu-storage-daemon, exported through FUSE.
+// qemu-storage-daemon, exported through FUSE. Reads of another file tell when the disk itself makes everybody wait.
 func (b *bench) online(ctx context.Context) error {
 	table("a write and a read each ms", "ours", "QEMU", "times better")
 	return b.besides(ctx, writePause, b.reportLatencies)
@@ -68,7 +70,7 @@ func (b *bench) besides(ctx context.Context, pause time.Duration, report func(si
 			if err != nil {
 				return err
 			}
-			if l[who], err = b.underLoad(ctx, path, size, pause, serve); err != nil {
+			if l[who], err = b.underLoad(ctx, path, master, size, pause, serve); err != nil {
 				return err
 			}
 			if _, err := command(ctx, "qemu-img", "check", "-q", path); err != nil {
@@ -80,7 +82,10 @@ func (b *bench) besides(ctx context.Context, pause time.Duration, report func(si
 	return os.Remove(filepath.Join(b.dir, "online.qcow2"))
 }
 
-func (b *bench) underLoad(ctx context.Context, path, size string, pause time.Duration, serve func(string) (*served, error)) (*latencies, error) {
+// underLoad carries out operations on the image at path. bystander is a file beside it that nobody uses.
+func (b *bench) underLoad(
+	ctx context.Context, path, bystander, size string, pause time.Duration, serve func(string) (*served, error),
+) (*latencies, error) {
 	n, err := parseSize(size)
 	if err != nil {
 		return nil, err
@@ -91,11 +96,9 @@ func (b *bench) underLoad(ctx context.Context, path, size string, pause time.Dur
 	}
 	l := &latencies{of: map[string][]request{}, phases: map[string]span{}}
 	guest, stop := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		work(guest, s, n, pause, l)
-	}()
+	var all sync.WaitGroup
+	all.Go(func() { work(guest, s, n, pause, l) })
+	all.Go(func() { watch(guest, bystander, l) })
 	idle := func() error {
 		select {
 		case <-ctx.Done():
@@ -112,7 +115,7 @@ func (b *bench) underLoad(ctx context.Context, path, size string, pause time.Dur
 		}
 	}
 	stop()
-	<-done
+	all.Wait()
 	if e := s.close(); err == nil {
 		err = e
 	}
@@ -135,6 +138,9 @@ func (b *bench) reportLatencies(size string, l [2]*latencies) {
 				b.report.add(x, false)
 			}
 		}
+		x := row{Part: "online", Unit: "ms", Name: fmt.Sprintf("%s %s: a read of another file, longest, ms", size, phase)}
+		x.Ours, x.QEMU = milliseconds(quantile(l[0].during(phase, "bystander"), 1)), milliseconds(quantile(l[1].during(phase, "bystander"), 1))
+		b.report.add(x, false)
 	}
 	for _, phase := range []string{"create", "delete"} {
 		x := row{Part: "online", Unit: "ms", Name: fmt.Sprintf("%s %s: the operation itself, ms", size, phase)}

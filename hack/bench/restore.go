@@ -247,7 +247,11 @@ func (b *bench) filled(ctx context.Context, path string, data int64) error {
 
 // cloneSnapshot restores the snapshot "snap" of an image that nobody uses.
 func cloneSnapshot(ctx context.Context, source, dst string) error {
-	img, err := openImage(source, true)
+	f, err := qcow2.OpenFile(source, true)
+	if err != nil {
+		return err
+	}
+	img, err := qcow2.Open(f, qcow2.OpenOptions{ReadOnly: true})
 	if err != nil {
 		return err
 	}

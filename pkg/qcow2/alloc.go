@@ -118,111 +118,87 @@ func (a *allocator) reserveAhead() {
 	})
 }
 
-// reserve makes n clusters ready, or fails and has changed nothing.
+// reserve makes n clusters ready, in rounds between which others get at the counts. What it got before it fails is ready.
 func (a *allocator) reserve(n int64) error {
+	total := int64(0)
+	for total < n {
+		got, err := a.reserveRound(n)
+		if err != nil {
+			return fmt.Errorf("reserve %d clusters: %w", n, err)
+		}
+		if got == 0 { // somebody else did
+			break
+		}
+		total += got
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if total > 0 {
+		a.batch = min(max(a.batch, n)*2, a.g.batch(maxBatchBytes))
+	}
+	return nil
+}
+
+// reserveRound makes clusters ready, if n are not yet, and says how many; or it fails and has changed nothing.
+func (a *allocator) reserveRound(n int64) (int64, error) {
 	a.ledger.Lock()
 	defer a.ledger.Unlock()
 	a.mu.Lock()
 	n -= a.ready.clusters()
-	if n <= 0 { // somebody else did
-		a.mu.Unlock()
-		return nil
-	}
-	n = max(n, a.batch)
-	got, newBlocks, err := a.claim(n)
+	c := claim{a: a, at: a.next, next: a.next, missing: max(n, a.batch)}
 	a.mu.Unlock()
-	if err == nil {
-		err = a.prepare(got)
+	if n <= 0 {
+		return 0, nil
 	}
-	if err == nil && len(newBlocks) > 0 {
-		err = a.link(newBlocks)
+	err := c.search()
+	if err == nil {
+		err = a.prepare(c.got)
+	}
+	if err == nil && len(c.newBlocks) > 0 {
+		err = a.link(c.newBlocks)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err != nil {
-		a.unclaim(got, newBlocks)
-		return fmt.Errorf("reserve %d clusters: %w", n, err)
+		c.undo()
+		return 0, err
 	}
-	for _, r := range got {
+	for _, r := range c.got {
 		a.ready.add(r)
 	}
-	a.batch = min(max(a.batch, n)*2, a.g.batch(maxBatchBytes))
+	return c.got.clusters(), nil
+}
+
+// fetch reads those of the refcount blocks ks that are not in memory, together. Called with ledger held, so that nobody
+// changes them meanwhile, but not mu. A few more than rc.limit may be dropped again before they are used.
+func (a *allocator) fetch(ks []int64) error {
+	type read struct {
+		k, off int64
+		b      *refBlock
+	}
+	var reads []read
+	a.mu.Lock()
+	for _, k := range ks {
+		if off, ok := a.rc.absent(k); ok {
+			reads = append(reads, read{k: k, off: off})
+		}
+	}
+	a.mu.Unlock()
+	err := together(len(reads), func(i int) (err error) {
+		reads[i].b, err = a.rc.read(reads[i].k, reads[i].off)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range reads {
+		if _, ok := a.rc.absent(r.k); ok {
+			a.rc.keep(r.k, r.b)
+		}
+	}
 	return nil
-}
-
-// unclaim takes claim back in memory. On disk counts may stay, which leaks; blocks that nothing points at
-// are forgotten.
-func (a *allocator) unclaim(got runs, newBlocks []int64) {
-	for _, r := range got {
-		a.next = min(a.next, r.first)
-		_ = a.g.eachBlock(r, func(k, i, n int64) error {
-			if b := a.rc.blocks[k]; b != nil {
-				_, err := a.add(run{k<<a.g.blockBits + i, n}, -1)
-				return err
-			}
-			return nil
-		})
-	}
-	for _, k := range newBlocks {
-		a.metadata.remove(run{a.rc.table[k] >> a.g.clusterBits, 1})
-		if a.build != nil {
-			_ = a.build.mirror(run{a.rc.table[k] >> a.g.clusterBits, 1}, -1)
-		}
-		a.rc.forget(k)
-	}
-}
-
-// claim counts n free clusters in memory. newBlocks are the refcount blocks that it made on the way; the table
-// on disk does not yet point at them.
-func (a *allocator) claim(n int64) (got runs, newBlocks []int64, err error) {
-	for c := a.next; n > 0; {
-		if c, err = a.rc.nextFree(c); err != nil {
-			return got, newBlocks, err
-		}
-		k := c >> a.g.blockBits
-		if _, busy := a.unsafe[k]; busy && c < a.unsafeEnd {
-			c = min((k+1)<<a.g.blockBits, a.unsafeEnd)
-			continue
-		}
-		if !a.free(c) {
-			c++
-			continue
-		}
-		if k >= int64(len(a.rc.table)) {
-			if err := a.growTable(); err != nil {
-				return got, newBlocks, err
-			}
-			newBlocks = nil // the new table points at them
-			continue
-		}
-		b, err := a.rc.block(k)
-		if err != nil {
-			return got, newBlocks, err
-		}
-		if b == nil {
-			if err := a.newBlock(k, c); err != nil {
-				return got, newBlocks, err
-			}
-			newBlocks = append(newBlocks, k)
-			continue
-		}
-		i := c & (a.g.blockCounts - 1)
-		end := i
-		for end < a.g.blockCounts && end-i < n && b.counts.get(end) == 0 && a.free(c+end-i) {
-			end++
-		}
-		r := run{c, end - i}
-		if err := a.refuse(r); err != nil {
-			return got, newBlocks, err
-		}
-		if _, err := a.add(r, 1); err != nil {
-			return got, newBlocks, err
-		}
-		got.add(r)
-		n, c = n-r.n, r.end()
-		a.next = c
-	}
-	return got, newBlocks, nil
 }
 
 // free tells that no running operation holds a cluster whose count is 0.

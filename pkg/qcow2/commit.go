@@ -109,11 +109,6 @@ type commitWork struct {
 	redo    uint64 // end of the redo log: what was noted before is in the above
 }
 
-type metaWrite struct {
-	off int64
-	b   []byte // a copy
-}
-
 // takeDirty collects what has changed; what changes from now on is the next commit's.
 func (img *Image) takeDirty() *commitWork {
 	img.mu.Lock()
@@ -157,8 +152,8 @@ func (w *commitWork) write(img *Image) error {
 			return err
 		}
 	}
-	for _, m := range append(w.frozen, w.writes...) {
-		if _, err := img.f.WriteAt(m.b, m.off); err != nil {
+	for _, ws := range [][]metaWrite{w.frozen, w.writes} {
+		if err := writeAll(img.f, ws); err != nil {
 			return fmt.Errorf("write metadata: %w", err)
 		}
 	}

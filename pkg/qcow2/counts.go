@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"slices"
 )
 
 // counts is a refcount block in memory, or several that follow each other, as it is on disk: counts of 1 << order
@@ -228,6 +229,32 @@ func (g geometry) eachBlock(r run, fn func(block, i, n int64) error) error {
 func (g geometry) blocksOf(r run) iter.Seq[int64] {
 	return func(yield func(int64) bool) {
 		for k := r.first >> g.blockBits; k <= (r.end()-1)>>g.blockBits && yield(k); k++ {
+		}
+	}
+}
+
+// byBlocks yields rs in parts, each with the refcount blocks in which it is counted, at most n.
+func (g geometry) byBlocks(rs runs, n int) iter.Seq2[runs, []int64] {
+	return func(yield func(runs, []int64) bool) {
+		var part runs
+		var blocks []int64
+		for _, r := range rs {
+			for k := range g.blocksOf(r) {
+				if !slices.Contains(blocks, k) {
+					if len(blocks) == n {
+						if !yield(part, blocks) {
+							return
+						}
+						part, blocks = nil, nil
+					}
+					blocks = append(blocks, k)
+				}
+				first := max(r.first, k<<g.blockBits)
+				part.add(run{first, min(r.end(), (k+1)<<g.blockBits) - first})
+			}
+		}
+		if len(part) > 0 {
+			yield(part, blocks)
 		}
 	}
 }

@@ -12,14 +12,16 @@ type refcounts struct {
 	table   []int64 // host offset of each refcount block, 0 = none; as many as the table has room for
 	tableAt run     // host clusters of the table
 	blocks  map[int64]*refBlock
-	limit   int // blocks kept in memory, dirty ones apart
+	limit   int    // clean blocks kept in memory, and about as many dirty ones
+	clock   uint64 // of refBlock.used
 }
 
 // refBlock is a refcount block in memory.
 type refBlock struct {
 	counts  counts
 	dirty   sectorSet
-	writing bool // its dirty sectors were taken and are not yet written
+	writing bool   // its dirty sectors were taken and are not yet written
+	used    uint64 // the later, the larger
 }
 
 // add changes n counts from index i on, see counts.add.
@@ -31,7 +33,7 @@ func (b *refBlock) add(i, n int64, delta int) (fallen, error) {
 	return fell, err
 }
 
-// refBlockCacheBytes bounds the clean refcount blocks in memory: 8 MiB count 256 GiB of 64 KiB clusters.
+// refBlockCacheBytes bounds the clean refcount blocks in memory, and about the dirty ones: 8 MiB count 256 GiB of 64 KiB clusters.
 const refBlockCacheBytes = 8 << 20
 
 func loadRefcounts(f File, g geometry, h *header) (*refcounts, error) {
@@ -62,46 +64,71 @@ func loadRefcounts(f File, g geometry, h *header) (*refcounts, error) {
 
 // block returns refcount block i, nil if the table has none: all its counts are 0.
 func (rc *refcounts) block(i int64) (*refBlock, error) {
-	if i >= int64(len(rc.table)) || rc.table[i] == 0 {
-		return nil, nil
-	}
-	if b := rc.blocks[i]; b != nil {
+	off, ok := rc.absent(i)
+	if !ok {
+		b := rc.blocks[i]
+		if b != nil {
+			rc.touch(b)
+		}
 		return b, nil
 	}
+	b, err := rc.read(i, off)
+	if err == nil {
+		rc.keep(i, b)
+	}
+	return b, err
+}
+
+// absent tells whether there is a block i that is not in memory, and where it lies.
+func (rc *refcounts) absent(i int64) (off int64, ok bool) {
+	if i >= int64(len(rc.table)) || rc.table[i] == 0 || rc.blocks[i] != nil {
+		return 0, false
+	}
+	return rc.table[i], true
+}
+
+// read reads block i at off. It needs no lock.
+func (rc *refcounts) read(i, off int64) (*refBlock, error) {
 	b := &refBlock{counts: rc.g.newCounts(1)}
-	if err := readPadded(rc.f, b.counts.b, rc.table[i]); err != nil {
+	if err := readPadded(rc.f, b.counts.b, off); err != nil {
 		return nil, fmt.Errorf("read refcount block %d: %w", i, err)
 	}
-	rc.keep(i, b)
 	return b, nil
 }
 
-// keep caches a block and drops clean ones beyond the limit.
+// keep caches a block. Of the clean ones beyond the limit the one goes that was used least recently.
 func (rc *refcounts) keep(i int64, b *refBlock) {
+	oldest, clean := int64(-1), 0
 	for k, old := range rc.blocks {
-		if len(rc.blocks) < rc.limit {
-			break
+		if !old.dirty.empty() || old.writing {
+			continue
 		}
-		if old.dirty.empty() && !old.writing {
-			delete(rc.blocks, k)
+		if clean++; oldest < 0 || old.used < rc.blocks[oldest].used {
+			oldest = k
 		}
+	}
+	if clean >= rc.limit {
+		delete(rc.blocks, oldest)
 	}
 	rc.blocks[i] = b
+	rc.touch(b)
 }
 
-// nextFree returns the first cluster from c on whose count is 0; it may lie beyond all blocks.
-func (rc *refcounts) nextFree(c int64) (int64, error) {
-	for {
-		b, err := rc.block(c >> rc.g.blockBits)
-		if err != nil || b == nil {
-			return c, err
+// touch notes that a block is used.
+func (rc *refcounts) touch(b *refBlock) {
+	rc.clock++
+	b.used = rc.clock
+}
+
+// crowded tells whether so many blocks are dirty that they should be written.
+func (rc *refcounts) crowded() bool {
+	dirty := 0
+	for _, b := range rc.blocks {
+		if !b.dirty.empty() {
+			dirty++
 		}
-		i := c & (rc.g.blockCounts - 1)
-		if j := b.counts.nextZero(i); j < rc.g.blockCounts {
-			return c + j - i, nil
-		}
-		c = (c>>rc.g.blockBits + 1) << rc.g.blockBits
 	}
+	return dirty > rc.limit
 }
 
 // add changes the counts of clusters that have refcount blocks and returns those that fell to 0.
@@ -167,12 +194,12 @@ func (rc *refcounts) writeBack() error {
 }
 
 func writeBlocks(f File, ws []blockWrite) error {
+	var parts []metaWrite
 	for _, w := range ws {
-		for _, m := range w.parts {
-			if _, err := f.WriteAt(m.b, m.off); err != nil {
-				return fmt.Errorf("write a refcount block: %w", err)
-			}
-		}
+		parts = append(parts, w.parts...)
+	}
+	if err := writeAll(f, parts); err != nil {
+		return fmt.Errorf("write refcount blocks: %w", err)
 	}
 	return nil
 }

@@ -8,6 +8,34 @@ func (a *allocator) release(rs runs) error {
 	}
 	a.ledger.Lock()
 	defer a.ledger.Unlock()
+	for part, blocks := range a.g.byBlocks(rs, min(releaseBlocks, a.rc.limit)) {
+		if err := a.fetch(blocks); err != nil {
+			return err
+		}
+		if err := a.releasePart(part); err != nil {
+			return err
+		}
+		if a.crowded() {
+			if err := a.writeBack(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// releaseBlocks is how many refcount blocks are read together for a release.
+const releaseBlocks = 64
+
+// crowded tells whether so many counts have changed that they should be written, for the sake of memory.
+func (a *allocator) crowded() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.rc.crowded()
+}
+
+// releasePart is release with ledger held.
+func (a *allocator) releasePart(rs runs) error {
 	sole, others, err := a.bySoleness(rs)
 	if err != nil {
 		return err

@@ -1,0 +1,135 @@
+package qcow2
+
+// claim is a reservation's search: it counts free clusters, block by block, in memory. Used with the ledger held; guests get
+// at the clusters that are ready between two blocks, and do not wait for reads.
+type claim struct {
+	a         *allocator
+	at        int64 // the search goes on here
+	next      int64 // the allocator's next as this search has left it
+	missing   int64 // clusters still wanted
+	got       runs
+	newBlocks []int64 // refcount blocks that it made; the table on disk does not yet point at them
+}
+
+// maxClaimed is how many runs a search ends with: each is punched, and counted in a sector of its own perhaps, while the
+// ledger is held.
+const maxClaimed = 64
+
+func (c *claim) search() error {
+	for blocks := int64(1); c.missing > 0 && len(c.got) < maxClaimed; blocks = claimBlocks {
+		if err := c.a.fetch(c.ahead(blocks)); err != nil {
+			return err
+		}
+		k := c.at >> c.a.g.blockBits
+		for c.at>>c.a.g.blockBits < k+blocks && c.missing > 0 && len(c.got) < maxClaimed {
+			if err := c.step(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// claimBlocks is how many refcount blocks are read together when the first has not been enough.
+const claimBlocks = 8
+
+// ahead returns the refcount blocks, up to n, that the search will look at.
+func (c *claim) ahead(n int64) []int64 {
+	a := c.a
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var ks []int64
+	first := c.at >> a.g.blockBits
+	for k := first; k < first+n; k++ {
+		if _, busy := a.unsafe[k]; !busy || (k+1)<<a.g.blockBits > a.unsafeEnd {
+			ks = append(ks, k)
+		}
+	}
+	return ks
+}
+
+// step claims a run in the refcount block that counts at, or moves the search on.
+func (c *claim) step() error {
+	a := c.a
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	k, i := c.at>>a.g.blockBits, c.at&(a.g.blockCounts-1)
+	behind := (k + 1) << a.g.blockBits
+	if _, busy := a.unsafe[k]; busy && c.at < a.unsafeEnd {
+		c.at = min(behind, a.unsafeEnd)
+		return nil
+	}
+	b, err := a.rc.block(k)
+	if err != nil {
+		return err
+	}
+	if b != nil {
+		i = b.counts.nextZero(i)
+	}
+	for i < a.g.blockCounts && !a.free(k<<a.g.blockBits+i) {
+		if i++; b != nil {
+			i = b.counts.nextZero(i)
+		}
+	}
+	switch c.at = k<<a.g.blockBits + i; {
+	case c.at == behind:
+		return nil
+	case k >= int64(len(a.rc.table)):
+		if err := a.growTable(); err != nil {
+			return err
+		}
+		c.newBlocks = nil // the new table points at them
+		return nil
+	case b == nil:
+		if err := a.newBlock(k, c.at); err != nil {
+			return err
+		}
+		c.newBlocks = append(c.newBlocks, k)
+		return nil
+	}
+	return c.take(b, i)
+}
+
+// take claims free clusters from at on, which block b counts at index i. Called with the allocator's lock held.
+func (c *claim) take(b *refBlock, i int64) error {
+	a, end := c.a, i
+	for end < a.g.blockCounts && end-i < c.missing && b.counts.get(end) == 0 && a.free(c.at+end-i) {
+		end++
+	}
+	r := run{c.at, end - i}
+	if err := a.refuse(r); err != nil {
+		return err
+	}
+	if _, err := a.add(r, 1); err != nil {
+		return err
+	}
+	c.got.add(r)
+	c.missing, c.at = c.missing-r.n, r.end()
+	if a.next == c.next { // else clusters before it have become free meanwhile
+		a.next, c.next = c.at, c.at
+	}
+	return nil
+}
+
+// undo takes the claim back in memory. On disk counts may stay, which leaks; blocks that nothing points at are forgotten.
+// Called with the allocator's lock held.
+func (c *claim) undo() {
+	a := c.a
+	for _, r := range c.got {
+		a.next = min(a.next, r.first)
+		_ = a.g.eachBlock(r, func(k, i, n int64) error {
+			if b := a.rc.blocks[k]; b != nil {
+				_, err := a.add(run{k<<a.g.blockBits + i, n}, -1)
+				return err
+			}
+			return nil
+		})
+	}
+	for _, k := range c.newBlocks {
+		a.metadata.remove(run{a.rc.table[k] >> a.g.clusterBits, 1})
+		if a.build != nil {
+			_ = a.build.mirror(run{a.rc.table[k] >> a.g.clusterBits, 1}, -1)
+		}
+		a.rc.forget(k)
+	}
+}
