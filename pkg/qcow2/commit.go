@@ -5,7 +5,8 @@ import (
 	"fmt"
 )
 
-// Flush makes all completed writes durable. Flushes that come while one runs share the next.
+// Flush makes all completed writes durable. Flushes that come while one runs share the next. Of clusters that it frees many
+// are released after it returns.
 func (img *Image) Flush() error {
 	if err := img.begin(0, 0, false); err != nil {
 		return err
@@ -14,36 +15,54 @@ func (img *Image) Flush() error {
 	if img.readOnly {
 		return nil
 	}
-	return img.commit()
+	freed, err := img.commitAll()
+	if err == nil && len(freed) > callsAtOnce {
+		go func() { // whoever takes commitMu next waits for its end, so Close does
+			defer img.commitMu.Unlock()
+			_ = img.retire(freed) // has failed the image, or found it corrupt: the next request tells
+		}()
+		return nil
+	}
+	defer img.commitMu.Unlock()
+	return errors.Join(err, img.retire(freed))
 }
 
-// commit is a guest flush (Spec A, W2 and W3): one sync if no mapping changed or if each change can be seen in
-// any order, two otherwise.
+// commit is Flush with all of its consequences.
 func (img *Image) commit() error {
+	freed, err := img.commitAll()
+	defer img.commitMu.Unlock()
+	return errors.Join(err, img.retire(freed))
+}
+
+// commitAll is a guest flush (Spec A, W2 and W3): one sync if no mapping changed or if each change can be seen in any order,
+// two otherwise. It returns with commitMu held, and what is to be retired.
+func (img *Image) commitAll() (freed runs, err error) {
 	img.mu.Lock()
 	need := img.started + 1 // a commit that starts from now on covers all that came before
 	img.mu.Unlock()
 
 	img.commitMu.Lock()
-	defer img.commitMu.Unlock()
 	img.mu.Lock()
 	done := img.completed >= need
 	img.mu.Unlock()
 	if done {
-		return img.failed()
+		return nil, img.failed()
 	}
 	w := img.takeDirty()
-	err := w.write(img)
+	err = w.write(img)
 	img.settle(w, err)
 	if err != nil {
-		return fmt.Errorf("%s: flush: %w", img.f.Name(), err)
+		return nil, fmt.Errorf("%s: flush: %w", img.f.Name(), err)
 	}
-	return img.retire(w.freed)
+	return w.freed, nil
 }
 
 // retire releases what is durably no longer referenced. While an operation runs only the next generation gives it up, in
 // its own time: the live one may still need it.
 func (img *Image) retire(rs runs) error {
+	if len(rs) == 0 {
+		return nil
+	}
 	img.mu.Lock()
 	n := img.build
 	if n != nil {

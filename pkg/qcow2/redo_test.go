@@ -20,12 +20,34 @@ var killHistories = flag.Int("kill-histories", 8, "random histories for TestKill
 type killHistory struct {
 	*history
 	log   []uint64
-	span  [2]int64 // the request under way: whether it was done is open
-	whole bool     // so is an operation on the whole disk
-	in    bool     // an operation on snapshots is under way
 	kills []kill
 	busy  sync.Mutex   // held in between: an operation reads the file from several goroutines
 	moved atomic.Int64 // requests begun and ended, and calls of the file
+
+	mu    sync.Mutex // guards what follows and what the history knows: a goroutine in the background may kill
+	span  [2]int64   // the request under way: whether it was done is open
+	whole bool       // so is an operation on the whole disk
+	in    bool       // an operation on snapshots is under way
+}
+
+// knows changes what is known.
+func (h *killHistory) knows(change func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	change()
+	h.moved.Add(1)
+}
+
+func (h *killHistory) note(format string, args ...any) {
+	h.knows(func() { h.history.note(format, args...) })
+}
+
+// flush waits for what the flush releases, too: there is one guest at a time.
+func (h *killHistory) flush() {
+	h.t.Helper()
+	must(h.t, h.img.Flush())
+	h.img.commitMu.Lock()
+	defer h.img.commitMu.Unlock()
 }
 
 // kill is what a process left, and what must be found.
@@ -64,28 +86,24 @@ func (h *killHistory) guest() {
 	h.t.Helper()
 	h.count++
 	off, n := h.history.span()
-	h.span = [2]int64{off, n}
-	h.moved.Add(1)
+	h.knows(func() { h.span = [2]int64{off, n} })
 	switch h.rng.IntN(6) {
 	case 0:
 		h.note("%d: zero %#x %#x", h.count, off, n)
 		must(h.t, h.img.WriteZeroes(off, n))
-		h.moved.Add(1)
-		h.model.active.zero(off, n)
+		h.knows(func() { h.model.active.zero(off, n) })
 	case 1:
 		h.note("%d: discard %#x %#x", h.count, off, n)
 		must(h.t, h.img.Discard(off, n))
-		h.moved.Add(1)
-		h.model.active.zero(off, n)
+		h.knows(func() { h.model.active.zero(off, n) })
 	default:
 		h.note("%d: write %#x %#x", h.count, off, n)
 		p := stamp(h.count, off, n)
 		_, err := h.img.WriteAt(p, off)
 		must(h.t, err)
-		h.moved.Add(1)
-		h.model.active.writeAt(p, off)
+		h.knows(func() { h.model.active.writeAt(p, off) })
 	}
-	h.span = [2]int64{}
+	h.knows(func() { h.span = [2]int64{} })
 }
 
 func (h *killHistory) step() {
@@ -95,7 +113,7 @@ func (h *killHistory) step() {
 		h.guest()
 	case n < 84:
 		h.note("flush")
-		must(h.t, h.img.Flush())
+		h.flush()
 	case n < 91:
 		h.createBeside()
 	case n < 96:
@@ -114,14 +132,14 @@ func (h *killHistory) createBeside() {
 	name := fmt.Sprintf("s%d", h.count)
 	h.note("%d: snapshot %s", h.count, name)
 	var content *sparse
-	h.in = true
-	s, err := h.img.CreateSnapshot(name, func(Snapshot) { content = h.model.active.clone() })
-	h.in = false
+	h.knows(func() { h.in = true })
+	s, err := h.img.CreateSnapshot(name, func(Snapshot) { h.knows(func() { content = h.model.active.clone() }) })
+	h.knows(func() { h.in = false })
 	if h.tooNarrow(err) {
 		return
 	}
 	must(h.t, err)
-	h.model.snaps = append(h.model.snaps, modelSnapshot{name, s.ID, content})
+	h.knows(func() { h.model.snaps = append(h.model.snaps, modelSnapshot{name, s.ID, content}) })
 }
 
 func (h *killHistory) deleteBeside() {
@@ -132,12 +150,14 @@ func (h *killHistory) deleteBeside() {
 	}
 	h.note("%d: delete %s", h.count, selector)
 	gone := h.model.snaps[i]
-	h.model.snaps = slices.Delete(h.model.snaps, i, i+1)
-	h.in = true
+	h.knows(func() {
+		h.model.snaps = slices.Delete(h.model.snaps, i, i+1)
+		h.in = true
+	})
 	err := h.img.DeleteSnapshot(selector)
-	h.in = false
+	h.knows(func() { h.in = false })
 	if h.tooNarrow(err) {
-		h.model.snaps = append(h.model.snaps, gone)
+		h.knows(func() { h.model.snaps = append(h.model.snaps, gone) })
 		return
 	}
 	must(h.t, err)
@@ -150,14 +170,14 @@ func (h *killHistory) gotoAny() {
 		return
 	}
 	h.note("%d: goto %s", h.count, selector)
-	h.whole = true
-	defer func() { h.whole = false }()
+	h.knows(func() { h.whole = true })
+	defer h.knows(func() { h.whole = false })
 	err := h.img.GotoSnapshot(selector)
 	if h.tooNarrow(err) {
 		return
 	}
 	must(h.t, err)
-	h.model.active = h.model.snaps[i].content.clone()
+	h.knows(func() { h.model.active = h.model.snaps[i].content.clone() })
 }
 
 // between kills the process before some of the calls of the file, and lets a guest work beside operations.
@@ -167,21 +187,29 @@ func (h *killHistory) between() {
 		return
 	}
 	defer h.busy.Unlock()
-	if h.rng.IntN(12) == 0 && !h.whole {
+	if h.rng.IntN(12) == 0 {
 		h.kill()
 	}
-	if !h.in || h.rng.IntN(4) != 0 || !h.img.idle() {
+	h.mu.Lock()
+	in := h.in
+	h.mu.Unlock()
+	if !in || h.rng.IntN(4) != 0 || !h.img.idle() {
 		return
 	}
 	h.guest()
 	if h.rng.IntN(4) == 0 {
-		must(h.t, h.img.Flush())
+		h.flush()
 	}
 }
 
 // kill notes what there is at one instant. In the background, where clusters are reserved for example, it may see several:
 // then there is no kill.
 func (h *killHistory) kill() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.whole {
+		return
+	}
 	moved := h.moved.Load()
 	k := kill{
 		what: fmt.Sprintf("after %q", h.history.log[len(h.history.log)-1]),

@@ -20,16 +20,7 @@ import (
 func TestEngineDeath(t *testing.T) {
 	s := newSpace(t)
 	node := nodes(s)[0]
-	block := claim{class: "csi-qcow2-block", block: true}
-	s.pvc("data", claim{})
-	s.pvc("load", block)
-	s.pod("writer", on(node), "data", "load")
-	s.ready("writer")
-	load := s.disk("writer", "load", block)
-	load.startLoad()
-	d := s.disk("writer", "data", claim{})
-	sum := d.fill()
-	d.startAppending()
+	load, d, sum := s.busyPod(on(node))
 	volume := s.pv("load").Spec.CSI.VolumeHandle
 
 	for _, c := range []struct {

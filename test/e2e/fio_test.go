@@ -1,5 +1,23 @@
 package e2e
 
+import core "k8s.io/api/core/v1"
+
+// busyPod makes the pod "writer", which has fio on the block volume "load", and on the file of the volume "data", after
+// what sum is of, appends.
+func (s *space) busyPod(where func(*core.Pod)) (load, data disk, sum string) {
+	s.Helper()
+	block := claim{class: "csi-qcow2-block", block: true}
+	s.pvc("data", claim{})
+	s.pvc("load", block)
+	s.pod("writer", where, "data", "load")
+	s.ready("writer")
+	load, data = s.disk("writer", "load", block), s.disk("writer", "data", claim{})
+	load.startLoad()
+	sum = data.fill()
+	data.startAppending()
+	return load, data, sum
+}
+
 // startLoad has fio write to a block volume at random, with several requests at once, and read back what it wrote, again and
 // again until stopLoad.
 func (d disk) startLoad() {

@@ -19,16 +19,7 @@ const system = "csi-qcow2" // the driver's namespace
 func TestUpdate(t *testing.T) {
 	s := newSpace(t)
 	node := nodes(s)[0]
-	block := claim{class: "csi-qcow2-block", block: true}
-	s.pvc("data", claim{})
-	s.pvc("load", block)
-	s.pod("writer", on(node), "data", "load")
-	s.ready("writer")
-	load := s.disk("writer", "load", block)
-	load.startLoad()
-	d := s.disk("writer", "data", claim{})
-	sum := d.fill()
-	d.startAppending()
+	load, d, sum := s.busyPod(on(node))
 
 	// The ratio is of what is free: in an empty pool it is three times as much but for what the volume is promised.
 	plain := s.capacity(node, 1<<30)
