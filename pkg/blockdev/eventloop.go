@@ -17,8 +17,8 @@ type Direct interface {
 	Backend
 	// DirectFile returns a file's descriptor, open for direct I/O in blocks of 512 bytes; false if there is none.
 	DirectFile() (fd int, ok bool)
-	// StartDirect begins a request under a number below DirectRequests that is free, if it is n bytes of the file at at.
-	// If not, nothing has happened. It neither waits nor allocates.
+	// StartDirect begins a request under a number below DirectRequests that is free, if it is n bytes of the file at at;
+	// a negative at says that zeros are to be read. If not ok, nothing has happened. It neither waits nor allocates.
 	StartDirect(number int, off, n int64, write bool) (at int64, ok bool)
 	// EndDirect ends a request that was begun. A failed one is made again with ReadAt or WriteAt.
 	EndDirect(number int, failed bool)
@@ -268,7 +268,7 @@ func (l *eventLoop) free(i int) {
 	}
 }
 
-// startDirect gives a request to the ring if it can.
+// startDirect gives a request to the ring if it can, or answers what is known.
 func (l *eventLoop) startDirect(i int) bool {
 	m := l.message(i)
 	r := m.held()
@@ -284,6 +284,11 @@ func (l *eventLoop) startDirect(i int) bool {
 	at, ok := l.backend.StartDirect(i, r.ioOffset(), int64(n), write)
 	if !ok {
 		return false
+	}
+	if at < 0 {
+		clear(m.payload(n))
+		l.endDirect(i, n)
+		return true
 	}
 	ringOp := uint8(ringOpRead)
 	if write {

@@ -21,6 +21,8 @@ type directBackend struct {
 	begun, ended, failed atomic.Int64
 	// misdirect makes the I/O of some fail: past the end of what the file system can hold.
 	misdirect atomic.Bool
+	// zeros makes all be read as zeros.
+	zeros atomic.Bool
 }
 
 func newDirectBackend(t *testing.T, size int64) *directBackend {
@@ -37,11 +39,14 @@ func newDirectBackend(t *testing.T, size int64) *directBackend {
 
 func (b *directBackend) DirectFile() (int, bool) { return int(b.direct.Fd()), true }
 
-func (b *directBackend) StartDirect(number int, off, n int64, _ bool) (int64, bool) {
+func (b *directBackend) StartDirect(number int, off, n int64, write bool) (int64, bool) {
 	if number < 0 || number >= DirectRequests || off/4096%5 == 4 {
 		return 0, false
 	}
 	b.begun.Add(1)
+	if b.zeros.Load() && !write {
+		return -1, true
+	}
 	if b.misdirect.Load() && off/4096%3 == 0 {
 		return 1 << 62, true
 	}
@@ -90,6 +95,14 @@ func TestDirect(t *testing.T) {
 		}
 		users.Wait()
 	}
+	b.zeros.Store(true)
+	for _, n := range []int{4096, 1 << 20} {
+		got := aligned(n)
+		if _, err := directIO(t, d.Path()).ReadAt(got, 0); err != nil || !bytes.Equal(got, make([]byte, n)) {
+			t.Errorf("read %d bytes of zeros: %v, or something else", n, err)
+		}
+	}
+	b.zeros.Store(false)
 	if b.begun.Load() == 0 || b.failed.Load() == 0 {
 		t.Errorf("%d begun, %d failed: this test proves nothing", b.begun.Load(), b.failed.Load())
 	}

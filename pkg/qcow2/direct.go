@@ -35,7 +35,11 @@ func (img *Image) EndDirect(d *Direct, write bool) {
 	img.gate.RUnlock()
 }
 
-// mapDirect returns where in the file n bytes at off are, if that is one run of whole data clusters.
+// hostOfZeros is where bytes are that the file does not have.
+const hostOfZeros = -1
+
+// mapDirect returns where in the file n bytes at off are, if that is one run of whole data clusters, or if they are zeros that
+// are to be read.
 func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	g := &img.g
 	index, first, last := g.l1Index(off), g.l2Index(off), g.l2Index(off+n-1)
@@ -45,7 +49,10 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	defer img.mu.Unlock()
 	t := img.l2.get(index)
 	if t == nil {
-		return 0, false
+		return hostOfZeros, !write && index < int64(len(img.l1)) && img.l1[index] == 0
+	}
+	if !write && t.data.zeros(*g, img.version, first, last) {
+		return hostOfZeros, true
 	}
 	start := t.data.entry(first).offset()
 	for i := first; i <= last; i++ {
@@ -65,6 +72,16 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 		return 0, false
 	}
 	return host, true
+}
+
+// zeros tells whether entries first to last are sound and read as zeros.
+func (t table) zeros(g geometry, version int, first, last int64) bool {
+	for i := first; i <= last; i++ {
+		if e := t.entry(i); !e.kind().readsZero() || e.check(g, version) != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // tryLock is lock for who does not wait; it uses r, which unlock takes.

@@ -124,7 +124,11 @@ func TestStartDirect(t *testing.T) {
 	if !img.f.dirty.Load() {
 		t.Error("a flush would not sync it")
 	}
-	refused("unmapped", 8*cluster, 512, false)
+	if host := started(8*cluster, 512, false); host >= 0 {
+		t.Errorf("what is not mapped is read at %d", host)
+	}
+	img.EndDirect(&d, false)
+	refused("not mapped", 8*cluster, 512, true)
 	refused("into what is unmapped", 3*cluster, 2*cluster, false)
 	refused("behind the end", size, 512, false)
 	refused("a negative offset", -512, 512, false)
@@ -146,7 +150,11 @@ func TestStartDirect(t *testing.T) {
 	img.EndDirect(&d, false)
 	refused("shared with a snapshot", 0, 512, true)
 	must(t, img.Discard(0, cluster))
-	refused("discarded", 0, 512, false)
+	if host := started(0, cluster, false); host >= 0 {
+		t.Errorf("what was discarded is read at %d", host)
+	}
+	img.EndDirect(&d, false)
+	refused("half discarded", 0, 2*cluster, false)
 	must(t, img.Close())
 	refused("closed", cluster, 512, false)
 }
