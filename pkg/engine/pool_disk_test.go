@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -71,6 +72,34 @@ func TestPoolDiskFails(t *testing.T) {
 	run(t, "mount", "-o", "loop", r.disk, r.dir)
 	r.start()
 	w.check(t, r.attach(id))
+	r.detach(id)
+}
+
+// The pool's disk hangs: its users wait, which is reported, and go on when it answers again.
+func TestPoolDiskHangs(t *testing.T) {
+	const size = 256 * mib
+	r := newDiskRig(t, 512*mib)
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	w := startWriter(t, device, size)
+	w.awaitProgress(t)
+	dir, err := os.Open(r.dir)
+	must(t, err)
+	defer dir.Close()
+	must(t, unix.IoctlSetInt(int(dir.Fd()), fiFreeze, 0))
+	thaw := sync.OnceValue(func() error { return unix.IoctlSetInt(int(dir.Fd()), fiThaw, 0) })
+	defer func() { _ = thaw() }()
+	r.eventually("the volume is listed as stalled", func() bool {
+		a := r.find(id)
+		return a.State == Stalled && a.Failure != ""
+	})
+	must(t, thaw())
+	r.eventually("it is well", func() bool { return r.find(id).State == Served })
+	w.awaitProgress(t)
+	w.stop()
+	w.done.Wait()
+	must(t, w.err)
+	w.check(t, device)
 	r.detach(id)
 }
 
