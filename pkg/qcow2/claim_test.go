@@ -97,3 +97,26 @@ func TestClaimBesidePunching(t *testing.T) {
 	a.ledger.Unlock()
 	must(t, img.Close())
 }
+
+// Refcount blocks that are not dirty do not fill memory; those used last stay.
+func TestRefcountBlocksInMemory(t *testing.T) {
+	const limit, many = 4, 10
+	g := newGeometry(16, 4, false)
+	rc := &refcounts{g: g, table: make([]int64, many+1), blocks: map[int64]*refBlock{}, limit: limit}
+	for k := range int64(many) {
+		rc.table[k] = (k + 1) << 16
+		b := &refBlock{counts: g.newCounts(1)}
+		b.dirty.add(0)
+		rc.keep(k, b)
+	}
+	if len(rc.blocks) != many || !rc.crowded() {
+		t.Errorf("%d blocks, of %d that are dirty; crowded: %v", len(rc.blocks), many, rc.crowded())
+	}
+	rc.wrote(rc.takeDirty(), nil)
+	_, err := rc.block(0)
+	must(t, err)
+	rc.keep(many, &refBlock{counts: g.newCounts(1)})
+	if len(rc.blocks) != limit || rc.blocks[0] == nil || rc.blocks[many] == nil {
+		t.Errorf("%d blocks stay in memory, the first one %v", len(rc.blocks), rc.blocks[0])
+	}
+}

@@ -213,11 +213,15 @@ func (img *Image) Size() int64 { return img.hdr.Load().size }
 // ClusterSize returns the cluster size in bytes.
 func (img *Image) ClusterSize() int64 { return img.g.clusterSize }
 
-// DropCache gives up the memory of L2 tables that are in the file as they are: the next requests read them again.
+// DropCache gives up the memory of L2 tables and refcount blocks that are in the file as they are: the next requests read
+// them again.
 func (img *Image) DropCache() {
 	img.mu.Lock()
-	defer img.mu.Unlock()
 	img.l2.dropClean()
+	img.mu.Unlock()
+	img.alloc.mu.Lock()
+	defer img.alloc.mu.Unlock()
+	img.alloc.rc.dropClean(0)
 }
 
 // Info describes an image.

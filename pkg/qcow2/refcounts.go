@@ -1,8 +1,10 @@
 package qcow2
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 // refcounts is the live refcount table and its blocks, loaded on demand. The allocator guards it.
@@ -96,22 +98,28 @@ func (rc *refcounts) read(i, off int64) (*refBlock, error) {
 	return b, nil
 }
 
-// keep caches a block. Of the clean ones beyond the limit the one goes that was used least recently.
+// keep caches a block.
 func (rc *refcounts) keep(i int64, b *refBlock) {
-	oldest, clean := int64(-1), 0
-	for k, old := range rc.blocks {
-		if !old.dirty.empty() || old.writing {
-			continue
-		}
-		if clean++; oldest < 0 || old.used < rc.blocks[oldest].used {
-			oldest = k
-		}
-	}
-	if clean >= rc.limit {
-		delete(rc.blocks, oldest)
-	}
+	rc.dropClean(rc.limit - 1)
 	rc.blocks[i] = b
 	rc.touch(b)
+}
+
+// dropClean leaves so many clean blocks in memory: those that were used last.
+func (rc *refcounts) dropClean(leave int) {
+	var clean []int64
+	for k, b := range rc.blocks {
+		if b.dirty.empty() && !b.writing {
+			clean = append(clean, k)
+		}
+	}
+	if len(clean) <= leave {
+		return
+	}
+	slices.SortFunc(clean, func(a, b int64) int { return cmp.Compare(rc.blocks[a].used, rc.blocks[b].used) })
+	for _, k := range clean[:len(clean)-leave] {
+		delete(rc.blocks, k)
+	}
 }
 
 // touch notes that a block is used.
