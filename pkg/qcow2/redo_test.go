@@ -47,7 +47,7 @@ func (h *killHistory) flush() {
 	h.t.Helper()
 	must(h.t, h.img.Flush())
 	h.img.commitMu.Lock()
-	defer h.img.commitMu.Unlock()
+	h.img.commitMu.Unlock() //nolint:gocritic,staticcheck // to wait is all that it is for
 }
 
 // kill is what a process left, and what must be found.
