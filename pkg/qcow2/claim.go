@@ -5,7 +5,7 @@ package qcow2
 type claim struct {
 	a         *allocator
 	at        int64 // the search goes on here
-	next      int64 // the allocator's next as this search has left it
+	next      int64 // the allocator's next as this search has left it; -1: it must not move on
 	missing   int64 // clusters still wanted
 	got       runs
 	newBlocks []int64 // refcount blocks that it made; the table on disk does not yet point at them
@@ -16,7 +16,7 @@ type claim struct {
 const maxClaimed = 64
 
 func (c *claim) search() error {
-	for blocks := int64(1); c.missing > 0 && len(c.got) < maxClaimed; blocks = claimBlocks {
+	for blocks := int64(1); c.missing > 0 && len(c.got) < maxClaimed; blocks = min(claimBlocks, int64(c.a.rc.limit)) {
 		if err := c.a.fetch(c.ahead(blocks)); err != nil {
 			return err
 		}
@@ -56,7 +56,7 @@ func (c *claim) step() error {
 	k, i := c.at>>a.g.blockBits, c.at&(a.g.blockCounts-1)
 	behind := (k + 1) << a.g.blockBits
 	if _, busy := a.unsafe[k]; busy && c.at < a.unsafeEnd {
-		c.at = min(behind, a.unsafeEnd)
+		c.at, c.next = min(behind, a.unsafeEnd), -1 // what is skipped is free soon
 		return nil
 	}
 	b, err := a.rc.block(k)
@@ -126,9 +126,10 @@ func (c *claim) undo() {
 		})
 	}
 	for _, k := range c.newBlocks {
-		a.metadata.remove(run{a.rc.table[k] >> a.g.clusterBits, 1})
+		off := a.rc.table[k]
+		a.metadata.remove(run{off >> a.g.clusterBits, 1})
 		if a.build != nil {
-			_ = a.build.mirror(run{a.rc.table[k] >> a.g.clusterBits, 1}, -1)
+			a.build.unmake(k, off)
 		}
 		a.rc.forget(k)
 	}

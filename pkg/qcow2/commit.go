@@ -17,14 +17,22 @@ func (img *Image) Flush() error {
 	}
 	freed, err := img.commitAll()
 	if err == nil && len(freed) > callsAtOnce {
+		img.setReleasing(true)
 		go func() { // whoever takes commitMu next waits for its end, so Close does
 			defer img.commitMu.Unlock()
 			_ = img.retire(freed) // has failed the image, or found it corrupt: the next request tells
+			img.setReleasing(false)
 		}()
 		return nil
 	}
 	defer img.commitMu.Unlock()
 	return errors.Join(err, img.retire(freed))
+}
+
+func (img *Image) setReleasing(yes bool) {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.releasing = yes
 }
 
 // commit is Flush with all of its consequences.

@@ -36,8 +36,8 @@ func (f *heldFile) PunchHole(off, n int64) error {
 	return f.memFile.PunchHole(off, n)
 }
 
-// check checks the closed image with our checker and QEMU's.
-func (f *heldFile) check(t *testing.T) {
+// checkSaved checks a closed image with our checker and QEMU's.
+func checkSaved(t *testing.T, f *memFile) {
 	t.Helper()
 	if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.ExitStatus() != 0 {
 		t.Errorf("our check: %+v, %v", r, err)
@@ -95,25 +95,35 @@ func TestOperationBesideCommit(t *testing.T) {
 				t.Errorf("what was flushed beside it differs at %#x", i)
 			}
 			must(t, img.Close())
-			f.check(t)
+			checkSaved(t, f.memFile)
 		})
 	}
 }
 
-// A flush that frees many clusters is answered before they are punched. Whoever commits, or closes the image, waits for that.
-func TestFlushBeforeRelease(t *testing.T) {
-	const cluster, many = 64 << 10, 2 * callsAtOnce
+const manyFreed = 2 * callsAtOnce
+
+// freeMany opens an image of 64 KiB clusters in which manyFreed clusters are discarded, but not yet flushed. Nothing is reserved.
+func freeMany(t *testing.T) (*heldFile, *Image) {
+	t.Helper()
+	const cluster = 64 << 10
 	f := newHeldFile("flush")
 	must(t, Create(f, 64<<20, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
-	_, err = img.WriteAt(pattern(1, 2*many*cluster), 0)
+	img.alloc.ahead = true // nothing is reserved in the background
+	_, err = img.WriteAt(pattern(1, 2*manyFreed*cluster), 0)
 	must(t, err)
 	must(t, img.Flush())
-	img.background.Wait()
-	for i := range int64(many) {
+	must(t, img.alloc.endReservation())
+	for i := range int64(manyFreed) {
 		must(t, img.Discard(2*i*cluster, cluster))
 	}
+	return f, img
+}
+
+// A flush that frees many clusters is answered before they are punched. Whoever commits, or closes the image, waits for that.
+func TestFlushBeforeRelease(t *testing.T) {
+	f, img := freeMany(t)
 	f.holdPunch.Store(true)
 	flushed := make(chan error)
 	go func() { flushed <- img.Flush() }()
@@ -132,5 +142,59 @@ func TestFlushBeforeRelease(t *testing.T) {
 	go func() { closed <- img.Close() }()
 	close(f.released)
 	must(t, <-closed)
-	f.check(t)
+	checkSaved(t, f.memFile)
+}
+
+// A guest that meets a full disk waits for what an answered flush is about to release, and tries again.
+func TestFullDiskBesideRelease(t *testing.T) {
+	f, img := freeMany(t)
+	img.commitMu.Lock()
+	img.setReleasing(true)
+	tries, full, done := 0, make(chan struct{}), make(chan error)
+	go func() {
+		done <- img.withSpace(func() error {
+			if tries++; tries > 1 {
+				return nil
+			}
+			close(full)
+			return ErrNoSpace
+		})
+	}()
+	<-full
+	img.setReleasing(false)
+	img.commitMu.Unlock()
+	must(t, <-done)
+	must(t, img.Close())
+	checkSaved(t, f.memFile)
+}
+
+// Counts that cannot be written now, to save memory, are written later.
+func TestReleaseCannotWriteCounts(t *testing.T) {
+	f, img := scatteredImage(t)
+	img.alloc.rc.limit = 1
+	full := true
+	f.setFault(func(c fileCall) error {
+		for _, off := range img.alloc.rc.table {
+			if full && c.kind == callWrite && off != 0 && c.off >= off && c.off < off+img.g.clusterSize {
+				return ErrNoSpace
+			}
+		}
+		return nil
+	})
+	must(t, img.Discard(0, img.Size()))
+	must(t, img.Flush())
+	must(t, img.commit())
+	must(t, img.failed())
+	full = false
+	must(t, img.Close())
+	checkSaved(t, f)
+}
+
+func TestDropCacheOfReadOnlyImage(t *testing.T) {
+	f := newMemFile("read-only")
+	must(t, Create(f, 1<<20, CreateOptions{}))
+	img, err := Open(f, OpenOptions{ReadOnly: true})
+	must(t, err)
+	img.DropCache()
+	must(t, img.Close())
 }

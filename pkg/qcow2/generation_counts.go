@@ -246,6 +246,16 @@ func (n *generation) dropBlock(k int64) error {
 	return n.drop(b.old, n.g.clusterSize)
 }
 
+// unmake forgets live block k at off, which the table on disk has never had, with the count of its cluster. Called with the
+// allocator's lock held.
+func (n *generation) unmake(k, off int64) {
+	if b := n.blocks[k]; b != nil && b.at != 0 && b.old == off {
+		b.old = 0 // dropBlock has taken the count away
+		return
+	}
+	_ = n.mirror(run{off >> n.g.clusterBits, 1}, -1)
+}
+
 // writeBlocks writes what has changed in blocks that have a place.
 func (n *generation) writeBlocks() error {
 	var ks []int64

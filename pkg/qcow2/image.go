@@ -64,6 +64,7 @@ type Image struct {
 	frozen    []metaWrite             // sectors of L2 tables as they were when a snapshot was taken, for the next commit
 	freed     runs                    // no longer referenced in memory; released after the next commit (I4)
 	relieving bool                    // a commit in the background is due or under way
+	releasing bool                    // a flush was answered before what it frees is released
 	barrier   bool                    // data and copied tables must be durable before the mapping is written
 	started   uint64                  // commits
 	completed uint64                  // the latest commit that succeeded
@@ -219,6 +220,9 @@ func (img *Image) DropCache() {
 	img.mu.Lock()
 	img.l2.dropClean()
 	img.mu.Unlock()
+	if img.readOnly {
+		return
+	}
 	img.alloc.mu.Lock()
 	defer img.alloc.mu.Unlock()
 	img.alloc.rc.dropClean(0)

@@ -15,6 +15,7 @@ type refcounts struct {
 	tableAt run     // host clusters of the table
 	blocks  map[int64]*refBlock
 	limit   int    // clean blocks kept in memory, and about as many dirty ones
+	tidyAt  int    // with so many blocks in memory clean ones are looked for
 	clock   uint64 // of refBlock.used
 }
 
@@ -100,13 +101,16 @@ func (rc *refcounts) read(i, off int64) (*refBlock, error) {
 
 // keep caches a block.
 func (rc *refcounts) keep(i int64, b *refBlock) {
-	rc.dropClean(rc.limit - 1)
+	if len(rc.blocks) >= max(rc.tidyAt, rc.limit) {
+		rc.dropClean(rc.limit - max(rc.limit/4, 1))
+	}
 	rc.blocks[i] = b
 	rc.touch(b)
 }
 
 // dropClean leaves so many clean blocks in memory: those that were used last.
 func (rc *refcounts) dropClean(leave int) {
+	defer func() { rc.tidyAt = len(rc.blocks) + max(rc.limit/4, 1) }() // to look at all takes long
 	var clean []int64
 	for k, b := range rc.blocks {
 		if b.dirty.empty() && !b.writing {
@@ -191,6 +195,7 @@ func (rc *refcounts) wrote(ws []blockWrite, err error) {
 			w.block.dirty.addAll(w.dirty)
 		}
 	}
+	rc.dropClean(rc.limit)
 }
 
 // writeBack writes what has changed in the blocks. It does not sync.

@@ -41,14 +41,21 @@ func (img *Image) writeChunk(c chunk, p []byte) error {
 	return img.withSpace(func() error { return img.writeMapping(c, p) })
 }
 
-// withSpace calls fn again when it met a full disk and an operation on snapshots that ran meanwhile has ended.
+// withSpace calls fn again when it met a full disk and what frees space has ended meanwhile: the release of what an
+// answered flush has freed, or an operation on snapshots.
 func (img *Image) withSpace(fn func() error) error {
-	before := img.running()
+	before, releasing := img.running()
 	err := fn()
+	n, still := img.running()
+	if errors.Is(err, ErrNoSpace) && (releasing || still) {
+		img.commitMu.Lock()
+		img.commitMu.Unlock() //nolint:gocritic,staticcheck // to wait is all that it is for
+		err = fn()
+		n, _ = img.running()
+	}
 	if !errors.Is(err, ErrNoSpace) {
 		return err
 	}
-	n := img.running()
 	if n == nil {
 		n = before // it has just ended, and given back what it had taken
 	}
@@ -59,10 +66,11 @@ func (img *Image) withSpace(fn func() error) error {
 	return fn()
 }
 
-func (img *Image) running() *generation {
+// running returns what may free space: the operation under way, if there is one, and whether clusters are being released.
+func (img *Image) running() (n *generation, releasing bool) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	return img.build
+	return img.build, img.releasing
 }
 
 // writeInPlace writes to clusters that the active state owns: the mapping stays as it is. It does nothing if one
