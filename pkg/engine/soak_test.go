@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 var soak = flag.Duration("soak", 4*time.Second, "how long TestSoak works")
@@ -50,9 +52,22 @@ func wantSteady(t *testing.T, name string, samples []usage) {
 	}
 }
 
+// wantSpace checks that the images take no more of the host's disk than their disks, few snapshots and what is on its way.
+func (r *rig) wantSpace(sizes map[string]int64) {
+	r.t.Helper()
+	for id, size := range sizes {
+		var st unix.Stat_t
+		must(r.t, unix.Stat(r.pool.ImagePath(id), &st))
+		r.t.Logf("%s takes %d MiB, in a file of %d, for a disk of %d", id, st.Blocks*512/mib, st.Size/mib, size/mib)
+		if st.Blocks*512 > 8*size {
+			r.t.Errorf("the space of %s grows", id)
+		}
+	}
+}
+
 // Two volumes live through all that happens to volumes: fio and others write, read and verify them, snapshots come and go,
 // they grow, the workers of one are killed, the engine is upgraded now and then. In between nothing takes more and more
-// memory or descriptors.
+// memory, descriptors or space.
 func TestSoak(t *testing.T) {
 	r := newHeldRig(t)
 	const size = 256 * mib
@@ -104,6 +119,7 @@ func TestSoak(t *testing.T) {
 		}
 		wantSteady(t, "engine", engine)
 		wantSteady(t, "worker", worker)
+		r.wantSpace(sizes)
 	}
 	wantSteady(t, "holder", holder)
 	for i, l := range loads {

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 // Nobody who uses a volume notices the death of what serves it, but for a pause.
@@ -42,13 +43,21 @@ func (r *rig) snapshots(id string) (stop func()) {
 	end := make(chan struct{})
 	var running sync.WaitGroup
 	made := 0
+	var there []string // perhaps: who has failed does not know
 	step := func(i int) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.t.Context()), patience)
 		defer cancel()
-		if _, err := r.client.CreateSnapshot(ctx, id, fmt.Sprint("s", i), nil); err == nil {
+		name := fmt.Sprint("s", i)
+		if _, err := r.client.CreateSnapshot(ctx, id, name, nil); err == nil {
 			made++
 		}
-		_ = r.client.DeleteSnapshot(ctx, id, fmt.Sprint("s", i-2))
+		there = append(there, name)
+		for len(there) > 2 {
+			if err := r.client.DeleteSnapshot(ctx, id, there[0]); err != nil && !errors.Is(err, qcow2.ErrNotFound) {
+				return
+			}
+			there = there[1:]
+		}
 	}
 	running.Go(func() {
 		for i := 0; ; i++ {

@@ -145,7 +145,7 @@ func (a *allocator) reserveRound(n int64) (int64, error) {
 	defer a.ledger.Unlock()
 	a.mu.Lock()
 	n -= a.ready.clusters()
-	c := claim{a: a, at: a.next, next: a.next, missing: max(n, a.batch)}
+	c := claim{a: a, at: a.next, next: a.next, missing: max(n, a.batch), need: n}
 	a.mu.Unlock()
 	if n <= 0 {
 		return 0, nil

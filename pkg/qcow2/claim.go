@@ -7,6 +7,7 @@ type claim struct {
 	at        int64 // the search goes on here
 	next      int64 // the allocator's next as this search has left it; -1: it must not move on
 	missing   int64 // clusters still wanted
+	need      int64 // and so many of them now
 	got       runs
 	newBlocks []int64 // refcount blocks that it made; the table on disk does not yet point at them
 }
@@ -56,7 +57,8 @@ func (c *claim) step() error {
 	k, i := c.at>>a.g.blockBits, c.at&(a.g.blockCounts-1)
 	behind := (k + 1) << a.g.blockBits
 	if _, busy := a.unsafe[k]; busy && c.at < a.unsafeEnd {
-		c.at, c.next = min(behind, a.unsafeEnd), -1 // what is skipped is free soon
+		c.at, c.next = min(behind, a.unsafeEnd), -1 // what is skipped is free soon, and the rest can wait for it
+		c.missing = min(c.missing, c.need)
 		return nil
 	}
 	b, err := a.rc.block(k)
@@ -104,7 +106,7 @@ func (c *claim) take(b *refBlock, i int64) error {
 		return err
 	}
 	c.got.add(r)
-	c.missing, c.at = c.missing-r.n, r.end()
+	c.missing, c.need, c.at = c.missing-r.n, max(c.need-r.n, 0), r.end()
 	if a.next == c.next { // else clusters before it have become free meanwhile
 		a.next, c.next = c.at, c.at
 	}

@@ -78,7 +78,7 @@ func TestClaimSkipsUnsafe(t *testing.T) {
 	a := img.alloc
 	a.ledger.Lock()
 	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.clusters(a.length.Load())
-	c := claim{a: a, at: a.next, next: a.next, missing: 4}
+	c := claim{a: a, at: a.next, next: a.next, missing: 4, need: 4}
 	must(t, c.step())
 	a.reopen(0, a.freeIn(0))
 	must(t, c.search())
