@@ -41,15 +41,22 @@ func newDiskRig(t *testing.T, size int64) *rig {
 	return r
 }
 
+// newWrittenRig is newDiskRig with a volume that is being written.
+func newWrittenRig(t *testing.T) (r *rig, id, device string, w *flushingWriter) {
+	t.Helper()
+	const size = 256 * mib
+	r = newDiskRig(t, 512*mib)
+	id = r.newVolume("a", size)
+	device = r.attach(id)
+	w = startWriter(t, device, size)
+	w.awaitProgress(t)
+	return r, id, device, w
+}
+
 // The pool's disk fails while a volume is written: its user gets errors, the failure is listed, and the volume
 // can be detached; when the disk is back, everything that was flushed is there.
 func TestPoolDiskFails(t *testing.T) {
-	const size = 256 * mib
-	r := newDiskRig(t, 512*mib)
-	id := r.newVolume("a", size)
-	device := r.attach(id)
-	w := startWriter(t, device, size)
-	w.awaitProgress(t)
+	r, id, device, w := newWrittenRig(t)
 	run(t, "xfs_io", "-x", "-c", "shutdown", r.dir)
 	w.done.Wait()
 	if !errors.Is(w.err, unix.EIO) {
@@ -77,12 +84,7 @@ func TestPoolDiskFails(t *testing.T) {
 
 // The pool's disk hangs: its users wait, which is reported, and go on when it answers again.
 func TestPoolDiskHangs(t *testing.T) {
-	const size = 256 * mib
-	r := newDiskRig(t, 512*mib)
-	id := r.newVolume("a", size)
-	device := r.attach(id)
-	w := startWriter(t, device, size)
-	w.awaitProgress(t)
+	r, id, device, w := newWrittenRig(t)
 	dir, err := os.Open(r.dir)
 	must(t, err)
 	defer dir.Close()

@@ -72,24 +72,35 @@ func TestReserveScattered(t *testing.T) {
 	checkSaved(t, f)
 }
 
+// beginClaim begins a search for n clusters.
+func beginClaim(img *Image, n int64) claim {
+	img.alloc.ledger.Lock()
+	return claim{a: img.alloc, at: img.alloc.next, next: img.alloc.next, missing: n, need: n}
+}
+
+// endClaim takes it back and closes the image.
+func endClaim(t *testing.T, img *Image, c *claim) {
+	t.Helper()
+	c.a.mu.Lock()
+	c.undo()
+	c.a.mu.Unlock()
+	c.a.ledger.Unlock()
+	must(t, img.Close())
+}
+
 // What a search skips because it is being punched is found by the next one.
 func TestClaimSkipsUnsafe(t *testing.T) {
 	_, img := scatteredImage(t)
 	a := img.alloc
-	a.ledger.Lock()
+	c := beginClaim(img, 4)
 	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.clusters(a.length.Load())
-	c := claim{a: a, at: a.next, next: a.next, missing: 4, need: 4}
 	must(t, c.step())
 	a.reopen(0, a.freeIn(0))
 	must(t, c.search())
 	if next, err := a.rc.block(0); err != nil || a.next > next.counts.nextZero(0) {
 		t.Errorf("the next search begins at %d, and cluster %d is free (%v)", a.next, next.counts.nextZero(0), err)
 	}
-	a.mu.Lock()
-	c.undo()
-	a.mu.Unlock()
-	a.ledger.Unlock()
-	must(t, img.Close())
+	endClaim(t, img, &c)
 }
 
 // A reservation that has made a refcount block fails when an operation has already given that block up in its generation:
@@ -147,8 +158,7 @@ func TestFailedReservationBesideOperation(t *testing.T) {
 func TestClaimBesidePunching(t *testing.T) {
 	_, img := scatteredImage(t)
 	a := img.alloc
-	a.ledger.Lock()
-	c := claim{a: a, at: a.next, next: a.next, missing: 8}
+	c := beginClaim(img, 8)
 	for len(c.got) < 2 {
 		must(t, c.step())
 	}
@@ -158,11 +168,7 @@ func TestClaimBesidePunching(t *testing.T) {
 	if a.next != low {
 		t.Errorf("the next search begins at %d, and cluster %d has become free", a.next, low)
 	}
-	a.mu.Lock()
-	c.undo()
-	a.mu.Unlock()
-	a.ledger.Unlock()
-	must(t, img.Close())
+	endClaim(t, img, &c)
 }
 
 // Refcount blocks that are not dirty do not fill memory; those used last stay.
