@@ -1,80 +1,118 @@
 package qcow2
 
 import (
+	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // TestConcurrency lets many goroutines use regions of their own, which share clusters and L2 tables at their borders,
-// while snapshots come and go, views of them are read and the image is checked. Under -race.
+// while snapshots come and go, views of them are read and the image is checked. Under -race. On some disks each call takes its
+// time, and now and then the file cannot become longer.
 func TestConcurrency(t *testing.T) {
 	for _, o := range []CreateOptions{
 		{ClusterSize: 512}, {ClusterSize: 4096, Version: 2}, {ClusterSize: 64 << 10}, {ClusterSize: 64 << 10, ExtendedL2: true},
 	} {
-		t.Run(fmt.Sprintf("%+v", o), func(t *testing.T) {
-			t.Parallel()
-			const workers, region, requests = 8, 50_000, 250 // no multiple of any cluster or sector
-			f := newMemFile("concurrency")
-			must(t, Create(f, workers*region, o))
-			img, err := Open(f, OpenOptions{L2CacheSize: 2048})
-			must(t, err)
-
-			final := newSparse()
-			final.size = img.Size()
-			var mu sync.Mutex // guards final
-			var guests, others sync.WaitGroup
-			var done atomic.Bool
-			for w := range workers {
-				guests.Go(func() {
-					mine := newSparse()
-					if err := useRegion(img, mine, int64(w)*region, region, requests, w); err != nil {
-						t.Errorf("region %d: %v", w, err)
-					}
-					p := make([]byte, region)
-					mine.readAt(p, 0)
-					mu.Lock()
-					defer mu.Unlock()
-					final.writeAt(p, int64(w)*region)
-				})
-			}
-			others.Go(func() {
-				for i := 0; !done.Load() || i < 3; i++ {
-					if err := takeAndDrop(img, i); err != nil {
-						t.Errorf("snapshot %d: %v", i, err)
-						return
-					}
-				}
+		for name, hinder := range map[string]func(*memFile){"well": func(*memFile) {}, "slow and full": beSlowAndFull} {
+			t.Run(fmt.Sprintf("%+v, %s", o, name), func(t *testing.T) {
+				t.Parallel()
+				testConcurrency(t, o, *concurrentRequests, hinder)
 			})
-			others.Go(func() {
-				for !done.Load() {
-					if r, err := img.Check(t.Context(), nil); err != nil || r.ExitStatus() != 0 {
-						t.Errorf("our check: %+v, %v", r, err)
-						return
-					}
-				}
-			})
-			guests.Wait()
-			done.Store(true)
-			others.Wait()
+		}
+	}
+}
 
-			h := &history{t: t, img: img}
-			h.model.active = final
-			h.verifyView("the active disk", img.Active(), final)
-			must(t, img.Close())
-			if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.ExitStatus() != 0 {
-				t.Errorf("our check: %+v, %v", r, err)
+var concurrentRequests = flag.Int("concurrent-requests", 250, "requests of each of the goroutines in TestConcurrency")
+
+func beSlowAndFull(f *memFile) {
+	f.between = func() {
+		if rand.IntN(4) == 0 {
+			<-time.After(time.Duration(rand.IntN(200)) * time.Microsecond)
+		}
+	}
+	f.setFault(func(c fileCall) error {
+		if (c.kind == callTruncate || c.kind == callWrite) && c.off+c.n > f.content.size && rand.IntN(10) == 0 {
+			return ErrNoSpace
+		}
+		return nil
+	})
+}
+
+// whenSpace repeats what meets a full disk.
+func whenSpace(do func() error) error {
+	for {
+		if err := do(); !errors.Is(err, ErrNoSpace) {
+			return err
+		}
+	}
+}
+
+func testConcurrency(t *testing.T, o CreateOptions, requests int, hinder func(*memFile)) {
+	const workers, region = 8, 50_000 // no multiple of any cluster or sector
+	f := newMemFile("concurrency")
+	must(t, Create(f, workers*region, o))
+	img, err := Open(f, OpenOptions{L2CacheSize: 2048})
+	must(t, err)
+	hinder(f)
+
+	final := newSparse()
+	final.size = img.Size()
+	var mu sync.Mutex // guards final
+	var guests, others sync.WaitGroup
+	var done atomic.Bool
+	for w := range workers {
+		guests.Go(func() {
+			mine := newSparse()
+			if err := useRegion(img, mine, int64(w)*region, region, requests, w); err != nil {
+				t.Errorf("region %d: %v", w, err)
 			}
-			path := tempImage(t)
-			f.save(t, path)
-			if c := runQemuCheck(t, path); c.exit != 0 {
-				t.Errorf("qemu-img check: %s", c.output)
-			}
-			qemuReads(t, path, "", final, final.size)
+			p := make([]byte, region)
+			mine.readAt(p, 0)
+			mu.Lock()
+			defer mu.Unlock()
+			final.writeAt(p, int64(w)*region)
 		})
 	}
+	others.Go(func() {
+		for i := 0; !done.Load() || i < 3; i++ {
+			if err := takeAndDrop(img, i); err != nil {
+				t.Errorf("snapshot %d: %v", i, err)
+				return
+			}
+		}
+	})
+	others.Go(func() {
+		for !done.Load() {
+			var r CheckResult
+			err := whenSpace(func() (err error) {
+				r, err = img.Check(t.Context(), nil)
+				return err
+			})
+			if err != nil || r.Corruptions != 0 {
+				t.Errorf("our check: %+v, %v", r, err)
+				return
+			}
+		}
+	})
+	guests.Wait()
+	done.Store(true)
+	others.Wait()
+
+	h := &history{t: t, img: img}
+	h.model.active = final
+	h.verifyView("the active disk", img.Active(), final)
+	f.between = nil
+	f.setFault(nil)
+	must(t, img.Close())
+	checkSaved(t, f)
+	path := tempImage(t)
+	f.save(t, path)
+	qemuReads(t, path, "", final, final.size)
 }
 
 // useRegion makes random requests to size bytes at base, of which mine keeps the content.
@@ -86,12 +124,12 @@ func useRegion(img *Image, mine *sparse, base, size int64, requests, worker int)
 		var err error
 		switch rng.IntN(10) {
 		case 0:
-			err = img.Flush()
+			err = whenSpace(img.Flush)
 		case 1:
-			err = img.WriteZeroes(base+off, n)
+			err = whenSpace(func() error { return img.WriteZeroes(base+off, n) })
 			mine.zero(off, n)
 		case 2:
-			err = img.Discard(base+off, n)
+			err = whenSpace(func() error { return img.Discard(base+off, n) })
 			mine.zero(off, n)
 		case 3, 4, 5:
 			got, want := make([]byte, n), make([]byte, n)
@@ -102,7 +140,10 @@ func useRegion(img *Image, mine *sparse, base, size int64, requests, worker int)
 			}
 		default:
 			p := stamp(worker*1000+i, off, n)
-			_, err = img.WriteAt(p, base+off)
+			err = whenSpace(func() error {
+				_, err := img.WriteAt(p, base+off)
+				return err
+			})
 			mine.writeAt(p, off)
 		}
 		if err != nil {
@@ -115,7 +156,10 @@ func useRegion(img *Image, mine *sparse, base, size int64, requests, worker int)
 // takeAndDrop takes a snapshot, reads it twice while the guests go on, the same both times, and deletes it.
 func takeAndDrop(img *Image, i int) error {
 	name := fmt.Sprint("snapshot ", i)
-	if _, err := img.CreateSnapshot(name, nil); err != nil {
+	if err := whenSpace(func() error {
+		_, err := img.CreateSnapshot(name, nil)
+		return err
+	}); err != nil {
 		return err
 	}
 	v, err := img.OpenSnapshot(ByName(name))
@@ -127,7 +171,7 @@ func takeAndDrop(img *Image, i int) error {
 		if _, err := v.ReadAt(p, 0); err != nil {
 			return err
 		}
-		if err := img.Flush(); err != nil {
+		if err := whenSpace(img.Flush); err != nil {
 			return err
 		}
 	}
@@ -137,5 +181,5 @@ func takeAndDrop(img *Image, i int) error {
 	if err := v.Close(); err != nil {
 		return err
 	}
-	return img.DeleteSnapshot(ByName(name))
+	return whenSpace(func() error { return img.DeleteSnapshot(ByName(name)) })
 }
