@@ -40,11 +40,12 @@ func newDirectBackend(t *testing.T, size int64) *directBackend {
 func (b *directBackend) DirectFile() (int, bool) { return int(b.direct.Fd()), true }
 
 func (b *directBackend) StartDirect(number int, off, n int64, write bool) (int64, bool) {
-	if number < 0 || number >= DirectRequests || off/4096%5 == 4 {
+	zeros := b.zeros.Load() && !write
+	if number < 0 || number >= DirectRequests || off/4096%5 == 4 && !zeros {
 		return 0, false
 	}
 	b.begun.Add(1)
-	if b.zeros.Load() && !write {
+	if zeros {
 		return -1, true
 	}
 	if b.misdirect.Load() && off/4096%3 == 0 {

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"fmt"
 	"iter"
 	"maps"
@@ -105,6 +106,17 @@ func (k *clusterGroup) first() int64 { return k.number * groupClusters }
 func (k *clusterGroup) use(i int64) clusterUse       { return clusterUse(k.uses.get(i)) }
 func (k *clusterGroup) setUse(i int64, u clusterUse) { k.uses.set(i, uint64(u)) }
 
+// agree tells whether the first n clusters are counted as often as they are referenced, as far as that is seen at once, and
+// then which is the last one that is.
+func (k *clusterGroup) agree(n int64) (last int64, yes bool) {
+	if k.stored.numbers.order != k.refs.numbers.order || !bytes.Equal(k.stored.numbers.b, k.refs.numbers.b) {
+		return 0, false
+	}
+	for last = n - 1; last >= 0 && k.refs.get(last) == 0; last-- {
+	}
+	return last, true
+}
+
 // tally holds a number for each cluster of a group, in as many bits as the largest needs. The zero value is all 0.
 type tally struct{ numbers counts }
 
@@ -115,27 +127,51 @@ func (t *tally) get(i int64) uint64 {
 	return t.numbers.get(i)
 }
 
-func (t *tally) set(i int64, v uint64) {
-	for t.numbers.none() || v > t.numbers.max() {
-		if v == 0 {
-			return
-		}
-		t.widen()
+func (t *tally) set(i int64, v uint64) { t.fill(i, 1, v) }
+
+// fill sets n numbers from i on.
+func (t *tally) fill(i, n int64, v uint64) {
+	if t.numbers.none() && v == 0 {
+		return
 	}
-	t.numbers.set(i, v)
+	t.fit(v)
+	t.numbers.fill(i, n, v)
 }
 
-// widen doubles the bits of each number, of which there are 2 at first.
-func (t *tally) widen() {
+// alike returns the first of n indexes from i on whose number is not v, or i+n.
+func (t *tally) alike(i, n int64, v uint64) int64 {
+	switch {
+	case !t.numbers.none() && v <= t.numbers.max():
+		return t.numbers.alike(i, n, v)
+	case v == 0:
+		return i + n
+	}
+	return i
+}
+
+// runs calls fn for the maximal runs of the same number among n from i on.
+func (t *tally) runs(i, n int64, fn func(i, n int64, v uint64)) {
+	for end := i + n; i < end; {
+		v := t.get(i)
+		next := t.alike(i, end-i, v)
+		fn(i, next-i, v)
+		i = next
+	}
+}
+
+// fit gives each number at least as many bits as v needs, 2 at first.
+func (t *tally) fit(v uint64) {
 	wide := counts{order: 1}
 	if !t.numbers.none() {
-		wide.order = t.numbers.order + 1
+		wide.order = t.numbers.order
+	}
+	for v > wide.max() {
+		wide.order++
+	}
+	if !t.numbers.none() && wide.order == t.numbers.order {
+		return
 	}
 	wide.b = make([]byte, groupClusters<<wide.order>>3)
-	for i := range int64(groupClusters) {
-		if v := t.get(i); v != 0 {
-			wide.set(i, v)
-		}
-	}
+	t.runs(0, groupClusters, wide.fill)
 	t.numbers = wide
 }

@@ -156,29 +156,55 @@ func (c *checker) checkL2Table(t table, l2 l2Region) {
 			n := c.dataRun(t, i)
 			c.reference(from, off, n<<c.g.clusterBits, l2.times)
 			c.result.Allocated += n * l2.active
-			for j := range n {
-				if l2.active > 0 {
-					c.checkCopied(origin{use: useData, table: l2.offset, index: i + j}, off+j<<c.g.clusterBits, t.entry(i+j).copied(), l2.active)
-				}
+			if l2.active > 0 {
+				c.checkCopiedRun(from, off, n, e.copied(), l2.active)
 			}
 			i += n - 1
 		}
 	}
 }
 
-// dataRun returns how many entries from i on, which has an aligned host cluster, map consecutive clusters. It
-// stops before one that needs a look of its own, and at the end of the file.
+// dataRun returns how many entries from i on, which has an aligned host cluster, map consecutive clusters with the same
+// COPIED flag. It stops before one that needs a look of its own, and at the end of the file.
 func (c *checker) dataRun(t table, i int64) int64 {
+	first := t.entry(i)
+	most := max(1, (c.length-first.offset())>>c.g.clusterBits)
+	if plain := first.desc&^(flagCopied|offsetMask) == 0 && first.sub&subZero == 0; plain && !t.extended {
+		n, _ := t.follow(i*t.entrySize(), first.desc, uint64(c.g.clusterSize))
+		return min(n, most)
+	}
 	n := int64(1)
-	for off := t.entry(i).offset(); i+n < t.len(); n++ {
+	for ; i+n < t.len() && n < most; n++ {
 		e := t.entry(i + n)
-		if e.desc&(flagCompressed|l2Reserved|flagZero) != 0 || e.offset() != off+n<<c.g.clusterBits ||
-			e.sub&subZero != 0 && (c.h.version < 3 || c.g.extended) ||
-			e.offset()+c.g.clusterSize > c.length {
+		if e.desc&(flagCompressed|l2Reserved|flagZero) != 0 || e.offset() != first.offset()+n<<c.g.clusterBits ||
+			e.copied() != first.copied() || e.sub&subZero != 0 && (c.h.version < 3 || c.g.extended) {
 			break
 		}
 	}
 	return n
+}
+
+// checkCopiedRun is checkCopied for n clusters from off on, which consecutive entries map, the first of which is from.
+func (c *checker) checkCopiedRun(from origin, off, n int64, copied bool, times int64) {
+	for done := int64(0); done < n; {
+		cluster := off>>c.g.clusterBits + done
+		if cluster >= c.clusters {
+			c.checkCopied(from, off, copied, times)
+			return
+		}
+		k, i := c.group(cluster)
+		m := min(n-done, groupClusters-i)
+		k.stored.runs(i, m, func(j, m int64, v uint64) {
+			if copied == (v == 1) {
+				return
+			}
+			for ; m > 0; j, m = j+1, m-1 {
+				at := done + j - i
+				c.checkCopied(origin{from.use, from.table, from.index + at}, off+at<<c.g.clusterBits, copied, times)
+			}
+		})
+		done += m
+	}
 }
 
 func (c *checker) checkCompressed(e l2Entry, from origin, l2 l2Region) {

@@ -24,16 +24,18 @@ func (c *checker) reference(from origin, off, n, times int64) bool {
 	for cluster := off >> c.g.clusterBits; cluster < end; {
 		k, first := c.group(cluster)
 		last := min(first+end-cluster, groupClusters)
-		for i := first; i < last; i++ {
-			k.refs.set(i, k.refs.get(i)+uint64(times))
-			switch use := k.use(i); {
+		k.refs.runs(first, last-first, func(i, n int64, v uint64) { k.refs.fill(i, n, v+uint64(times)) })
+		k.uses.runs(first, last-first, func(i, n int64, v uint64) {
+			switch use := clusterUse(v); {
 			case use == useNothing:
-				k.setUse(i, from.use)
+				k.uses.fill(i, n, uint64(from.use))
 			case !use.mayShare(from.use):
-				c.corrupt(1, "overlap: the cluster at %#x is %s and %s", (cluster+i-first)<<c.g.clusterBits, use, from)
+				for j := i; j < i+n; j++ {
+					c.corrupt(1, "overlap: the cluster at %#x is %s and %s", (cluster+j-first)<<c.g.clusterBits, use, from)
+				}
 				ok = false
 			}
-		}
+		})
 		cluster += last - first
 	}
 	c.clusters = max(c.clusters, end)
@@ -92,24 +94,31 @@ func (c *checker) loadRefcountBlock(index int64, entry uint64) error {
 
 // storeCounts notes the counts in b for the clusters from first on, as far as they can be in use.
 func (c *checker) storeCounts(first int64, b counts) {
-	perWord := int64(64) >> c.g.refcountOrder
 	n := min(b.len(), c.clusters+1-first)
-	for i := int64(0); i < n; i++ {
-		if i%perWord == 0 && i+perWord <= n && binary.NativeEndian.Uint64(b.b[b.at(i):]) == 0 {
-			i += perWord - 1
-			continue
-		}
-		if count := b.get(i); count != 0 {
+	for i := int64(0); i < n; {
+		v := b.get(i)
+		end := b.alike(i, n-i, v)
+		for v != 0 && i < end {
 			k, at := c.group(first + i)
-			k.stored.set(at, count)
+			m := min(end-i, groupClusters-at)
+			k.stored.fill(at, m, v)
+			i += m
 		}
+		i = end
 	}
 }
 
 // compareRefcounts judges each cluster's stored count by the references found.
 func (c *checker) compareRefcounts() {
 	for k := range c.inOrder() {
-		for i := range min(groupClusters, max(0, c.clusters-k.first())) {
+		n := min(groupClusters, max(0, c.clusters-k.first()))
+		if last, yes := k.agree(n); yes {
+			if last >= 0 {
+				c.result.ImageEnd = (k.first() + last + 1) << c.g.clusterBits
+			}
+			continue
+		}
+		for i := range n {
 			stored, refs, cluster := k.stored.get(i), k.refs.get(i), k.first()+i
 			if stored|refs != 0 {
 				c.result.ImageEnd = (cluster + 1) << c.g.clusterBits

@@ -59,6 +59,21 @@ func (c counts) set(i int64, v uint64) {
 	}
 }
 
+// fill sets n counts from index i on.
+func (c counts) fill(i, n int64, v uint64) {
+	low, _ := c.lanes()
+	head, b, tail := c.words(i, n)
+	for k := i; k < head; k++ {
+		c.set(k, v)
+	}
+	for p := 0; p+8 <= len(b); p += 8 {
+		binary.BigEndian.PutUint64(b[p:], low*v)
+	}
+	for k := tail; k < i+n; k++ {
+		c.set(k, v)
+	}
+}
+
 // bits returns the byte that holds a count of less than a byte, and the place of its lowest bit there.
 func (c counts) bits(i int64) (at int64, shift uint) {
 	return i << c.order >> 3, uint(i<<c.order) & 7
@@ -144,7 +159,7 @@ func (c counts) firstAt(i, n int64, delta int) int64 {
 	return -1
 }
 
-// find returns the first of n indexes from i on whose count is v, or i+n. v is 0, 1 or the largest count.
+// find returns the first of n indexes from i on whose count is v, or i+n.
 func (c counts) find(i, n int64, v uint64) int64 {
 	low, high := c.lanes()
 	pattern := low * v
@@ -168,7 +183,7 @@ func (c counts) find(i, n int64, v uint64) int64 {
 	return i + n
 }
 
-// alike returns the first of n indexes from i on whose count is not v, or i+n, with v as in find.
+// alike returns the first of n indexes from i on whose count is not v, or i+n.
 func (c counts) alike(i, n int64, v uint64) int64 {
 	low, _ := c.lanes()
 	pattern := low * v
