@@ -17,6 +17,7 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 		if img.guests.tryLock(&d.lock) {
 			if host, ok = img.mapDirect(off, n, write); ok {
 				img.requests.Add(1)
+				img.inHand(1)
 				return host, true
 			}
 			img.guests.unlock(&d.lock)
@@ -31,6 +32,7 @@ func (img *Image) EndDirect(d *Direct, write bool) {
 	if write {
 		img.f.dirty.Store(true) // after the write: see syncer
 	}
+	img.inHand(-1)
 	img.guests.unlock(&d.lock)
 	img.gate.RUnlock()
 }
@@ -94,6 +96,13 @@ func (l *rangeLock) tryLock(r *guestRange) bool {
 	}
 	l.queue = l.queue[:len(l.queue)-1]
 	return false
+}
+
+// inHand tells the file of a request that others do with its descriptor, or that it has ended.
+func (img *Image) inHand(change int32) {
+	if f, ok := img.f.File.(*directFile); ok {
+		f.inHand.Add(change)
+	}
 }
 
 // DirectFD returns the descriptor of a file that was opened with OpenDirectFile and does direct I/O, in blocks of

@@ -7,25 +7,52 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
-// A file past the page cache is like another, whatever is asked for.
+// A file past the page cache is like another, whatever is asked for, alone or beside others.
 func TestDirectFile(t *testing.T) {
-	dir := diskDir(t)
-	path := filepath.Join(dir, "file")
+	for name, others := range map[string]int32{"alone": 0, "beside others": 1} {
+		t.Run(name, func(t *testing.T) {
+			f := openDirectFile(t)
+			f.inHand.Add(others)
+			if _, err := OpenFile(f.Name(), true); !errors.Is(err, ErrInUse) {
+				t.Errorf("opened a second time: %v", err)
+			}
+			useDirectFile(t, f)
+			if made := len(f.submitters.idle); made != int(others) {
+				t.Errorf("%d submitters", made)
+			}
+			must(t, f.Close())
+			if _, err := f.WriteAt(make([]byte, 512), 0); !errors.Is(err, ErrClosed) {
+				t.Errorf("write to a closed file: %v", err)
+			}
+		})
+	}
+}
+
+// openDirectFile makes an empty file, which is removed when the test ends.
+func openDirectFile(t *testing.T) *directFile {
+	t.Helper()
+	path := filepath.Join(diskDir(t), "file")
 	f, err := CreateFile(path)
 	must(t, err)
 	must(t, f.Close())
 	f, err = OpenDirectFile(path)
 	must(t, err)
-	defer f.Close()
-	if _, ok := f.(*directFile); !ok {
+	d, ok := f.(*directFile)
+	if !ok {
 		t.Fatalf("%T: no direct I/O", f)
 	}
-	if _, err := OpenFile(path, true); !errors.Is(err, ErrInUse) {
-		t.Errorf("opened a second time: %v", err)
-	}
+	return d
+}
+
+// useDirectFile compares reads and writes with those of memory.
+func useDirectFile(t *testing.T, f *directFile) {
+	t.Helper()
 	model := newSparse()
 	rng := rand.New(rand.NewPCG(1, 1))
 	for range 400 {
@@ -56,6 +83,63 @@ func TestDirectFile(t *testing.T) {
 		if i := difference(p[:got], expected); i >= 0 {
 			t.Fatalf("read %d at %d: byte %d differs", n, off, i)
 		}
+	}
+}
+
+// Writes at the same time end up where they belong. What the kernel does not take fails as any other write does, and where it
+// takes none that way they go the usual way.
+func TestSubmittedWrites(t *testing.T) {
+	f := openDirectFile(t)
+	defer f.Close()
+	const writers, each, block = 16, 64, 4096
+	write := func(i int64) {
+		for k := range int64(each) {
+			off := (k*writers + i) * block
+			if n, err := f.WriteAt(stamp(int(i), off, block), off); n != block || err != nil {
+				t.Errorf("write at %d: %d, %v", off, n, err)
+			}
+		}
+	}
+	check := func() {
+		t.Helper()
+		p := make([]byte, block)
+		for off := int64(0); off < writers*each*block; off += block {
+			_, err := f.ReadAt(p, off)
+			must(t, err)
+			if i := difference(p, stamp(int(off/block%writers), off, block)); i >= 0 {
+				t.Fatalf("block at %d: byte %d differs", off, i)
+			}
+		}
+	}
+	var all sync.WaitGroup
+	for i := range int64(writers) {
+		all.Go(func() { write(i) })
+	}
+	all.Wait()
+	check()
+	if made := len(f.submitters.idle); made < 2 || made > writers {
+		t.Errorf("%d submitters for %d writers", made, writers)
+	}
+
+	f.inHand.Add(1)
+	reader, err := os.Open(f.Name())
+	must(t, err)
+	defer reader.Close()
+	refused := &directFile{osFile: &osFile{f: reader}}
+	refused.inHand.Add(1)
+	if n, err := refused.WriteAt(alignedBuffer(block), 0); n != 0 || !errors.Is(err, unix.EBADF) {
+		t.Errorf("write to a file that is open for reading: %d, %v", n, err)
+	}
+	refused.submitters.close()
+
+	f.submitters.close()
+	must(t, f.Truncate(0))
+	for i := range int64(writers) {
+		write(i)
+	}
+	check()
+	if made := len(f.submitters.idle); made != 0 {
+		t.Errorf("%d submitters where there can be none", made)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -18,8 +19,10 @@ type directFile struct {
 	*osFile
 	fd int
 
-	buffers sync.Pool  // of *[]byte, aligned, of bounceSize
-	blocks  sync.Mutex // held by whoever changes a part of a block
+	inHand     atomic.Int32 // reads and writes, also those that others do with fd
+	submitters submitters
+	buffers    sync.Pool  // of *[]byte, aligned, of bounceSize
+	blocks     sync.Mutex // held by whoever changes a part of a block
 }
 
 // bounceSize is the most that goes through a buffer at once.
@@ -69,6 +72,8 @@ func isAligned(p []byte, off int64) bool {
 }
 
 func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
+	d.inHand.Add(1)
+	defer d.inHand.Add(-1)
 	if isAligned(p, off) {
 		return d.osFile.ReadAt(p, off)
 	}
@@ -95,7 +100,7 @@ func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
 
 func (d *directFile) WriteAt(p []byte, off int64) (int, error) {
 	if isAligned(p, off) {
-		return d.osFile.WriteAt(p, off)
+		return d.writeAligned(p, off)
 	}
 	buf := d.buffers.Get().(*[]byte)
 	defer d.buffers.Put(buf)
@@ -128,8 +133,40 @@ func (d *directFile) writeBounced(b, p []byte, head int, at int64) error {
 		}
 	}
 	copy(b[head:], p)
-	_, err := d.osFile.WriteAt(b, at)
+	_, err := d.writeAligned(b, at)
 	return err
+}
+
+// writeAligned submits a write that is not alone. What does not go that way is written, or fails, the usual way.
+func (d *directFile) writeAligned(p []byte, off int64) (n int, err error) {
+	alone := d.inHand.Add(1) == 1
+	defer d.inHand.Add(-1)
+	if !alone {
+		if n = d.submit(p, off); n == len(p) {
+			return n, nil
+		}
+	}
+	rest, err := d.osFile.WriteAt(p[n:], off+int64(n))
+	return n + rest, err
+}
+
+// submit writes p, and returns how much of it was written.
+func (d *directFile) submit(p []byte, off int64) (n int) {
+	w := d.submitters.get()
+	if w == nil {
+		return 0
+	}
+	defer d.submitters.put(w)
+	_ = d.control(func(fd int) error {
+		n = w.write(fd, p, off)
+		return nil
+	})
+	return n
+}
+
+func (d *directFile) Close() error {
+	d.submitters.close()
+	return d.osFile.Close()
 }
 
 // readBlock fills b; behind the end of the file are zeros.
