@@ -15,7 +15,7 @@ import (
 // Direct is a Backend whose usual requests are I/O on one run of a file, which the server does by itself.
 type Direct interface {
 	Backend
-	// DirectFile returns a file's descriptor, open for direct I/O in blocks of 512 bytes; false if there is none.
+	// DirectFile returns the descriptor of a file, open for direct I/O; false if there is none.
 	DirectFile() (fd int, ok bool)
 	// StartDirect begins a request under a number below DirectRequests that is free, if it is n bytes of the file at at;
 	// a negative at says that zeros are to be read. If not ok, nothing has happened. It neither waits nor allocates.

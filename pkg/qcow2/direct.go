@@ -4,8 +4,8 @@ package qcow2
 // zero value is ready, and is used again when the request has ended.
 type Direct struct{ lock guestRange }
 
-// StartDirect begins a request of n bytes at off, if these are one run of the file that is mapped in memory and, for a
-// write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by itself, and calls
+// StartDirect begins a request of n bytes at off, if these are one run of the file, of whole blocks of its direct I/O, that is
+// mapped in memory and, for a write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by itself, and calls
 // EndDirect. If not, nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
 func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, ok bool) {
 	if !img.gate.TryRLock() {
@@ -67,7 +67,7 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 		}
 	}
 	host = start + g.inCluster(off)
-	if host+n > img.alloc.length.Load() {
+	if !img.wholeBlocks(host, n) || host+n > img.alloc.length.Load() {
 		return 0, false
 	}
 	if write && img.alloc.metadata.refuse(run{start >> g.clusterBits, last - first + 1}) != nil {
@@ -98,6 +98,12 @@ func (l *rangeLock) tryLock(r *guestRange) bool {
 	return false
 }
 
+// wholeBlocks tells whether n bytes at off share no block of the file's direct I/O with others. A cluster begins with one.
+func (img *Image) wholeBlocks(off, n int64) bool {
+	f, ok := img.f.File.(*directFile)
+	return !ok || (off|n)&(f.block-1) == 0
+}
+
 // inHand tells the file of a request that others do with its descriptor, or that it has ended.
 func (img *Image) inHand(change int32) {
 	if f, ok := img.f.File.(*directFile); ok {
@@ -105,8 +111,8 @@ func (img *Image) inHand(change int32) {
 	}
 }
 
-// DirectFD returns the descriptor of a file that was opened with OpenDirectFile and does direct I/O, in blocks of
-// DirectBlock; false if it does not. The descriptor is the image's.
+// DirectFD returns the descriptor of a file that was opened with OpenDirectFile and does direct I/O; false if it does not. The
+// descriptor is the image's.
 func (img *Image) DirectFD() (int, bool) {
 	f, ok := img.f.File.(*directFile)
 	if !ok || img.readOnly {

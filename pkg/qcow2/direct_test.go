@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -13,29 +14,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A file past the page cache is like another, whatever is asked for, alone or beside others.
+// A file past the page cache is like another, whatever is asked for, alone or beside others, and however large its blocks are.
 func TestDirectFile(t *testing.T) {
-	for name, others := range map[string]int32{"alone": 0, "beside others": 1} {
-		t.Run(name, func(t *testing.T) {
-			f := openDirectFile(t)
-			f.inHand.Add(others)
-			if _, err := OpenFile(f.Name(), true); !errors.Is(err, ErrInUse) {
-				t.Errorf("opened a second time: %v", err)
-			}
-			useDirectFile(t, f)
-			if made := len(f.submitters.idle); made != int(others) {
-				t.Errorf("%d submitters", made)
-			}
-			must(t, f.Close())
-			if _, err := f.WriteAt(make([]byte, 512), 0); !errors.Is(err, ErrClosed) {
-				t.Errorf("write to a closed file: %v", err)
-			}
-		})
+	for _, others := range []int32{0, 1} {
+		for _, block := range []int64{512, 4096} {
+			t.Run(fmt.Sprintf("%d others, blocks of %d", others, block), func(t *testing.T) {
+				f := openDirectFile(t, block)
+				f.inHand.Add(others)
+				if _, err := OpenFile(f.Name(), true); !errors.Is(err, ErrInUse) {
+					t.Errorf("opened a second time: %v", err)
+				}
+				useDirectFile(t, f)
+				if made := len(f.submitters.idle); made != int(others) {
+					t.Errorf("%d submitters", made)
+				}
+				must(t, f.Close())
+				if _, err := f.WriteAt(make([]byte, 512), 0); !errors.Is(err, ErrClosed) {
+					t.Errorf("write to a closed file: %v", err)
+				}
+			})
+		}
 	}
 }
 
-// openDirectFile makes an empty file, which is removed when the test ends.
-func openDirectFile(t *testing.T) *directFile {
+// openDirectFile makes an empty file, which is removed when the test ends. Its blocks may be larger than they need be.
+func openDirectFile(t *testing.T, block int64) *directFile {
 	t.Helper()
 	path := filepath.Join(diskDir(t), "file")
 	f, err := CreateFile(path)
@@ -47,6 +50,7 @@ func openDirectFile(t *testing.T) *directFile {
 	if !ok {
 		t.Fatalf("%T: no direct I/O", f)
 	}
+	d.block = max(d.block, block)
 	return d
 }
 
@@ -89,7 +93,7 @@ func useDirectFile(t *testing.T, f *directFile) {
 // Writes at the same time end up where they belong. What the kernel does not take fails as any other write does, and where it
 // takes none that way they go the usual way.
 func TestSubmittedWrites(t *testing.T) {
-	f := openDirectFile(t)
+	f := openDirectFile(t, 512)
 	defer f.Close()
 	const writers, each, block = 16, 64, 4096
 	write := func(i int64) {
@@ -125,7 +129,7 @@ func TestSubmittedWrites(t *testing.T) {
 	reader, err := os.Open(f.Name())
 	must(t, err)
 	defer reader.Close()
-	refused := &directFile{osFile: &osFile{f: reader}}
+	refused := &directFile{osFile: &osFile{f: reader}, block: 512}
 	refused.inHand.Add(1)
 	if n, err := refused.WriteAt(alignedBuffer(block), 0); n != 0 || !errors.Is(err, unix.EBADF) {
 		t.Errorf("write to a file that is open for reading: %d, %v", n, err)
@@ -140,6 +144,75 @@ func TestSubmittedWrites(t *testing.T) {
 	check()
 	if made := len(f.submitters.idle); made != 0 {
 		t.Errorf("%d submitters where there can be none", made)
+	}
+}
+
+// A guest writes sectors where the file is written in larger blocks: what it writes beside them at that time stays.
+func TestPartsOfBlocks(t *testing.T) {
+	const block, sector, blocks, rounds = 4096, 512, 8, 200
+	f := openDirectFile(t, block)
+	must(t, Create(f, 1<<20, CreateOptions{}))
+	img, err := Open(f, OpenOptions{})
+	must(t, err)
+	defer checkSound(t, f.Name())
+	defer img.Close()
+	_, err = img.WriteAt(make([]byte, blocks*block), 0)
+	must(t, err)
+	var d Direct
+	if _, ok := img.StartDirect(&d, sector, sector, false); ok {
+		t.Fatal("a part of a block is direct")
+	}
+	var all sync.WaitGroup
+	for b := range int64(blocks) {
+		all.Go(func() {
+			for i := range rounds {
+				if _, err := img.WriteAt(stamp(i, b, sector), b*block); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		all.Go(func() {
+			got := make([]byte, block-sector)
+			for i := range rounds {
+				p := alignedBuffer(block)
+				copy(p, stamp(i, b, block))
+				if err := writeDirect(img, p, b*block); err != nil {
+					t.Error(err)
+				}
+				if _, err := img.ReadAt(got, b*block+sector); err != nil {
+					t.Error(err)
+				}
+				if at := difference(got, p[sector:]); at >= 0 {
+					t.Errorf("block %d, round %d: byte %d of what was written is gone", b, i, sector+at)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+// writeDirect writes as the event loop does.
+func writeDirect(img *Image, p []byte, off int64) error {
+	var d Direct
+	host, ok := img.StartDirect(&d, off, int64(len(p)), true)
+	if !ok {
+		_, err := img.WriteAt(p, off)
+		return err
+	}
+	defer img.EndDirect(&d, true)
+	fd, _ := img.DirectFD()
+	_, err := unix.Pwrite(fd, p, host)
+	return err
+}
+
+// Clusters that share a block would mix.
+func TestBlocksLargerThanClusters(t *testing.T) {
+	f := openDirectFile(t, 4096)
+	defer f.Close()
+	must(t, Create(f, 1<<20, CreateOptions{ClusterSize: 2048}))
+	if _, err := Open(f, OpenOptions{}); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("opened: %v", err)
 	}
 }
 

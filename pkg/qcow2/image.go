@@ -112,6 +112,9 @@ func open(file File, o OpenOptions) (*Image, error) {
 		}
 	}
 	g := h.geometry()
+	if d, ok := file.(*directFile); ok && d.block > g.clusterSize {
+		return nil, fmt.Errorf("%w: clusters of %d bytes on a file system that writes %d bytes at once", ErrUnsupported, g.clusterSize, d.block)
+	}
 	img := &Image{
 		f: f, g: g, readOnly: o.ReadOnly, version: h.version, makeRoom: o.MakeRoom,
 		guests: newRangeLock(), views: make(map[string]int),

@@ -10,25 +10,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DirectBlock is what offset, length and memory of direct I/O are multiples of, in bytes.
-const DirectBlock = 512
+// maxDirectBlock is the largest block of direct I/O that there is a buffer for, in bytes.
+const maxDirectBlock = 4096
 
 // directFile is an osFile past the page cache. All of its I/O is: what is written through the page cache and past it in turn
 // is not kept together by the kernel where both touch one folio. What is not aligned goes through a buffer.
 type directFile struct {
 	*osFile
-	fd int
+	fd    int
+	block int64 // what offset, length and memory of direct I/O are multiples of, in bytes
 
 	inHand     atomic.Int32 // reads and writes, also those that others do with fd
 	submitters submitters
-	buffers    sync.Pool  // of *[]byte, aligned, of bounceSize
-	blocks     sync.Mutex // held by whoever changes a part of a block
+	buffers    sync.Pool                 // of *[]byte, aligned, of bounceSize
+	partial    [partialBlocks]sync.Mutex // by block: held by whoever changes a part of it
 }
+
+// partialBlocks is how many blocks, at best, are changed in part at the same time.
+const partialBlocks = 64
 
 // bounceSize is the most that goes through a buffer at once.
 const bounceSize = 256 << 10
 
-// OpenDirectFile is OpenFile for writing, past the page cache if the file system can do that in blocks of DirectBlock.
+// OpenDirectFile is OpenFile for writing, past the page cache if the file system says how: in blocks of 512 bytes, or of 4 KiB on
+// a disk with such sectors, or where XFS shares the file's blocks with another. Writes of parts of a block do not mix with others
+// of that block, unless these are parts, too.
 func OpenDirectFile(path string) (File, error) {
 	f, err := OpenFile(path, false)
 	if err != nil {
@@ -51,7 +57,10 @@ func (d *directFile) goDirect(fd int) error {
 	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err != nil {
 		return err
 	}
-	if st.Mask&unix.STATX_DIOALIGN == 0 || st.Dio_offset_align == 0 || st.Dio_offset_align > DirectBlock || st.Dio_mem_align > DirectBlock {
+	if st.Mask&unix.STATX_DIOALIGN == 0 || st.Dio_offset_align == 0 {
+		return unix.EINVAL
+	}
+	if d.block = int64(max(st.Dio_offset_align, st.Dio_mem_align, sectorSize)); d.block > maxDirectBlock {
 		return unix.EINVAL
 	}
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
@@ -63,27 +72,27 @@ func (d *directFile) goDirect(fd int) error {
 }
 
 func alignedBuffer(n int) []byte {
-	b := make([]byte, n+DirectBlock)
-	return b[-uintptr(unsafe.Pointer(unsafe.SliceData(b)))&(DirectBlock-1):][:n]
+	b := make([]byte, n+maxDirectBlock)
+	return b[-uintptr(unsafe.Pointer(unsafe.SliceData(b)))&(maxDirectBlock-1):][:n]
 }
 
-func isAligned(p []byte, off int64) bool {
-	return (uintptr(unsafe.Pointer(unsafe.SliceData(p)))|uintptr(len(p))|uintptr(off))&(DirectBlock-1) == 0
+func (d *directFile) isAligned(p []byte, off int64) bool {
+	return (int64(uintptr(unsafe.Pointer(unsafe.SliceData(p))))|int64(len(p))|off)&(d.block-1) == 0
 }
 
 func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
 	d.inHand.Add(1)
 	defer d.inHand.Add(-1)
-	if isAligned(p, off) {
+	if d.isAligned(p, off) {
 		return d.osFile.ReadAt(p, off)
 	}
 	buf := d.buffers.Get().(*[]byte)
 	defer d.buffers.Put(buf)
 	done := 0
 	for done < len(p) {
-		head := int((off + int64(done)) & (DirectBlock - 1))
+		head := int((off + int64(done)) & (d.block - 1))
 		want := min(len(p)-done, bounceSize-head)
-		b := (*buf)[:(head+want+DirectBlock-1)&^(DirectBlock-1)]
+		b := (*buf)[:d.roundUp(head+want)]
 		n, err := d.osFile.ReadAt(b, off+int64(done-head))
 		got := min(max(n-head, 0), want)
 		copy(p[done:], b[head:head+got])
@@ -99,16 +108,16 @@ func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
 }
 
 func (d *directFile) WriteAt(p []byte, off int64) (int, error) {
-	if isAligned(p, off) {
+	if d.isAligned(p, off) {
 		return d.writeAligned(p, off)
 	}
 	buf := d.buffers.Get().(*[]byte)
 	defer d.buffers.Put(buf)
 	done := 0
 	for done < len(p) {
-		head := int((off + int64(done)) & (DirectBlock - 1))
+		head := int((off + int64(done)) & (d.block - 1))
 		n := min(len(p)-done, bounceSize-head)
-		if err := d.writeBounced((*buf)[:(head+n+DirectBlock-1)&^(DirectBlock-1)], p[done:done+n], head, off+int64(done-head)); err != nil {
+		if err := d.writeBounced((*buf)[:d.roundUp(head+n)], p[done:done+n], head, off+int64(done-head)); err != nil {
 			return done, err
 		}
 		done += n
@@ -116,18 +125,19 @@ func (d *directFile) WriteAt(p []byte, off int64) (int, error) {
 	return done, nil
 }
 
+func (d *directFile) roundUp(n int) int { return int((int64(n) + d.block - 1) &^ (d.block - 1)) }
+
 // writeBounced writes p, which begins head bytes into b, with what the file holds before and behind it in its blocks.
 func (d *directFile) writeBounced(b, p []byte, head int, at int64) error {
 	tail := head + len(p)
 	if head != 0 || tail != len(b) {
-		d.blocks.Lock()
-		defer d.blocks.Unlock()
-		last := b[len(b)-DirectBlock:]
-		if err := d.readBlock(b[:DirectBlock], at); err != nil {
+		lastAt := at + int64(len(b)) - d.block
+		defer d.lockPartial(at, lastAt)()
+		if err := d.readBlock(b[:d.block], at); err != nil {
 			return err
 		}
-		if len(b) > DirectBlock {
-			if err := d.readBlock(last, at+int64(len(b)-DirectBlock)); err != nil {
+		if lastAt != at {
+			if err := d.readBlock(b[lastAt-at:], lastAt); err != nil {
 				return err
 			}
 		}
@@ -135,6 +145,21 @@ func (d *directFile) writeBounced(b, p []byte, head int, at int64) error {
 	copy(b[head:], p)
 	_, err := d.writeAligned(b, at)
 	return err
+}
+
+// lockPartial keeps others from changing parts of the blocks at two offsets.
+func (d *directFile) lockPartial(first, last int64) (unlock func()) {
+	i, k := first/d.block%partialBlocks, last/d.block%partialBlocks
+	i, k = min(i, k), max(i, k)
+	d.partial[i].Lock()
+	if i == k {
+		return d.partial[i].Unlock
+	}
+	d.partial[k].Lock()
+	return func() {
+		d.partial[k].Unlock()
+		d.partial[i].Unlock()
+	}
 }
 
 // writeAligned submits a write that is not alone. What does not go that way is written, or fails, the usual way.

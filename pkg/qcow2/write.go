@@ -76,7 +76,7 @@ func (img *Image) running() (n *generation, releasing bool) {
 // writeInPlace writes to clusters that the active state owns: the mapping stays as it is. It does nothing if one
 // of them is not.
 func (img *Image) writeInPlace(c chunk, p []byte) (bool, error) {
-	unlock := img.lock(c, false)
+	unlock := img.lock(c, !img.wholeBlocks(c.off, c.n))
 	defer unlock()
 	es, err := img.entries(c)
 	if err != nil {

@@ -2,11 +2,15 @@ package engine
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
@@ -89,4 +93,54 @@ func TestWriteToNewClusterHoldsUpNobody(t *testing.T) {
 	release()
 	must(t, <-written)
 	must(t, <-read)
+}
+
+// XFS wants whole blocks of 4 KiB past the page cache once a file shares some with a clone. The file is served that way all the
+// same, also to users who write single sectors.
+func TestSharedFile(t *testing.T) {
+	const size = 256 * mib
+	r := newDiskRig(t, 1024*mib)
+	id := r.newVolume("a", size)
+	fillDevice(t, r.attach(id), size*3/4, 16*mib, 1)
+	clone := filepath.Join(r.dir, "clone")
+	must(t, r.client.Clone(testContext(t), id, "", clone, 0))
+	r.detach(id)
+
+	device := r.attach(id)
+	if !opensDirectly(t, r.find(id).WorkerPID, r.pool.ImagePath(id)) {
+		t.Fatal("the image is served through the page cache")
+	}
+	l := startLoad(t, device, size/2, 2)
+	sectors := []string{
+		"--name=sectors", "--filename=" + device, "--rw=randwrite", fmt.Sprintf("--offset=%d", size/2), fmt.Sprintf("--size=%d", 8*mib),
+		"--bsrange=512-8k", "--blockalign=512", "--direct=1", "--ioengine=libaio", "--iodepth=16", "--verify=crc32c", "--verify_state_save=0",
+	}
+	run(t, "fio", sectors...)
+	must(t, unix.Kill(r.find(id).WorkerPID, unix.SIGKILL))
+	run(t, "fio", sectors...)
+	l.end(t)
+	l.verify(t, device)
+	r.detach(id)
+	wantImage(t, clone, size*3/4, 16*mib, 1)
+}
+
+// opensDirectly tells whether a process has a file open past the page cache.
+func opensDirectly(t *testing.T, pid int, path string) bool {
+	t.Helper()
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	must(t, err)
+	for _, fd := range fds {
+		if target, err := os.Readlink(fd); err != nil || target != path {
+			continue
+		}
+		info, err := os.ReadFile(strings.Replace(fd, "/fd/", "/fdinfo/", 1))
+		must(t, err)
+		var pos, flags int64
+		_, err = fmt.Sscanf(string(info), "pos: %d\nflags: %o", &pos, &flags)
+		must(t, err)
+		if flags&unix.O_DIRECT != 0 {
+			return true
+		}
+	}
+	return false
 }
