@@ -18,7 +18,7 @@ const (
 )
 
 const (
-	// minClusterSize is the direct-I/O alignment of today's disks: the engine refuses to attach what is less.
+	// minClusterSize is the largest block of direct I/O of today's disks: where it is that, the engine attaches nothing smaller.
 	minClusterSize = 4 << 10
 	maxClusterSize = 2 << 20
 )

@@ -181,11 +181,11 @@ func (d *directFile) submit(p []byte, off int64) (n int) {
 	if w == nil {
 		return 0
 	}
-	defer d.submitters.put(w)
 	_ = d.control(func(fd int) error {
 		n = w.write(fd, p, off)
 		return nil
 	})
+	d.submitters.put(w)
 	return n
 }
 

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"errors"
-	"runtime"
 	"sync"
 	"unsafe"
 
@@ -21,6 +20,7 @@ type submitters struct {
 // submitter has one write in hand.
 type submitter struct {
 	context uintptr // aio_context_t
+	data    []byte  // what is written: held here it is not on a stack, which moves
 	control submission
 	event   completion
 }
@@ -75,15 +75,19 @@ func (s *submitters) put(w *submitter) {
 func (s *submitters) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, w := range s.idle {
-		_, _, _ = unix.Syscall(unix.SYS_IO_DESTROY, w.context, 0, 0)
+	var all sync.WaitGroup
+	for _, w := range s.idle { // together, for each waits tens of ms for the kernel
+		all.Go(func() { _, _, _ = unix.Syscall(unix.SYS_IO_DESTROY, w.context, 0, 0) })
 	}
+	all.Wait()
 	s.idle, s.refused = nil, true
 }
 
 // write writes p at off, waits until that is done, and returns how much was written: less if there was an error, which whoever
 // writes the rest will meet.
 func (w *submitter) write(fd int, p []byte, off int64) int {
+	w.data = p
+	defer func() { w.data = nil }()
 	w.control = submission{
 		opcode: submitWrite, fd: uint32(fd), buf: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(p)))), bytes: uint64(len(p)), offset: off,
 	}
@@ -94,11 +98,10 @@ func (w *submitter) write(fd int, p []byte, off int64) int {
 	for {
 		n, _, errno := unix.Syscall6(unix.SYS_IO_GETEVENTS, w.context, 1, 1, uintptr(unsafe.Pointer(&w.event)), 0, 0)
 		if n == 1 {
-			runtime.KeepAlive(p)
 			return int(max(w.event.result, 0))
 		}
 		if !errors.Is(errno, unix.EINTR) {
-			panic("io_getevents: " + errno.Error()) // the kernel still has p
+			panic("io_getevents: " + errno.Error()) // the kernel still has p, and w
 		}
 	}
 }
