@@ -216,29 +216,6 @@ func (a *allocator) add(r run, delta int) (zero runs, err error) {
 	return zero, err
 }
 
-// newBlock makes refcount block k in cluster c, a free one that it counts itself.
-func (a *allocator) newBlock(k, c int64) error {
-	r := run{c, 1}
-	if err := a.refuse(r); err != nil {
-		return err
-	}
-	if err := a.metadata.add(r, metadataSole); err != nil {
-		return err
-	}
-	a.search.touch(r)
-	b := &refBlock{counts: a.g.newCounts(1)}
-	b.counts.set(c&(a.g.blockCounts-1), 1)
-	for s := range a.g.clusterSize / sectorSize {
-		b.dirty.add(s)
-	}
-	a.rc.table[k] = r.first << a.g.clusterBits
-	a.rc.keep(k, b)
-	if a.build != nil {
-		return a.build.mirror(r, 1)
-	}
-	return nil
-}
-
 // maxGap is how far behind the end of the file, beyond its length once more, clusters may be counted, in bytes. A crash
 // leaves some, for counts are written before the file grows.
 const maxGap = 1 << 30

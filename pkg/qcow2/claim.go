@@ -113,6 +113,29 @@ func (c *claim) take(b *refBlock, i int64) error {
 	return nil
 }
 
+// newBlock makes refcount block k in cluster c, a free one that it counts itself. Called with the allocator's lock held.
+func (a *allocator) newBlock(k, c int64) error {
+	r := run{c, 1}
+	if err := a.refuse(r); err != nil {
+		return err
+	}
+	if err := a.metadata.add(r, metadataSole); err != nil {
+		return err
+	}
+	a.search.touch(r)
+	b := &refBlock{counts: a.g.newCounts(1)}
+	b.counts.set(c&(a.g.blockCounts-1), 1)
+	for s := range a.g.clusterSize / sectorSize {
+		b.dirty.add(s)
+	}
+	a.rc.table[k] = r.first << a.g.clusterBits
+	a.rc.keep(k, b)
+	if a.build != nil {
+		return a.build.mirror(r, 1)
+	}
+	return nil
+}
+
 // undo takes the claim back in memory. On disk counts may stay, which leaks; blocks that nothing points at are forgotten.
 // Called with the allocator's lock held.
 func (c *claim) undo() {
