@@ -2,8 +2,11 @@ package engine
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -145,6 +148,29 @@ func TestPoolDiskFull(t *testing.T) {
 	}
 	for off := int64(0); off <= full; off += mib {
 		wantDevice(t, device, off, mib, byte(off/mib+1))
+	}
+	r.detach(id)
+}
+
+// A full pool beside others: all who write meet ENOSPC and nothing else, and what they discard makes room for them.
+func TestPoolDiskFullForMany(t *testing.T) {
+	const size = 1024 * mib
+	r := newDiskRig(t, 320*mib)
+	id := r.newVolume("a", size)
+	device := r.attach(id)
+	out, err := exec.CommandContext(testContext(t), "fio", "--name=fill", "--filename="+device, "--rw=randwrite", "--bs=64k",
+		"--direct=1", "--ioengine=libaio", "--iodepth=16").CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "No space left on device") || strings.Contains(string(out), "Input/output error") {
+		t.Errorf("a disk larger than its pool was written: %v\n%s", err, out)
+	}
+	f := openDirect(t, device)
+	must(t, ioctlRange(f, unix.BLKDISCARD, &[2]uint64{0, size / 2}))
+	must(t, f.Sync())
+	must(t, f.Close())
+	run(t, "fio", "--name=again", "--filename="+device, "--rw=randwrite", "--bs=4k", fmt.Sprintf("--size=%d", 32*mib),
+		"--direct=1", "--ioengine=libaio", "--iodepth=16", "--verify=crc32c", "--verify_state_save=0")
+	if a := r.find(id); a.Failure != "" {
+		t.Errorf("failure: %s", a.Failure)
 	}
 	r.detach(id)
 }
