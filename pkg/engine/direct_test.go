@@ -65,6 +65,7 @@ func TestWriteToNewClusterHoldsUpNobody(t *testing.T) {
 	must(t, err)
 	img, err := qcow2.Open(f, qcow2.OpenOptions{})
 	must(t, err)
+	defer checkImage(t, path)
 	defer img.Close()
 	block := aligned(t, 4096)
 	_, err = img.WriteAt(block, 0)
@@ -122,6 +123,7 @@ func TestSharedFile(t *testing.T) {
 	l.verify(t, device)
 	r.detach(id)
 	wantImage(t, clone, size*3/4, 16*mib, 1)
+	checkImage(t, clone)
 }
 
 // opensDirectly tells whether a process has a file open past the page cache.

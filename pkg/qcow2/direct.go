@@ -5,8 +5,8 @@ package qcow2
 type Direct struct{ lock guestRange }
 
 // StartDirect begins a request of n bytes at off, if these are one run of the file, of whole blocks of its direct I/O, that is
-// mapped in memory and, for a write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by itself, and calls
-// EndDirect. If not, nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
+// mapped in memory and, for a write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by
+// itself, and calls EndDirect. If not, nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
 func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, ok bool) {
 	if !img.gate.TryRLock() {
 		return 0, false
