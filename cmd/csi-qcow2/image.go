@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
-	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -17,9 +19,11 @@ func newImageCommand() *cobra.Command {
 		`Create, look at, check, convert and snapshot qcow2 images, versions 2 and 3. An image that QEMU or the
 engine has open is refused.
 
-Sizes are bytes, or have a suffix K, M, G, T, P (powers of 1024). Snapshots are meant by their name; if no
-snapshot has that name, by their ID. So a snapshot whose name is a number is found before another one that
-has this number as its ID (QEMU looks at the IDs first).`,
+Sizes are decimal numbers of bytes, or have a suffix K, M, G, T, P (powers of 1024); 0x… is hexadecimal.
+Snapshots are meant by their name, and by nothing else: with --id, what is given is an ID (QEMU looks at IDs
+first, then at names).
+
+What makes a new file gives it its name when it is whole: a run that fails or is killed leaves no such file.`,
 		newImageCreateCommand(), newImageInfoCommand(), newImageMapCommand(), newImageResizeCommand(),
 		newImageCheckCommand(), newImageExportCommand(), newImageImportCommand(), newImageSnapshotCommand(), newImageIOCommand())
 	image.Example = `  csi-qcow2 image create disk.qcow2 10G
@@ -42,33 +46,6 @@ func withImage(path string, readOnly bool, work func(*qcow2.Image) error) (err e
 	}
 	defer func() { err = errors.Join(err, img.Close()) }()
 	return work(img)
-}
-
-// findSnapshot returns the snapshot that has the name or, if there is none, the ID s.
-func findSnapshot(img *qcow2.Image, s string) (qcow2.Selector, error) {
-	for _, selector := range []qcow2.Selector{qcow2.ByName(s), qcow2.ByID(s)} {
-		_, err := img.FindSnapshot(selector)
-		if err == nil || !errors.Is(err, qcow2.ErrNotFound) {
-			return selector, err
-		}
-	}
-	return qcow2.Selector{}, fmt.Errorf("snapshot %s: %w", printable(s), qcow2.ErrNotFound)
-}
-
-// openView returns the content of the snapshot that s means, or the active content if s is empty.
-func openView(img *qcow2.Image, s string) (*qcow2.View, error) {
-	if s == "" {
-		return img.Active(), nil
-	}
-	selector, err := findSnapshot(img, s)
-	if err != nil {
-		return nil, err
-	}
-	return img.OpenSnapshot(selector)
-}
-
-func addSnapshotFlag(cmd *cobra.Command) *string {
-	return cmd.Flags().String("snapshot", "", "the `name` (or ID) of the snapshot to read; the active content without")
 }
 
 // createFlags are those of the commands that make an image.
@@ -101,22 +78,37 @@ func (c *createFlags) options(stop func() error) (qcow2.CreateOptions, error) {
 	return o, err
 }
 
-// create makes an image of size bytes at path and lets fill write it. When anything fails, no image is left.
+// create makes an image of size bytes and lets fill write it. It is at path when it is whole, and only then.
 func (c *createFlags) create(ctx context.Context, path string, size int64, fill func(*qcow2.Image) error) (err error) {
 	options, err := c.options(ctx.Err)
 	if err != nil {
 		return err
 	}
-	f, err := qcow2.CreateFile(path)
+	whole, err := createNewFile(path)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(path))
-		}
-	}()
-	err = qcow2.Create(f, roundUp(size, 512), options)
+	defer func() { err = errors.Join(err, whole.close()) }()
+	if err := writeImage(whole, roundUp(size, 512), options, fill); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return whole.keep()
+}
+
+// writeImage makes an image in a new file, which stays open.
+func writeImage(whole *newFile, size int64, options qcow2.CreateOptions, fill func(*qcow2.Image) error) error {
+	fd, err := unix.FcntlInt(whole.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	f, err := qcow2.NewFile(os.NewFile(uintptr(fd), whole.path), false)
+	if err != nil {
+		return err
+	}
+	err = qcow2.Create(f, size, options)
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
@@ -124,25 +116,11 @@ func (c *createFlags) create(ctx context.Context, path string, size int64, fill 
 	if err != nil {
 		return err
 	}
-	err = errors.Join(fill(img), img.Close())
-	if err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
+	return errors.Join(fill(img), img.Close())
 }
 
 // roundUp returns the smallest multiple of unit that is at least n.
 func roundUp(n, unit int64) int64 { return (n + unit - 1) / unit * unit }
-
-// syncDir makes the names in a directory durable.
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
 
 func newImageCreateCommand() *cobra.Command {
 	var flags createFlags
@@ -176,16 +154,26 @@ func newImageResizeCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "resize FILE SIZE",
 		Short: "Make an image larger",
-		Long: `Make the active disk of an image SIZE bytes large (rounded up to a multiple of 512); the new part reads as
-zeros. Snapshots keep their own size. An image cannot be made smaller.`,
-		Example: `  csi-qcow2 image resize disk.qcow2 20G`,
-		Args:    takes("FILE", "SIZE"),
+		Long: `Make the active disk of an image SIZE bytes large, or with +SIZE larger by so many (rounded up to a multiple
+of 512); the new part reads as zeros. Snapshots keep their own size. An image cannot be made smaller.`,
+		Example: `  csi-qcow2 image resize disk.qcow2 20G
+  csi-qcow2 image resize disk.qcow2 +512M`,
+		Args: takes("FILE", "SIZE"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			size, err := parseSize(args[1])
+			number, more := strings.CutPrefix(args[1], "+")
+			size, err := parseSize(number)
 			if err != nil {
 				return err
 			}
-			return withImage(args[0], false, func(img *qcow2.Image) error { return img.Resize(roundUp(size, 512)) })
+			return withImage(args[0], false, func(img *qcow2.Image) error {
+				if more {
+					if size > math.MaxInt64-512-img.Size() {
+						return fmt.Errorf("size %s is too large", args[1])
+					}
+					size += img.Size()
+				}
+				return img.Resize(roundUp(size, 512))
+			})
 		},
 	}
 }

@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -25,24 +25,31 @@ func newImageExportCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "export FILE OUT",
 		Short: "Write the disk, or a snapshot of it, as a raw file",
-		Long: `Write the active disk, or a snapshot, as the raw file OUT, which must not exist. Zeros become holes. With OUT
-"-" everything is written to standard output.`,
+		Long: `Write the active disk, or a snapshot, as the raw file OUT, which must not exist; it appears when it is whole.
+Zeros become holes. With OUT "-" everything is written to standard output.
+
+If OUT is a block device that nobody uses, its beginning is overwritten, zeros included; if that is interrupted
+it holds a part. What lies behind the end of the disk stays.`,
 		Example: `  csi-qcow2 image export disk.qcow2 disk.raw
-  csi-qcow2 image export disk.qcow2 - --snapshot before-upgrade | sha256sum`,
+  csi-qcow2 image export disk.qcow2 - --snapshot before-upgrade | sha256sum
+  csi-qcow2 image export disk.qcow2 /dev/vg/disk`,
 		Args: takes("FILE", "OUT"),
 	}
-	snapshot := addSnapshotFlag(cmd)
+	snapshot := addSnapshotFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		return withImage(args[0], true, func(img *qcow2.Image) error {
-			view, err := openView(img, *snapshot)
+			view, err := snapshot.open(img)
 			if err != nil {
 				return err
 			}
 			defer view.Close()
 			p := newProgress(cmd.ErrOrStderr(), "exporting "+args[0])
 			defer p.end()
-			if args[1] == "-" {
+			switch {
+			case args[1] == "-":
 				return exportStream(cmd.Context(), cmd.OutOrStdout(), view, p)
+			case isBlockDevice(args[1]):
+				return exportDevice(cmd.Context(), args[1], view, p)
 			}
 			return exportFile(cmd.Context(), args[1], view, p)
 		})
@@ -64,24 +71,56 @@ func exportStream(ctx context.Context, w io.Writer, view *qcow2.View, p *progres
 }
 
 func exportFile(ctx context.Context, path string, view *qcow2.View, p *progress) (err error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := createNewFile(path)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		err = errors.Join(err, f.Close())
-		if err != nil {
-			err = errors.Join(err, os.Remove(path))
-		}
-	}()
+	defer func() { err = errors.Join(err, f.close()) }()
 	err = readView(ctx, view, p, func(data []byte, off, _ int64) error { return writeSparse(f, data, off) })
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(f.Truncate(view.Size()), f.Sync()); err != nil {
+	if err := f.Truncate(view.Size()); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return f.keep()
+}
+
+func isBlockDevice(path string) bool {
+	stat, err := os.Stat(path)
+	return err == nil && stat.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice
+}
+
+// exportDevice writes to a block device, which is opened exclusively: one that is mounted is refused.
+func exportDevice(ctx context.Context, path string, view *qcow2.View, p *progress) (err error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_EXCL, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	if size < view.Size() {
+		return fmt.Errorf("%s has %d bytes, the disk %d: make the device larger", path, size, view.Size())
+	}
+	zeros := make([]byte, copyChunk)
+	err = readView(ctx, view, p, func(data []byte, off, n int64) error {
+		if data == nil {
+			const zero = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+			if unix.Fallocate(int(f.Fd()), zero, off, n) == nil {
+				return nil
+			}
+			data = zeros[:n] // the device, or this range, is not for that
+		}
+		_, err := f.WriteAt(data, off)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 // readView gives the whole content to fn, in order, in pieces of at most copyChunk bytes: data, or nil for n

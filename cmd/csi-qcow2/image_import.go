@@ -15,13 +15,18 @@ import (
 
 func newImageImportCommand() *cobra.Command {
 	var flags createFlags
+	var format string
 	cmd := &cobra.Command{
 		Use:   "import RAW FILE",
 		Short: "Make an image out of a raw file or a block device",
 		Long: `Make the image FILE, which must not exist, out of a raw file or a block device. Its size is rounded up to a
-multiple of 512. Zeros take no space.`,
-		Example: `  csi-qcow2 image import disk.raw disk.qcow2`,
-		Args:    takes("RAW", "FILE"),
+multiple of 512. Zeros take no space. FILE appears when it is whole.
+
+A file of another format (qcow2, vmdk, vhdx, vpc, vdi, luks, …, or one that is packed) is refused: it would
+become a disk that holds such a file. A raw disk that happens to begin like one is imported with --format raw.`,
+		Example: `  csi-qcow2 image import disk.raw disk.qcow2
+  csi-qcow2 image import --format raw /dev/vg/encrypted disk.qcow2`,
+		Args: takes("RAW", "FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			// Without O_NONBLOCK, opening a FIFO would wait for its other end.
 			raw, err := os.OpenFile(args[0], os.O_RDONLY|unix.O_NONBLOCK, 0)
@@ -33,6 +38,9 @@ multiple of 512. Zeros take no space.`,
 			if err != nil {
 				return err
 			}
+			if err := checkFormat(raw, size, format); err != nil {
+				return err
+			}
 			p := newProgress(cmd.ErrOrStderr(), "importing "+args[0])
 			defer p.end()
 			return flags.create(cmd.Context(), args[1], size, func(img *qcow2.Image) error {
@@ -41,7 +49,23 @@ multiple of 512. Zeros take no space.`,
 		},
 	}
 	flags.register(cmd)
+	cmd.Flags().StringVar(&format, "format", "", "`raw`: what RAW looks like does not matter")
 	return cmd
+}
+
+// checkFormat refuses what seems to be no raw disk, unless format says that it is one.
+func checkFormat(raw *os.File, size int64, format string) error {
+	switch format {
+	case "raw":
+		return nil
+	case "":
+		seems, err := foreignFormat(raw, size)
+		if err != nil {
+			return fmt.Errorf("%s: %w", raw.Name(), err)
+		}
+		return refuseForeign(raw.Name(), seems)
+	}
+	return fmt.Errorf("--format %s: only raw disks can be imported; `qemu-img convert` knows other formats", format)
 }
 
 // rawSize returns the length of a regular file or a block device.

@@ -129,10 +129,10 @@ keys of ` + "`qemu-img map`.",
   csi-qcow2 image map disk.qcow2 --snapshot before-upgrade -o json`,
 		Args: takes("FILE"),
 	}
-	output, snapshot := addOutputFlag(cmd), addSnapshotFlag(cmd)
+	output, snapshot := addOutputFlag(cmd), addSnapshotFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		return withImage(args[0], true, func(img *qcow2.Image) error {
-			extents, err := readMap(img, *snapshot)
+			extents, err := readMap(img, snapshot)
 			if err != nil {
 				return err
 			}
@@ -142,8 +142,8 @@ keys of ` + "`qemu-img map`.",
 	return cmd
 }
 
-func readMap(img *qcow2.Image, snapshot string) ([]qcow2.Extent, error) {
-	view, err := openView(img, snapshot)
+func readMap(img *qcow2.Image, snapshot *snapshotFlags) ([]qcow2.Extent, error) {
+	view, err := snapshot.open(img)
 	if err != nil {
 		return nil, err
 	}

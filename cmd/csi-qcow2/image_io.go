@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
+	"math"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -32,7 +32,8 @@ skipped.
   goto NAME            make the disk what it was at a snapshot
   delete NAME          delete a snapshot
 
-OFF and LEN are sizes; BYTE is from 0 to 255 or 0xff. NAME is all that follows on the line.`,
+OFF and LEN are sizes; BYTE is from 0 to 255 or 0xff. NAME is all that follows on the line; an ID is not looked
+for.`,
 		Example: `  printf 'write 0 64K 0xaa\nsnapshot a\nwrite 0 4K 0xbb\ngoto a\nread 0 64K 0xaa\n' | csi-qcow2 image io disk.qcow2`,
 		Args:    takes("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -124,7 +125,9 @@ func (s *ioSession) do(ctx context.Context, verb, rest string) error {
 		return s.img.Flush()
 	}
 	change, ok := map[string]func(*qcow2.Image, string) error{
-		"snapshot": createSnapshot, "goto": gotoSnapshot, "delete": deleteSnapshot,
+		"snapshot": createSnapshot,
+		"goto":     byName((*qcow2.Image).GotoSnapshot),
+		"delete":   byName((*qcow2.Image).DeleteSnapshot),
 	}[verb]
 	switch {
 	case !ok:
@@ -133,6 +136,17 @@ func (s *ioSession) do(ctx context.Context, verb, rest string) error {
 		return errors.New("wants NAME")
 	}
 	return change(s.img, rest)
+}
+
+// byName makes a change of the snapshot that has a name.
+func byName(change func(*qcow2.Image, qcow2.Selector) error) func(*qcow2.Image, string) error {
+	return func(img *qcow2.Image, name string) error {
+		selector, err := findSnapshot(img, name, false)
+		if err != nil {
+			return err
+		}
+		return change(img, selector)
+	}
 }
 
 // transfer carries out a command that has an offset and a length, in pieces of at most the buffer.
@@ -205,8 +219,8 @@ func parseTransfer(verb string, fields []string) (off, n int64, value *byte, err
 		return 0, 0, nil, err
 	}
 	if len(fields) == 3 {
-		b, err := strconv.ParseUint(fields[2], 0, 8)
-		if err != nil {
+		b, err := parseNumber(fields[2])
+		if err != nil || b > math.MaxUint8 {
 			return 0, 0, nil, fmt.Errorf("%q is not a byte: 0 to 255, or 0xff", fields[2])
 		}
 		value = new(byte(b))

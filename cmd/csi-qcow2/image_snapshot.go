@@ -50,20 +50,20 @@ func newImageSnapshotCommand() *cobra.Command {
 		`Take, restore, delete and list the internal snapshots of an image. Each change is one atomic switch: after
 a crash the image is as before or as after.
 
-NAME is a snapshot's name or, if no snapshot has that name, its ID.`,
+NAME is a snapshot's name; with --id, its ID. The two are never taken for each other, and a name that several
+snapshots have, as QEMU allows, is refused.`,
 		newSnapshotListCommand(),
-		newSnapshotChange("create", "Take a snapshot of the active disk",
-			"Take a snapshot of the active disk. The name must be free.",
-			createSnapshot),
+		newSnapshotCreateCommand(),
 		newSnapshotChange("goto", "Make the active disk what it was at a snapshot",
 			"Make the active disk, its size included, what it was at a snapshot. What was written since is lost; the\nsnapshots stay.",
-			gotoSnapshot),
+			(*qcow2.Image).GotoSnapshot),
 		newSnapshotChange("delete", "Delete a snapshot and free what only it held",
 			"Delete a snapshot and free what only it held.",
-			deleteSnapshot))
+			(*qcow2.Image).DeleteSnapshot))
 	group.Example = `  csi-qcow2 image snapshot create disk.qcow2 before-upgrade
   csi-qcow2 image snapshot list disk.qcow2 -o json
-  csi-qcow2 image snapshot goto disk.qcow2 before-upgrade`
+  csi-qcow2 image snapshot goto disk.qcow2 before-upgrade
+  csi-qcow2 image snapshot delete disk.qcow2 --id 3`
 	return group
 }
 
@@ -72,30 +72,31 @@ func createSnapshot(img *qcow2.Image, name string) error {
 	return err
 }
 
-func gotoSnapshot(img *qcow2.Image, name string) error {
-	selector, err := findSnapshot(img, name)
-	if err != nil {
-		return err
-	}
-	return img.GotoSnapshot(selector)
-}
-
-func deleteSnapshot(img *qcow2.Image, name string) error {
-	selector, err := findSnapshot(img, name)
-	if err != nil {
-		return err
-	}
-	return img.DeleteSnapshot(selector)
-}
-
-func newSnapshotChange(verb, short, long string, change func(*qcow2.Image, string) error) *cobra.Command {
+func newSnapshotCreateCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: verb + " FILE NAME", Short: short, Long: long,
+		Use: "create FILE NAME", Short: "Take a snapshot of the active disk",
+		Long: "Take a snapshot of the active disk. The name must be free.",
 		Args: takes("FILE", "NAME"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			return withImage(args[0], false, func(img *qcow2.Image) error { return change(img, args[1]) })
+			return withImage(args[0], false, func(img *qcow2.Image) error { return createSnapshot(img, args[1]) })
 		},
 	}
+}
+
+func newSnapshotChange(verb, short, long string, change func(*qcow2.Image, qcow2.Selector) error) *cobra.Command {
+	cmd := &cobra.Command{Use: verb + " FILE NAME", Short: short, Long: long, Args: takes("FILE", "NAME")}
+	isID := false
+	addIDFlag(cmd, &isID, "NAME is an ID")
+	cmd.RunE = func(_ *cobra.Command, args []string) error {
+		return withImage(args[0], false, func(img *qcow2.Image) error {
+			selector, err := findSnapshot(img, args[1], isID)
+			if err != nil {
+				return err
+			}
+			return change(img, selector)
+		})
+	}
+	return cmd
 }
 
 func newSnapshotListCommand() *cobra.Command {

@@ -174,7 +174,7 @@ func TestSnapshots(t *testing.T) {
 
 	mustRun(t, "image", "snapshot", "goto", image, "1")
 	qemuIO(t, image, "read -P 2 0 1M")
-	mustRun(t, "image", "snapshot", "goto", image, "3")
+	mustRun(t, "image", "snapshot", "goto", image, "3", "--id")
 	qemuIO(t, image, "read -P 3 0 1M", "length")
 	mustRun(t, "image", "snapshot", "goto", image, "one")
 	qemuIO(t, image, "read -P 1 0 1M")
@@ -189,10 +189,46 @@ func TestSnapshots(t *testing.T) {
 	if got := mustRun(t, "image", "snapshot", "list", image); strings.Count(got, "\n") != 3 || strings.Contains(got, "2   1") {
 		t.Errorf("after delete:\n%s", got)
 	}
-	mustRun(t, "image", "snapshot", "delete", image, "1") // no name any more: the ID of "one"
-	if got := mustRun(t, "image", "snapshot", "list", image); strings.Contains(got, "one") || !strings.Contains(got, "three") {
-		t.Errorf("after delete by ID:\n%s", got)
+	verify(t, image)
+}
+
+// TestSnapshotByName: a name is never taken for an ID, nor an ID for a name, and one that is not unique is refused.
+func TestSnapshotByName(t *testing.T) {
+	t.Parallel()
+	image := filepath.Join(t.TempDir(), "x.qcow2")
+	mustRun(t, "image", "create", image, "1M")
+	mustRun(t, "image", "snapshot", "create", image, "one") // ID 1
+	mustRun(t, "image", "snapshot", "create", image, "1")   // ID 2
+	mustRun(t, "image", "snapshot", "delete", image, "1")
+	refused := func(want string, args ...string) {
+		t.Helper()
+		if r := run(t, append([]string{"image"}, args...)...); r.status != 1 || !strings.Contains(r.stderr, want) {
+			t.Errorf("%v: %+v, want %q", args, r, want)
+		}
 	}
+	hint := "snapshot 1: not found (it is the ID of snapshot one, which --id means)"
+	refused(hint, "snapshot", "delete", image, "1")
+	refused(hint, "snapshot", "goto", image, "1")
+	refused(hint, "export", image, "-", "--snapshot", "1")
+	refused(hint, "map", image, "--snapshot", "1")
+	if r := runWith(t, "delete 1", "image", "io", image); r.status != 1 || !strings.Contains(r.stderr, hint) {
+		t.Errorf("image io: %+v", r)
+	}
+	refused(`snapshot with id "one": not found`, "snapshot", "delete", image, "--id", "one")
+	refused("not found", "export", image, "-", "--snapshot", "") // a script's variable that is not set
+	refused("which one?", "export", image, "-", "--id")
+	mustRun(t, "image", "export", image, "-", "--snapshot", "1", "--id")
+	mustRun(t, "image", "map", image, "--snapshot", "1", "--id")
+
+	qemu(t, "qemu-img", "snapshot", "-c", "twin", image) // ID 2
+	qemuIO(t, image, "write -P 1 0 64K")
+	qemu(t, "qemu-img", "snapshot", "-c", "twin", image)
+	refused("2 snapshots have the name twin, their IDs are 2, 3", "snapshot", "delete", image, "twin")
+	mustRun(t, "image", "snapshot", "goto", image, "--id", "2")
+	qemuIO(t, image, "read -P 0 0 64K")
+	mustRun(t, "image", "snapshot", "delete", image, "--id", "2")
+	mustRun(t, "image", "snapshot", "goto", image, "twin")
+	qemuIO(t, image, "read -P 1 0 64K")
 	verify(t, image)
 }
 
@@ -204,7 +240,20 @@ func TestResize(t *testing.T) {
 	mustRun(t, "image", "resize", image, "1G")
 	qemuIO(t, image, "read -P 7 0 1M", "read -P 0 1M 1M", "write -P 8 1023M 1M")
 	verify(t, image)
-	if r := run(t, "image", "resize", image, "1M"); r.status != 1 {
-		t.Errorf("made smaller: %+v", r)
+	for size, want := range map[string]string{
+		"1M": "shrink", "+9223372036854775807": "too large", "+-1M": "not a size", "++1M": "not a size", "+": "not a size",
+	} {
+		if r := run(t, "image", "resize", image, size); r.status != 1 || !strings.Contains(r.stderr, want) {
+			t.Errorf("to %s: %+v, want %q", size, r, want)
+		}
+	}
+	for _, step := range []struct {
+		size string
+		want int64
+	}{{"+64M", 1<<30 + 64<<20}, {"02000M", 2000 << 20}, {"+1", 2000<<20 + 512}} {
+		mustRun(t, "image", "resize", image, step.size)
+		if info := qemu(t, "qemu-img", "info", "--output=json", image); !strings.Contains(info, fmt.Sprintf(`"virtual-size": %d,`, step.want)) {
+			t.Errorf("to %s: not %d\n%s", step.size, step.want, info)
+		}
 	}
 }

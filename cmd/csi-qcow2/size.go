@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -10,8 +11,18 @@ import (
 // sizeSuffixes are powers of 1024, in order: K is the first.
 const sizeSuffixes = "KMGTP"
 
+// parseNumber reads a number that is decimal, however many zeros it begins with, or hexadecimal, 0x…. It has no sign.
+func parseNumber(s string) (int64, error) {
+	base := 10
+	if hex, ok := strings.CutPrefix(strings.ToLower(s), "0x"); ok {
+		s, base = hex, 16
+	}
+	n, err := strconv.ParseUint(s, base, 63)
+	return int64(n), err
+}
+
 // parseSize reads a number of bytes: digits with one of the suffixes K, M, G, T, P (powers of 1024), which
-// may be followed by "i" as in Kubernetes' quantities. A number may be hexadecimal, 0x….
+// may be followed by "i" as in Kubernetes' quantities.
 func parseSize(s string) (int64, error) {
 	digits, shift := strings.TrimSuffix(s, "i"), 0
 	if n := len(digits); n > 0 {
@@ -19,8 +30,11 @@ func parseSize(s string) (int64, error) {
 			digits, shift = digits[:n-1], 10*(i+1)
 		}
 	}
-	n, err := strconv.ParseInt(digits, 0, 64)
-	if err != nil || n < 0 || (shift == 0 && digits != s) {
+	n, err := parseNumber(digits)
+	switch {
+	case errors.Is(err, strconv.ErrRange):
+		return 0, fmt.Errorf("size %s is too large", s)
+	case err != nil, shift == 0 && digits != s:
 		return 0, fmt.Errorf("%q is not a size: a number of bytes, or with K, M, G, T, P as in 64K", s)
 	}
 	if n > math.MaxInt64>>shift {

@@ -9,12 +9,16 @@ func TestParseSize(t *testing.T) {
 	for s, want := range map[string]int64{
 		"0": 0, "1": 1, "512": 512, "1k": 1 << 10, "64K": 64 << 10, "64Ki": 64 << 10, "3M": 3 << 20, "10G": 10 << 30,
 		"10Gi": 10 << 30, "2T": 2 << 40, "1P": 1 << 50, "0x1000": 4096, "9223372036854775807": math.MaxInt64, "8191P": 8191 << 50,
+		"0100M": 100 << 20, "010": 10, "08": 8, "00": 0, "0X10K": 16 << 10,
 	} {
 		if got, err := parseSize(s); err != nil || got != want {
 			t.Errorf("%q is %d, %v; want %d", s, got, err, want)
 		}
 	}
-	for _, s := range []string{"", "K", "i", "-1", "1.5G", "1i", "1Kii", "1KB", "8192P", "9223372036854775808", "1 K", "0x", "ten"} {
+	for _, s := range []string{
+		"", "K", "i", "-1", "1.5G", "1i", "1Kii", "1KB", "8192P", "9223372036854775808", "1 K", "0x", "ten",
+		"+64M", "+1", "0b1", "0o7", "1_000", "0x_1", "0x-1", "0x+1", "0x0x1", "1e3", " 1", "٣",
+	} {
 		if got, err := parseSize(s); err == nil {
 			t.Errorf("%q is %d", s, got)
 		}

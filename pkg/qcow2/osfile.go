@@ -47,6 +47,9 @@ func CreateFile(path string) (File, error) {
 	return o, nil
 }
 
+// NewFile uses a regular file that is open, and takes ownership of it. It takes the byte locks that OpenFile takes.
+func NewFile(f *os.File, readOnly bool) (File, error) { return lockedFile(f, readOnly) }
+
 // lockedFile takes ownership of f.
 func lockedFile(f *os.File, readOnly bool) (File, error) {
 	o := &osFile{f: f, readOnly: readOnly}

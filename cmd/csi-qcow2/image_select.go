@@ -1,0 +1,71 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
+)
+
+// findSnapshot returns the snapshot that has the name, or the ID. A name that several have is refused: names need not be
+// unique in an image that QEMU wrote.
+func findSnapshot(img *qcow2.Image, name string, isID bool) (qcow2.Selector, error) {
+	if isID {
+		_, err := img.FindSnapshot(qcow2.ByID(name))
+		return qcow2.ByID(name), err
+	}
+	var ids []string
+	hint := ""
+	for _, s := range img.Snapshots() {
+		if s.Name == name {
+			ids = append(ids, printable(s.ID))
+		}
+		if s.ID == name {
+			hint = fmt.Sprintf(" (it is the ID of snapshot %s, which --id means)", printable(s.Name))
+		}
+	}
+	switch len(ids) {
+	case 0:
+		return qcow2.Selector{}, fmt.Errorf("snapshot %s: %w%s", printable(name), qcow2.ErrNotFound, hint)
+	case 1:
+		return qcow2.ByName(name), nil
+	}
+	return qcow2.Selector{}, fmt.Errorf("%d snapshots have the name %s, their IDs are %s: say which with --id",
+		len(ids), printable(name), strings.Join(ids, ", "))
+}
+
+// snapshotFlags choose the content of an image that a command reads.
+type snapshotFlags struct {
+	cmd  *cobra.Command
+	name string
+	isID bool
+}
+
+func addSnapshotFlags(cmd *cobra.Command) *snapshotFlags {
+	s := &snapshotFlags{cmd: cmd}
+	cmd.Flags().StringVar(&s.name, "snapshot", "", "the `name` of the snapshot to read; the active content without")
+	addIDFlag(cmd, &s.isID, "what --snapshot gives is an ID")
+	return s
+}
+
+func addIDFlag(cmd *cobra.Command, isID *bool, usage string) {
+	cmd.Flags().BoolVar(isID, "id", false, usage)
+}
+
+// open returns what is chosen: the active content, if no snapshot is.
+func (s *snapshotFlags) open(img *qcow2.Image) (*qcow2.View, error) {
+	switch chosen := s.cmd.Flags().Changed("snapshot"); {
+	case !chosen && s.isID:
+		return nil, errors.New("--id without --snapshot: which one?")
+	case !chosen:
+		return img.Active(), nil
+	}
+	selector, err := findSnapshot(img, s.name, s.isID)
+	if err != nil {
+		return nil, err
+	}
+	return img.OpenSnapshot(selector)
+}
