@@ -1,7 +1,8 @@
 # csi-qcow2. `make` alone says what there is to make.
 
 GO      ?= go
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+# What the manifests name, and the image and the binary are.
+VERSION ?= $(shell cat VERSION)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
@@ -78,7 +79,7 @@ e2e: ## run the tests on a real cluster, which is built the first time (a quarte
 	@hack/setup.sh e2e
 	@test/e2e/run.sh
 
-cluster-up: ## start a cluster of two nodes with the driver, and say how to use it
+cluster-up: ## start a cluster of two nodes with the driver, or with EMPTY=1 without, and say how to use it
 	@hack/setup.sh e2e
 	@test/e2e/cluster/up.sh 2
 	@echo "Use it with test/e2e/cluster/kubectl, end it with make cluster-down."

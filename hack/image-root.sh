@@ -12,7 +12,7 @@ tools=(
 	/sbin/fsck /sbin/blkid /sbin/blockdev
 	/bin/mount /bin/umount
 	# for fsck.xfs, the init container, and people who look around
-	/bin/sh /bin/dash /bin/ls /bin/cat
+	/bin/sh /bin/dash /bin/ls /bin/cat /bin/mkdir
 )
 (($# == 1)) || tools=("${@:2}")
 

@@ -307,9 +307,7 @@ func TestNoPool(t *testing.T) {
 	r.startEngine()
 	r.startPlugin(Options{})
 	ctx := t.Context()
-	if ready := ok[*csi.ProbeResponse](t)(r.Probe(ctx, &csi.ProbeRequest{})).GetReady().GetValue(); ready {
-		t.Error("ready without a pool")
-	}
+	r.wantUnready("PoolNotReady")
 	wantCode(t, codes.Unavailable)(r.CreateVolume(ctx, r.createRequest("pvc", gib, blockCapability(writer))))
 	wantCode(t, codes.Unavailable)(r.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: foreign(t)}))
 	wantCode(t, codes.Unavailable)(r.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: foreign(t) + "@s"}))
@@ -323,16 +321,12 @@ func TestNoPool(t *testing.T) {
 	}
 
 	must(t, pool.Init(r.dir)) // the disk is there now
-	eventually(t, "the plugin is ready", func() bool {
-		return ok[*csi.ProbeResponse](t)(r.Probe(ctx, &csi.ProbeRequest{})).GetReady().GetValue()
-	})
+	r.awaitReady()
 	v := r.create("pvc", 64*mib, blockCapability(writer))
 
 	must(t, os.Rename(r.dir, r.dir+".away")) // and gone again
 	must(t, os.Mkdir(r.dir, 0o700))
-	if ready := ok[*csi.ProbeResponse](t)(r.Probe(ctx, &csi.ProbeRequest{})).GetReady().GetValue(); ready {
-		t.Error("ready when the pool has gone")
-	}
+	r.wantUnready("PoolNotReady")
 	wantCode(t, codes.Unavailable)(r.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: v.id}))
 	must(t, os.Remove(r.dir)) // it is still empty
 	must(t, os.Rename(r.dir+".away", r.dir))

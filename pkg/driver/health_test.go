@@ -176,20 +176,33 @@ func (r *rig) storageReason() string {
 	return resp.GetBackendHealth()[0].GetReason()
 }
 
+// wantUnready: calls that need pool and engine cannot be answered now, for this reason. The plugin is alive nevertheless: the
+// liveness probe of the CSI project, which takes "not ready" for dead, must not restart it.
+func (r *rig) wantUnready(reason string) {
+	r.t.Helper()
+	if got := r.storageReason(); got != reason {
+		r.t.Errorf("the storage's health is %q, want %s", got, reason)
+	}
+	if !ok[*csi.ProbeResponse](r.t)(r.Probe(r.t.Context(), &csi.ProbeRequest{})).GetReady().GetValue() {
+		r.t.Errorf("%s: a liveness probe would restart the plugin", reason)
+	}
+}
+
+func (r *rig) awaitReady() {
+	r.t.Helper()
+	eventually(r.t, "pool and engine are there", func() bool { return r.storageReason() == "" })
+}
+
 func TestStorageHealth(t *testing.T) {
 	r := newIdleRig(t)
 	r.startEngine()
 	r.startPlugin(Options{Reserve: 1 << 50})
-	if got := r.storageReason(); got != "PoolNotReady" {
-		t.Errorf("without a pool: %q", got)
-	}
+	r.wantUnready("PoolNotReady")
 	must(t, pool.Init(r.dir))
 	eventually(t, "all of the pool is reserved", func() bool { return r.storageReason() == "PoolFull" })
 	r.stop()
 	r.startPlugin(Options{})
-	eventually(t, "all is well", func() bool { return r.storageReason() == "" })
+	r.awaitReady()
 	r.engine.terminate()
-	if got := r.storageReason(); got != "EngineUnavailable" {
-		t.Errorf("without an engine: %q", got)
-	}
+	r.wantUnready("EngineUnavailable")
 }

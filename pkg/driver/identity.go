@@ -5,7 +5,6 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
-	"k8s.io/klog/v2"
 )
 
 type identity struct {
@@ -37,15 +36,9 @@ func (i *identity) GetPluginCapabilities(
 	return resp, nil
 }
 
-// Probe is ready when a volume could be made and attached now. A pool whose disk is missing is no
-// reason to restart the plugin, so it is no error.
-func (i *identity) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.ProbeResponse, error) {
-	_, err := i.pool()
-	if err == nil {
-		_, err = i.engine.Probe(ctx)
-	}
-	if err != nil {
-		klog.FromContext(ctx).Error(err, "Not ready")
-	}
-	return &csi.ProbeResponse{Ready: wrapperspb.Bool(err == nil)}, nil
+// Probe tells that the plugin is alive, which it is as soon as it answers. It does not tell whether the pool's disk is
+// mounted and the engine there: the liveness probe of the CSI project kills a plugin that says "not ready", and no restart
+// would bring them back. Of those NodeGetStorageHealth tells, and UNAVAILABLE as the answer of each call that needs them.
+func (i *identity) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
 }

@@ -110,13 +110,9 @@ func killEngine(t *testing.T, r *rig) {
 	r.engine.kill()
 	wantCode(t, codes.Unavailable)(r.ListSnapshots(t.Context(), &csi.ListSnapshotsRequest{}))
 	wantCode(t, codes.Unavailable)(r.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: r.volumeIDs()[0]}))
-	if ready := ok[*csi.ProbeResponse](t)(r.Probe(t.Context(), &csi.ProbeRequest{})).GetReady().GetValue(); ready {
-		t.Error("ready without an engine")
-	}
+	r.wantUnready("EngineUnavailable")
 	r.startEngine()
-	eventually(t, "the plugin is ready", func() bool {
-		return ok[*csi.ProbeResponse](t)(r.Probe(t.Context(), &csi.ProbeRequest{})).GetReady().GetValue()
-	})
+	r.awaitReady()
 }
 
 // killWorker kills the worker of the only volume.

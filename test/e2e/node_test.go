@@ -12,6 +12,7 @@ import (
 
 	core "k8s.io/api/core/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // The spare node is off when the tests start, and takes only pods that ask for it: what happens to it does not concern
@@ -43,8 +44,13 @@ func power(t *testing.T, what string) {
 	}
 }
 
-// The driver's parts come to a new node by themselves, and offer its space.
+// The driver's parts come to a new node as soon as it has the label, and offer its space.
 func joined(s *space) {
+	label := []byte(`{"metadata": {"labels": {"qcow2.csi.dev/pool": "true"}}}`)
+	s.eventually(spare+" is labelled", func(ctx context.Context) error {
+		_, err := client.CoreV1().Nodes().Patch(ctx, spare, types.MergePatchType, label, meta.PatchOptions{})
+		return err
+	})
 	for _, part := range []string{"holder", "engine", "node"} {
 		s.driverPod(part, spare)
 	}

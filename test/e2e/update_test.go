@@ -70,7 +70,7 @@ func (s *space) configure(key, value string) {
 func (s *space) restartPlugins() {
 	s.Helper()
 	s.check(client.CoreV1().Pods(system).DeleteCollection(s.ctx, meta.DeleteOptions{}, component("node")))
-	s.updated("node", "e2e")
+	s.updated("node", version(s.T))
 }
 
 func component(name string) meta.ListOptions {

@@ -32,7 +32,6 @@ type world struct {
 	processes []*process // in the order of their start
 	conn      *grpc.ClientConn
 
-	identity   csi.IdentityClient
 	controller csi.ControllerClient
 	node       csi.NodeClient
 
@@ -88,7 +87,6 @@ func (w *world) start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	w.identity = csi.NewIdentityClient(w.conn)
 	w.controller, w.node = csi.NewControllerClient(w.conn), csi.NewNodeClient(w.conn)
 	return w.awaitReady(ctx)
 }
@@ -102,15 +100,15 @@ func (w *world) spawn(args ...string) error {
 	return nil
 }
 
-// awaitReady asks the plugin, which is ready when the engine is, until it says so.
+// awaitReady waits until nothing is wrong with pool and engine.
 func (w *world) awaitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, readyTime)
 	defer cancel()
 	tick := time.NewTicker(readyPoll)
 	defer tick.Stop()
 	for {
-		answer, err := w.identity.Probe(ctx, &csi.ProbeRequest{})
-		if err == nil && answer.GetReady().GetValue() {
+		health, err := w.node.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
+		if err == nil && len(health.GetBackendHealth()) == 0 {
 			return nil
 		}
 		for _, p := range w.processes {
@@ -122,7 +120,7 @@ func (w *world) awaitReady(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("engine and plugin are not ready: %w", errors.Join(ctx.Err(), err))
+			return fmt.Errorf("engine and plugin are not ready: %w %v", errors.Join(ctx.Err(), err), health.GetBackendHealth())
 		case <-tick.C:
 		}
 	}

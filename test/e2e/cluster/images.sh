@@ -10,17 +10,17 @@ trap 'rm -rf "$root"' EXIT
 # archive NAME DIR [ENTRYPOINT]: localhost/NAME:e2e.
 archive() { "$top/hack/image-archive.sh" "$IMAGES/${1//:/-}.tar" "localhost/$1" "${@:2}"; }
 
-# The driver, as `make image` makes it. The second is what it is upgraded to.
-for tag in e2e e2e-next; do
-	make --no-print-directory -C "$top" image VERSION="$tag" >/dev/null
-	mv "$top/dist/csi-qcow2.tar" "$IMAGES/csi-qcow2-$tag.tar"
-done
+# What the driver is upgraded to. The driver itself is loaded by whoever installs it.
+make --no-print-directory -C "$top" image VERSION=e2e-next >/dev/null
+mv "$top/dist/csi-qcow2.tar" "$IMAGES/csi-qcow2-e2e-next.tar"
 
-# Each as its original is: one static binary, which is the entry point.
-for name in csi-provisioner csi-snapshotter csi-resizer snapshot-controller registrar livenessprobe; do
+# The sidecars, under the names that the manifests have. Each is as its original: one static binary, which is the entry point.
+"$KUBERNETES" kubectl kustomize "$top/deploy/kubernetes/overlays/snapshot-controller" |
+	sed -n 's|^ *\(- \)\?image: \(.*/.*\)|\2|p' | sort -u | while read -r image; do
+	name=${image##*/} name=${name%:*}
 	mkdir -p "$root/$name"
 	ln "$CACHE/bin/$name" "$root/$name/$name" 2>/dev/null || cp "$CACHE/bin/$name" "$root/$name/$name"
-	archive "$name:e2e" "$root/$name" "/$name"
+	"$top/hack/image-archive.sh" "$IMAGES/$name.tar" "$image" "$root/$name" "/$name"
 done
 
 # system DIR: busybox, and a command that does nothing.
@@ -40,5 +40,6 @@ archive pause:e2e "$root/pause" /bin/pause # holds a pod's namespaces
 "$top/hack/image-root.sh" "$root/busybox" /usr/bin/fio
 system "$root/busybox"
 archive busybox:e2e "$root/busybox" # what the tests' pods run
+"$top/hack/image-archive.sh" "$IMAGES/busybox.tar" busybox:1.37 "$root/busybox" # and those of the examples
 
 ln -s "$CACHE/vm.tar" "$IMAGES/"

@@ -9,6 +9,8 @@ dir=$STATE/$node
 hostname "$node"
 mount --make-rshared / # kubelet and the plugin pass mounts on to each other
 mount -t tmpfs tmpfs /run
+mkdir /run/udev
+: >/run/udev/control # looks as if the node had a udev
 # What a node keeps, in the place where it is looked for. The tmpfs spares the machine the empty directories.
 mount -t tmpfs tmpfs /var/lib
 mount -t tmpfs tmpfs /var/log

@@ -26,9 +26,13 @@ func main() {
 	http.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), time.Second)
 		defer cancel()
-		// Like the original, a plugin that answers "not ready" is alive: a restart would not help it.
-		if _, err := plugin.Probe(ctx, &csi.ProbeRequest{}); err != nil {
+		// As the original does it: absent means ready, and "not ready" is as bad as no answer.
+		answer, err := plugin.Probe(ctx, &csi.ProbeRequest{})
+		switch ready := answer.GetReady(); {
+		case err != nil:
 			http.Error(w, err.Error(), http.StatusInternalServerError)
+		case ready != nil && !ready.GetValue():
+			http.Error(w, "driver responded but is not ready", http.StatusInternalServerError)
 		}
 	})
 	log.Fatal(http.ListenAndServe(":"+*port, nil))
