@@ -1,7 +1,9 @@
 package main
 
 import (
+	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -99,9 +101,16 @@ func addJournalFlag(cmd *cobra.Command, journal *bool) {
 
 // require makes flags of cmd, which it must have, mandatory.
 func require(cmd *cobra.Command, flags ...string) {
-	for _, name := range flags {
-		if err := cmd.MarkFlagRequired(name); err != nil {
-			panic(err) // there is no such flag
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		var missing []string
+		for _, name := range flags {
+			if !cmd.Flags().Changed(name) {
+				missing = append(missing, "--"+name)
+			}
 		}
+		if len(missing) == 0 {
+			return nil
+		}
+		return wrongUsage(cmd, fmt.Errorf("%s must be given (see %s --help)", strings.Join(missing, ", "), cmd.CommandPath()))
 	}
 }

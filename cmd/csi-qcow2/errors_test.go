@@ -12,7 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestErrors checks that what cannot be done says so, with exit status 1, and changes nothing.
+// TestErrors checks that what cannot be done says so, with exit status 1, or 2 if the command line is wrong, and changes
+// nothing.
 func TestErrors(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -26,7 +27,23 @@ func TestErrors(t *testing.T) {
 	if err := unix.Mkfifo(path("fifo"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for args, want := range map[string]string{
+	refused := map[int]map[string]string{2: {
+		"image create NEW 1X":        `"1X" is not a size`,
+		"image create NEW -- -1M":    `"-1M" is not a size`,
+		"image create NEW 9000P":     "too large",
+		"image create NEW":           "usage: csi-qcow2 image create FILE SIZE",
+		"image info image -o yaml":   "neither table nor json",
+		"image nothing":              `has no command "nothing"`,
+		"nothing":                    `has no command "nothing"`,
+		"engine":                     "--listen, --pool must be given",
+		"node":                       "--pool, --engine must be given",
+		"image chekc image":          "did you mean check?",
+		"image snapshto":             "did you mean snapshot?",
+		"image info image --nothing": "unknown flag: --nothing",
+		"image create NEW 1GB":       `"1GB" is not a size`,
+	}, 1: {
+		"image check":                             "usage: csi-qcow2 image check FILE", // 2 would mean corrupt
+		"image check image --nothing":             "unknown flag",
 		"image info NONE":                         "no such file",
 		"image check NONE":                        "no such file",
 		"image io NONE":                           "no such file",
@@ -40,11 +57,7 @@ func TestErrors(t *testing.T) {
 		"image create NEW 1M --cluster-size 1000": "cluster size 1000",
 		"image create NEW 1M --cluster-size 4M":   "cluster size 4194304",
 		"image create NEW 1M --version 4":         "version 4",
-		"image create NEW 1X":                     `"1X" is not a size`,
-		"image create NEW -- -1M":                 `"-1M" is not a size`,
 		"image create NEW 8191P":                  "L1 table",
-		"image create NEW 9000P":                  "too large",
-		"image create NEW":                        "usage: csi-qcow2 image create FILE SIZE",
 		"image create none/NEW 1M":                "no such file",
 		"image import NONE NEW":                   "no such file",
 		"image import fifo NEW":                   "neither a regular file nor a block device",
@@ -57,24 +70,23 @@ func TestErrors(t *testing.T) {
 		"image snapshot goto image x":             "not found",
 		"image snapshot delete image x":           "not found",
 		"image resize image 0":                    "",
-		"image info image -o yaml":                "neither table nor json",
-		"image nothing":                           "unknown command",
-		"nothing":                                 "unknown command",
 		"pool init text":                          "not a directory",
-		"engine":                                  "required flag",
-		"node":                                    "required flag",
-	} {
-		t.Run(args, func(t *testing.T) {
-			cmd := program(t, strings.Fields(args)...)
-			cmd.Dir = dir
-			out, _ := cmd.CombinedOutput()
-			if status := cmd.ProcessState.ExitCode(); status != 1 || !strings.HasPrefix(string(out), "csi-qcow2: ") || !strings.Contains(string(out), want) {
-				t.Errorf("exit status %d, want 1 and %q: %s", status, want, out)
-			}
-			if _, err := os.Lstat(path("NEW")); err == nil {
-				t.Error("it left a file")
-			}
-		})
+	}}
+	for status, commands := range refused {
+		for args, want := range commands {
+			t.Run(args, func(t *testing.T) {
+				cmd := program(t, strings.Fields(args)...)
+				cmd.Dir = dir
+				out, _ := cmd.CombinedOutput()
+				if got := cmd.ProcessState.ExitCode(); got != status || !strings.HasPrefix(string(out), "csi-qcow2: ") ||
+					!strings.Contains(string(out), want) {
+					t.Errorf("exit status %d, want %d and %q: %s", got, status, want, out)
+				}
+				if _, err := os.Lstat(path("NEW")); err == nil {
+					t.Error("it left a file")
+				}
+			})
+		}
 	}
 	for name, content := range map[string]string{"text": "just text", "empty": ""} {
 		if got, err := os.ReadFile(path(name)); err != nil || string(got) != content {

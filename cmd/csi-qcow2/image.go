@@ -19,7 +19,8 @@ func newImageCommand() *cobra.Command {
 		`Create, look at, check, convert and snapshot qcow2 images, versions 2 and 3. An image that QEMU or the
 engine has open is refused.
 
-Sizes are decimal numbers of bytes, or have a suffix K, M, G, T, P (powers of 1024); 0x… is hexadecimal.
+Sizes are decimal numbers of bytes, or have a suffix K, M, G, T, P (powers of 1024, also written GiB), then also
+with a fraction; 0x… is hexadecimal.
 Snapshots are meant by their name, and by nothing else: with --id, what is given is an ID (QEMU looks at IDs
 first, then at names).
 
@@ -138,7 +139,7 @@ zeros to them. What the guest discards later is given up, and after a snapshot w
   csi-qcow2 image create disk.qcow2 10G --preallocation falloc`,
 		Args: takes("FILE", "SIZE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			size, err := parseSize(args[1])
+			size, err := sizeArgument(cmd, args[1])
 			if err != nil {
 				return err
 			}
@@ -159,9 +160,9 @@ of 512); the new part reads as zeros. Snapshots keep their own size. An image ca
 		Example: `  csi-qcow2 image resize disk.qcow2 20G
   csi-qcow2 image resize disk.qcow2 +512M`,
 		Args: takes("FILE", "SIZE"),
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			number, more := strings.CutPrefix(args[1], "+")
-			size, err := parseSize(number)
+			size, err := sizeArgument(cmd, number)
 			if err != nil {
 				return err
 			}

@@ -39,9 +39,11 @@ func repairKind(value string) (qcow2.RepairKind, error) {
 	return 0, fmt.Errorf("--repair %s: it is all or leaks", value)
 }
 
+const checkCommand = "check"
+
 func newImageCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "check FILE",
+		Use:   checkCommand + " FILE",
 		Short: "Check the metadata of an image, and repair it",
 		Long: `Check the metadata of an image: the reference count of each cluster, the flags that depend on it, that
 nothing overlaps, the snapshot table.

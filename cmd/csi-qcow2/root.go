@@ -24,6 +24,9 @@ with QEMU's own tools at any time.`,
 		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand())
 	root.Version = version
 	root.SilenceErrors = true // exitStatus prints them
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return wrongUsage(cmd, fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath()))
+	})
 	root.SetVersionTemplate("csi-qcow2 {{.Version}}\n")
 	return root
 }
@@ -33,12 +36,38 @@ with QEMU's own tools at any time.`,
 func newGroup(use, short, long string, commands ...*cobra.Command) *cobra.Command {
 	group := &cobra.Command{
 		Use: use, Short: short, Long: long,
-		Args:         cobra.NoArgs,
+		Args:         noSuchCommand,
 		SilenceUsage: true,
 		RunE:         func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	group.AddCommand(commands...)
 	return group
+}
+
+// noSuchCommand is the error of a command that a group does not have, with the one that was probably meant.
+func noSuchCommand(group *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	message := fmt.Sprintf("%s has no command %q", group.CommandPath(), args[0])
+	group.SuggestionsMinimumDistance = 2
+	if likely := group.SuggestionsFor(args[0]); len(likely) > 0 {
+		message += fmt.Sprintf("; did you mean %s?", strings.Join(likely, " or "))
+	}
+	return wrongUsage(group, fmt.Errorf("%s (see %s --help)", message, group.CommandPath()))
+}
+
+// usageError is a mistake in the command line. The program ends with the exit status 2.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// wrongUsage makes a usageError of err. But 2 is what `image check` says of a corrupt image: there it is 1, not checked.
+func wrongUsage(cmd *cobra.Command, err error) error {
+	if cmd.Name() == checkCommand {
+		return err
+	}
+	return usageError{err}
 }
 
 // takes checks that a command gets exactly the arguments that its usage line names in capitals.
@@ -47,8 +76,8 @@ func takes(names ...string) cobra.PositionalArgs {
 		if len(args) == len(names) {
 			return nil
 		}
-		return fmt.Errorf("usage: %s %s (it was given %d arguments; see --help)",
-			cmd.CommandPath(), strings.Join(names, " "), len(args))
+		return wrongUsage(cmd, fmt.Errorf("usage: %s %s (it was given %d arguments; see --help)",
+			cmd.CommandPath(), strings.Join(names, " "), len(args)))
 	}
 }
 
@@ -70,6 +99,10 @@ func exitStatus(ctx context.Context, w io.Writer, err error) int {
 		return 1
 	}
 	fmt.Fprintf(w, "csi-qcow2: %v\n", err)
+	var usage usageError
+	if errors.As(err, &usage) {
+		return 2
+	}
 	if errors.Is(err, qcow2.ErrInUse) {
 		fmt.Fprintln(w, "Another process has the image open: QEMU or one of its tools, this tool, or the engine, for as long as the volume is attached.")
 	}

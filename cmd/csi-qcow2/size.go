@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/big"
 	"strconv"
 	"strings"
+
+	"github.com/spf13/cobra"
 )
 
 // sizeSuffixes are powers of 1024, in order: K is the first.
@@ -21,26 +24,56 @@ func parseNumber(s string) (int64, error) {
 	return int64(n), err
 }
 
-// parseSize reads a number of bytes: digits with one of the suffixes K, M, G, T, P (powers of 1024), which
-// may be followed by "i" as in Kubernetes' quantities.
+// parseSize reads a number of bytes: digits, with one of the suffixes K, M, G, T, P (powers of 1024) also with a fraction. The
+// suffix may be written as in Kubernetes' quantities, Gi, and in full, GiB.
 func parseSize(s string) (int64, error) {
-	digits, shift := strings.TrimSuffix(s, "i"), 0
-	if n := len(digits); n > 0 {
-		if i := strings.IndexByte(sizeSuffixes, digits[n-1]&^0x20); i >= 0 {
-			digits, shift = digits[:n-1], 10*(i+1)
+	number, shift := strings.TrimSuffix(strings.TrimSuffix(s, "B"), "i"), 0
+	if n := len(number); n > 0 {
+		if i := strings.IndexByte(sizeSuffixes, number[n-1]&^0x20); i >= 0 {
+			number, shift = number[:n-1], 10*(i+1)
 		}
 	}
-	n, err := parseNumber(digits)
+	// What is left of the suffix must be one, and whole: neither 1i nor 1B, nor 1GB, which may be meant as 10^9.
+	suffix := strings.TrimPrefix(s, number)
+	ok := suffix == "" || shift > 0 && (len(suffix) == 1 || suffix[1:] == "i" || suffix[1:] == "iB")
+	whole, fraction, fractional := strings.Cut(number, ".")
+	n, err := parseNumber(whole)
+	tooLarge := errors.Is(err, strconv.ErrRange) || err == nil && n > math.MaxInt64>>shift
+	part := int64(0)
+	if fractional {
+		var decimal bool
+		part, decimal = fractionOf(fraction, shift)
+		ok = ok && shift > 0 && decimal && strings.Trim(whole, "0123456789") == ""
+	}
 	switch {
-	case errors.Is(err, strconv.ErrRange):
+	case ok && tooLarge:
 		return 0, fmt.Errorf("size %s is too large", s)
-	case err != nil, shift == 0 && digits != s:
-		return 0, fmt.Errorf("%q is not a size: a number of bytes, or with K, M, G, T, P as in 64K", s)
+	case !ok || err != nil:
+		return 0, fmt.Errorf("%q is not a size: bytes, or a number with K, M, G, T or P (powers of 1024), as in 64K, 1.5G, 10GiB", s)
 	}
-	if n > math.MaxInt64>>shift {
-		return 0, fmt.Errorf("size %s is too large", s)
+	return n<<shift + part, nil
+}
+
+// sizeArgument is parseSize for an argument of a command.
+func sizeArgument(cmd *cobra.Command, s string) (int64, error) {
+	n, err := parseSize(s)
+	if err != nil {
+		return 0, wrongUsage(cmd, err)
 	}
-	return n << shift, nil
+	return n, nil
+}
+
+// fractionOf returns 0.DIGITS of a unit of 1<<shift bytes, rounded down.
+func fractionOf(digits string, shift int) (bytes int64, ok bool) {
+	if digits == "" || len(digits) > 18 || strings.Trim(digits, "0123456789") != "" {
+		return 0, false
+	}
+	part, ok := new(big.Rat).SetString("0." + digits)
+	if !ok {
+		return 0, false
+	}
+	part.Mul(part, new(big.Rat).SetInt64(1<<shift))
+	return new(big.Int).Quo(part.Num(), part.Denom()).Int64(), true
 }
 
 // sizeFlag is a flag whose value is a size.
