@@ -78,12 +78,35 @@ func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeReq
 		return pool.Volume{}, err
 	}
 	defer done()
+	if r.source.kind != noSource {
+		return v, c.createCopy(ctx, p, v, origin)
+	}
+	var marks []pool.Marker
+	if r.parameters.preallocation != qcow2.PreallocationOff { // its image does not look blank
+		marks = append(marks, pool.Unformatted)
+	}
 	return v, p.Create(ctx, v, func(ctx context.Context, path string) error {
-		if r.source.kind == noSource {
-			return createImage(ctx, path, size, r.parameters)
+		return createImage(ctx, path, size, r.parameters)
+	}, marks...)
+}
+
+// createCopy makes a volume with the content of an origin. Of one to which nobody has written, also when it had been
+// copied, the copy is known to be empty.
+func (c *controller) createCopy(ctx context.Context, p *pool.Pool, v pool.Volume, origin origin) error {
+	var marks []pool.Marker
+	empty := c.neverWritten(ctx, p, origin.volume)
+	if empty {
+		marks = append(marks, pool.Unformatted)
+	}
+	return p.Create(ctx, v, func(ctx context.Context, path string) error {
+		if err := c.copyImage(ctx, p, origin, path, v.Size); err != nil {
+			return err
 		}
-		return c.copyImage(ctx, p, origin, path, size)
-	})
+		if empty && !c.neverWritten(ctx, p, origin.volume) {
+			return fmt.Errorf("%s was written to for the first time meanwhile: %w", origin.volume.ID, errBusy)
+		}
+		return nil
+	}, marks...)
 }
 
 // chooseSize: a copy is at least as large as its origin, and if nothing is asked, exactly.

@@ -57,8 +57,9 @@ type Driver struct {
 	poolMu   sync.Mutex
 	openPool *pool.Pool // nil until there is one, guarded by poolMu
 
-	mounter *mount.SafeFormatAndMount
-	metrics *metrics
+	mounter  *mount.SafeFormatAndMount
+	programs *programs
+	metrics  *metrics
 }
 
 // Run serves until ctx ends, then lets the calls that are under way finish, ends the copies that are, and
@@ -119,6 +120,7 @@ func newDriver(work context.Context, o Options) *Driver {
 		poolDir:  o.PoolDir,
 		metrics:  newMetrics(),
 		mounter:  mount.NewSafeFormatAndMount(mount.NewWithoutSystemd(""), utilexec.New()),
+		programs: &programs{},
 	}
 }
 

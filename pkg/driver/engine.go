@@ -19,6 +19,7 @@ type Engine interface {
 	DeleteSnapshot(ctx context.Context, volumeID, name string) error
 	ListSnapshots(ctx context.Context, volumeID string) ([]engine.Snapshot, error)
 	Clone(ctx context.Context, volumeID, snapshot, target string, size int64) error
+	Blank(ctx context.Context, volumeID string) (bool, error)
 }
 
 var _ Engine = (*engine.Client)(nil)

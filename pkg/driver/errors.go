@@ -53,7 +53,7 @@ func errorCodes() []errorCode {
 		// pool.ErrExists: another plugin made the volume meanwhile; the repeated call finds it.
 		{codes.Aborted, []error{errBusy, errToken, pool.ErrInUse, pool.ErrExists, engine.ErrFreeze}},
 		{codes.FailedPrecondition, []error{qcow2.ErrInUse}},
-		{codes.DataLoss, []error{qcow2.ErrCorrupt, qcow2.ErrFailed}},
+		{codes.DataLoss, []error{qcow2.ErrCorrupt, qcow2.ErrFailed, unix.EIO}},
 		{codes.DeadlineExceeded, []error{context.DeadlineExceeded}},
 		{codes.Canceled, []error{context.Canceled}},
 	}

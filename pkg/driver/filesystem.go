@@ -2,6 +2,7 @@ package driver
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
 
@@ -14,44 +15,32 @@ func stagedFS(c *csi.VolumeCapability, p volumeParameters) string {
 	return cmp.Or(c.GetMount().GetFsType(), p.fsType, defaultFS)
 }
 
-// formatOptions: an image that is blank has nothing to discard.
-func formatOptions(fsType string) []string {
-	if fsType == fsXFS {
-		return []string{"-K"}
-	}
-	return []string{"-E", "nodiscard"}
-}
-
-// formatAndMount mounts a device. One that is blank is formatted first, and only such a one; any other is checked,
-// and repaired if that is safe.
-func (n *node) formatAndMount(device blockDevice, path, fsType string, options []string, readOnly bool) error {
-	format, err := n.mounter.GetDiskFormat(device.path)
-	if err != nil {
-		return fmt.Errorf("look for a file system on %s: %w", device.path, err)
-	}
-	if format != "" && format != fsType {
-		return fmt.Errorf("%w: the volume holds %s, not %s", errPrecondition, format, fsType)
-	}
-	if format == "" && readOnly {
-		return fmt.Errorf("%w: the volume is blank, and read-only", errPrecondition)
-	}
-	if isExt(format) && !readOnly {
-		grow, err := extMustGrowUnmounted(device)
-		if err == nil && grow {
-			err = n.growUnmountedExt(device)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	options = slices.Clone(options)
+// mountDevice mounts a device that holds a file system.
+func (n *node) mountDevice(device blockDevice, path, fsType string, options []string, readOnly bool) error {
+	options = append(slices.Clone(options), "defaults")
 	if readOnly {
 		options = append(options, "ro")
 	}
 	if fsType == fsXFS {
 		options = append(options, "nouuid") // a restored volume has its source's UUID
 	}
-	return n.mounter.FormatAndMountSensitiveWithFormatOptions(device.path, path, fsType, options, nil, formatOptions(fsType))
+	return n.mounter.Mount(device.path, path, fsType, options)
+}
+
+// checkFileSystem mends what is safe to mend in a file system that is not mounted, and lets it grow if it cannot while it
+// is. XFS does so when it is mounted.
+func (n *node) checkFileSystem(ctx context.Context, device blockDevice, fsType string) error {
+	if !isExt(fsType) {
+		return nil
+	}
+	if grow, err := extMustGrowUnmounted(device); err != nil || grow {
+		return cmp.Or(err, n.growUnmountedExt(device))
+	}
+	o, err := n.programs.run(ctx, "e2fsck", "-p", device.path)
+	if err == nil && o.status&fsckUncorrected != 0 {
+		err = fmt.Errorf("the file system has errors that are not safe to mend unasked: %w", o.err())
+	}
+	return err // other failures of the check are the mount's to judge
 }
 
 // growFileSystem makes a mounted file system as large as its device. It does nothing to one that is.

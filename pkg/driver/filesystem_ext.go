@@ -22,6 +22,9 @@ const (
 	extBlocksHigh    = 336
 )
 
+// fsckUncorrected is a bit of e2fsck's exit status.
+const fsckUncorrected = 4
+
 func isExt(fsType string) bool { return fsType == fsExt3 || fsType == fsExt4 }
 
 // mayGrowMountedExt tells whether the kernel lets this process grow a mounted ext4. A privileged container may.

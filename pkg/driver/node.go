@@ -74,7 +74,7 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 		return nil, err
 	}
 	if capability.GetBlock() != nil {
-		return &csi.NodeStageVolumeResponse{}, nil
+		return &csi.NodeStageVolumeResponse{}, n.endFormat(id)
 	}
 	if err := n.stageFileSystem(ctx, device, req.GetStagingTargetPath(), v, capability); err != nil {
 		if attachedNow {
@@ -131,7 +131,10 @@ func (n *node) stageFileSystem(
 		if err := os.MkdirAll(path, 0o750); err != nil {
 			return err
 		}
-		if err := n.formatAndMount(device, path, fsType, options, readOnly); err != nil {
+		if err := n.prepareFileSystem(ctx, device, v, fsType, readOnly); err != nil {
+			return err
+		}
+		if err := n.mountDevice(device, path, fsType, options, readOnly); err != nil {
 			return err
 		}
 		staged = &mountPoint{path: path, fsType: fsType}
@@ -140,6 +143,9 @@ func (n *node) stageFileSystem(
 	}
 	if readOnly {
 		return nil
+	}
+	if err := n.endFormat(v.ID); err != nil {
+		return err
 	}
 	return n.growFileSystem(device, *staged) // also when a call before came only as far as the mount
 }

@@ -188,6 +188,12 @@ func (c *Client) Clone(ctx context.Context, volumeID, snapshot, target string, s
 	return err
 }
 
+// Blank tells whether the image of an attached volume holds nothing: see qcow2.Image.Blank. ErrNotAttached.
+func (c *Client) Blank(ctx context.Context, volumeID string) (bool, error) {
+	r, err := c.api.Blank(ctx, &api.BlankRequest{VolumeId: volumeID})
+	return r.GetBlank(), err
+}
+
 // decodeErrors is the client's half of the error mapping.
 func decodeErrors(
 	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,

@@ -268,6 +268,15 @@ func (s *service) ListSnapshots(ctx context.Context, r *api.ListSnapshotsRequest
 	return reply, nil
 }
 
+func (s *service) Blank(ctx context.Context, r *api.BlankRequest) (*api.BlankResponse, error) {
+	w, _, err := s.worker(ctx, r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	reply, err := w.api.Blank(ctx, r)
+	return reply, w.explain(err)
+}
+
 func checkSnapshotName(name string) error {
 	if name == "" || IsReservedSnapshot(name) {
 		return fmt.Errorf("%w: snapshot name %q", ErrInvalid, name)

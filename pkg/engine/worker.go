@@ -229,6 +229,15 @@ func (w *worker) ListSnapshots(context.Context, *api.ListSnapshotsRequest) (*api
 	return r, nil
 }
 
+func (w *worker) Blank(context.Context, *api.BlankRequest) (*api.BlankResponse, error) {
+	s, err := w.attached()
+	if err != nil {
+		return nil, err
+	}
+	blank, err := s.img.Blank()
+	return &api.BlankResponse{Blank: blank}, err
+}
+
 func (w *worker) Clone(_ context.Context, r *api.CloneRequest) (*api.CloneResponse, error) {
 	c, err := w.startClone(r)
 	if err != nil {

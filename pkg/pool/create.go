@@ -10,12 +10,12 @@ import (
 )
 
 // Create makes a volume that becomes visible, whole, when fill has returned nil: fill writes the image at
-// path, which does not exist yet. What an interrupted Create left is removed by Clean.
+// path, which does not exist yet, and the volume has the marks. What an interrupted Create left is removed by Clean.
 //
 // v.ID is one that NewID made for v.Name. Of several Creates of one name, in this process or others, at
 // most one succeeds: the others get ErrExists, some of them after their fill. Tombstones do not count.
 // qcow2.ErrNoSpace when the file system is full.
-func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Context, path string) error) error {
+func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Context, path string) error, marks ...Marker) error {
 	if name, _, ok := splitID(v.ID); !ok || v.Name == "" || name != safeName(v.Name) || !p.Owns(v.ID) {
 		return fmt.Errorf("%w: %.80q is not this pool's for the name %.128q", ErrBadID, v.ID, v.Name)
 	}
@@ -27,7 +27,7 @@ func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Conte
 		return err
 	}
 	defer root.Close()
-	c := creation{pool: p, root: root, volume: v}
+	c := creation{pool: p, root: root, volume: v, marks: append(marks, Clean)}
 	if err := c.begin(); err != nil {
 		return fmt.Errorf("create volume %s: %w", v.ID, noSpace(err))
 	}
@@ -47,6 +47,7 @@ type creation struct {
 	pool   *Pool
 	root   dir
 	volume Volume
+	marks  []Marker
 
 	dir  dir
 	lock dirLock
@@ -122,7 +123,12 @@ func (c *creation) write(ctx context.Context, fill func(ctx context.Context, pat
 	if err := syncFile(c.dir, imageFile); err != nil {
 		return err
 	}
-	return c.dir.replaceFile(string(Clean), nil) // syncs the directory too
+	for _, m := range c.marks {
+		if err := c.dir.replaceFile(string(m), nil); err != nil { // it syncs the directory too
+			return err
+		}
+	}
+	return nil
 }
 
 func syncFile(d dir, name string) error {

@@ -23,9 +23,12 @@ func TestCreate(t *testing.T) {
 		}
 		want(t, "Lock of a half-made volume", errOf(p.Lock(v.ID)), ErrNotFound)
 		return fillQCOW2(ctx, path)
-	}))
+	}, Unformatted))
 	got, err := p.Volume(v.ID)
 	must(t, err)
+	if _, set, err := p.Marked(v.ID, Unformatted); err != nil || !set {
+		t.Errorf("the mark that was asked for: %v, %v", set, err)
+	}
 	if got.ID != v.ID || got.Name != v.Name || got.Size != testSize || got.Source != v.Source || got.Tombstone ||
 		got.Parameters["clusterSize"] != "65536" || got.Created.IsZero() {
 		t.Errorf("the volume is %+v, was %+v", got, v)

@@ -15,6 +15,9 @@ const (
 	Clean Marker = "clean"
 	// Frozen says that the file system on the volume may be frozen.
 	Frozen Marker = "frozen"
+	// Unformatted says that nothing has been written to the volume but by its first format, of which the note says that it
+	// has begun: another one destroys nothing.
+	Unformatted Marker = "unformatted"
 )
 
 const noteLimit = 4 << 10 // bytes

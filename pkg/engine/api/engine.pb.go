@@ -1149,6 +1149,94 @@ func (*CloneResponse) Descriptor() ([]byte, []int) {
 	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{20}
 }
 
+type BlankRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlankRequest) Reset() {
+	*x = BlankRequest{}
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlankRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlankRequest) ProtoMessage() {}
+
+func (x *BlankRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlankRequest.ProtoReflect.Descriptor instead.
+func (*BlankRequest) Descriptor() ([]byte, []int) {
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *BlankRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+type BlankResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Blank         bool                   `protobuf:"varint,1,opt,name=blank,proto3" json:"blank,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BlankResponse) Reset() {
+	*x = BlankResponse{}
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BlankResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BlankResponse) ProtoMessage() {}
+
+func (x *BlankResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BlankResponse.ProtoReflect.Descriptor instead.
+func (*BlankResponse) Descriptor() ([]byte, []int) {
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *BlankResponse) GetBlank() bool {
+	if x != nil {
+		return x.Blank
+	}
+	return false
+}
+
 var File_pkg_engine_api_engine_proto protoreflect.FileDescriptor
 
 const file_pkg_engine_api_engine_proto_rawDesc = "" +
@@ -1218,14 +1306,18 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\bsnapshot\x18\x02 \x01(\tR\bsnapshot\x12\x16\n" +
 	"\x06target\x18\x03 \x01(\tR\x06target\x12\x12\n" +
 	"\x04size\x18\x04 \x01(\x03R\x04size\"\x0f\n" +
-	"\rCloneResponse*;\n" +
+	"\rCloneResponse\"+\n" +
+	"\fBlankRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"%\n" +
+	"\rBlankResponse\x12\x14\n" +
+	"\x05blank\x18\x01 \x01(\bR\x05blank*;\n" +
 	"\x05State\x12\n" +
 	"\n" +
 	"\x06SERVED\x10\x00\x12\n" +
 	"\n" +
 	"\x06FAILED\x10\x01\x12\r\n" +
 	"\tREPLACING\x10\x02\x12\v\n" +
-	"\aSTALLED\x10\x032\xac\x06\n" +
+	"\aSTALLED\x10\x032\xfc\x06\n" +
 	"\x06Engine\x12N\n" +
 	"\x05Probe\x12!.csi_qcow2.engine.v1.ProbeRequest\x1a\".csi_qcow2.engine.v1.ProbeResponse\x12Q\n" +
 	"\x06Attach\x12\".csi_qcow2.engine.v1.AttachRequest\x1a#.csi_qcow2.engine.v1.AttachResponse\x12Q\n" +
@@ -1235,7 +1327,8 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x0eCreateSnapshot\x12*.csi_qcow2.engine.v1.CreateSnapshotRequest\x1a+.csi_qcow2.engine.v1.CreateSnapshotResponse\x12i\n" +
 	"\x0eDeleteSnapshot\x12*.csi_qcow2.engine.v1.DeleteSnapshotRequest\x1a+.csi_qcow2.engine.v1.DeleteSnapshotResponse\x12f\n" +
 	"\rListSnapshots\x12).csi_qcow2.engine.v1.ListSnapshotsRequest\x1a*.csi_qcow2.engine.v1.ListSnapshotsResponse\x12N\n" +
-	"\x05Clone\x12!.csi_qcow2.engine.v1.CloneRequest\x1a\".csi_qcow2.engine.v1.CloneResponseB/Z-github.com/csi-qcow2/csi-qcow2/pkg/engine/apib\x06proto3"
+	"\x05Clone\x12!.csi_qcow2.engine.v1.CloneRequest\x1a\".csi_qcow2.engine.v1.CloneResponse\x12N\n" +
+	"\x05Blank\x12!.csi_qcow2.engine.v1.BlankRequest\x1a\".csi_qcow2.engine.v1.BlankResponseB/Z-github.com/csi-qcow2/csi-qcow2/pkg/engine/apib\x06proto3"
 
 var (
 	file_pkg_engine_api_engine_proto_rawDescOnce sync.Once
@@ -1250,7 +1343,7 @@ func file_pkg_engine_api_engine_proto_rawDescGZIP() []byte {
 }
 
 var file_pkg_engine_api_engine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pkg_engine_api_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_pkg_engine_api_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_pkg_engine_api_engine_proto_goTypes = []any{
 	(State)(0),                     // 0: csi_qcow2.engine.v1.State
 	(*ProbeRequest)(nil),           // 1: csi_qcow2.engine.v1.ProbeRequest
@@ -1274,14 +1367,16 @@ var file_pkg_engine_api_engine_proto_goTypes = []any{
 	(*ListSnapshotsResponse)(nil),  // 19: csi_qcow2.engine.v1.ListSnapshotsResponse
 	(*CloneRequest)(nil),           // 20: csi_qcow2.engine.v1.CloneRequest
 	(*CloneResponse)(nil),          // 21: csi_qcow2.engine.v1.CloneResponse
-	(*timestamppb.Timestamp)(nil),  // 22: google.protobuf.Timestamp
+	(*BlankRequest)(nil),           // 22: csi_qcow2.engine.v1.BlankRequest
+	(*BlankResponse)(nil),          // 23: csi_qcow2.engine.v1.BlankResponse
+	(*timestamppb.Timestamp)(nil),  // 24: google.protobuf.Timestamp
 }
 var file_pkg_engine_api_engine_proto_depIdxs = []int32{
 	9,  // 0: csi_qcow2.engine.v1.ListResponse.attachments:type_name -> csi_qcow2.engine.v1.Attachment
 	10, // 1: csi_qcow2.engine.v1.Attachment.operations:type_name -> csi_qcow2.engine.v1.Operations
 	0,  // 2: csi_qcow2.engine.v1.Attachment.state:type_name -> csi_qcow2.engine.v1.State
 	15, // 3: csi_qcow2.engine.v1.CreateSnapshotResponse.snapshot:type_name -> csi_qcow2.engine.v1.Snapshot
-	22, // 4: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
+	24, // 4: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
 	15, // 5: csi_qcow2.engine.v1.ListSnapshotsResponse.snapshots:type_name -> csi_qcow2.engine.v1.Snapshot
 	1,  // 6: csi_qcow2.engine.v1.Engine.Probe:input_type -> csi_qcow2.engine.v1.ProbeRequest
 	3,  // 7: csi_qcow2.engine.v1.Engine.Attach:input_type -> csi_qcow2.engine.v1.AttachRequest
@@ -1292,17 +1387,19 @@ var file_pkg_engine_api_engine_proto_depIdxs = []int32{
 	16, // 12: csi_qcow2.engine.v1.Engine.DeleteSnapshot:input_type -> csi_qcow2.engine.v1.DeleteSnapshotRequest
 	18, // 13: csi_qcow2.engine.v1.Engine.ListSnapshots:input_type -> csi_qcow2.engine.v1.ListSnapshotsRequest
 	20, // 14: csi_qcow2.engine.v1.Engine.Clone:input_type -> csi_qcow2.engine.v1.CloneRequest
-	2,  // 15: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
-	4,  // 16: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
-	6,  // 17: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
-	8,  // 18: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
-	12, // 19: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
-	14, // 20: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
-	17, // 21: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
-	19, // 22: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
-	21, // 23: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
-	15, // [15:24] is the sub-list for method output_type
-	6,  // [6:15] is the sub-list for method input_type
+	22, // 15: csi_qcow2.engine.v1.Engine.Blank:input_type -> csi_qcow2.engine.v1.BlankRequest
+	2,  // 16: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
+	4,  // 17: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
+	6,  // 18: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
+	8,  // 19: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
+	12, // 20: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
+	14, // 21: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
+	17, // 22: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
+	19, // 23: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
+	21, // 24: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
+	23, // 25: csi_qcow2.engine.v1.Engine.Blank:output_type -> csi_qcow2.engine.v1.BlankResponse
+	16, // [16:26] is the sub-list for method output_type
+	6,  // [6:16] is the sub-list for method input_type
 	6,  // [6:6] is the sub-list for extension type_name
 	6,  // [6:6] is the sub-list for extension extendee
 	0,  // [0:6] is the sub-list for field type_name
@@ -1319,7 +1416,7 @@ func file_pkg_engine_api_engine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pkg_engine_api_engine_proto_rawDesc), len(file_pkg_engine_api_engine_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -31,6 +31,7 @@ const (
 	Engine_DeleteSnapshot_FullMethodName = "/csi_qcow2.engine.v1.Engine/DeleteSnapshot"
 	Engine_ListSnapshots_FullMethodName  = "/csi_qcow2.engine.v1.Engine/ListSnapshots"
 	Engine_Clone_FullMethodName          = "/csi_qcow2.engine.v1.Engine/Clone"
+	Engine_Blank_FullMethodName          = "/csi_qcow2.engine.v1.Engine/Blank"
 )
 
 // EngineClient is the client API for Engine service.
@@ -60,6 +61,9 @@ type EngineClient interface {
 	// Clone writes a standalone image at an absolute path on the engine's side, inside its pool, from a
 	// snapshot of an attached volume, or from its present content when no snapshot is named.
 	Clone(ctx context.Context, in *CloneRequest, opts ...grpc.CallOption) (*CloneResponse, error)
+	// Blank tells whether the image of an attached volume holds nothing, nor ever held anything that its
+	// metadata still knows of.
+	Blank(ctx context.Context, in *BlankRequest, opts ...grpc.CallOption) (*BlankResponse, error)
 }
 
 type engineClient struct {
@@ -160,6 +164,16 @@ func (c *engineClient) Clone(ctx context.Context, in *CloneRequest, opts ...grpc
 	return out, nil
 }
 
+func (c *engineClient) Blank(ctx context.Context, in *BlankRequest, opts ...grpc.CallOption) (*BlankResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(BlankResponse)
+	err := c.cc.Invoke(ctx, Engine_Blank_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // EngineServer is the server API for Engine service.
 // All implementations must embed UnimplementedEngineServer
 // for forward compatibility.
@@ -187,6 +201,9 @@ type EngineServer interface {
 	// Clone writes a standalone image at an absolute path on the engine's side, inside its pool, from a
 	// snapshot of an attached volume, or from its present content when no snapshot is named.
 	Clone(context.Context, *CloneRequest) (*CloneResponse, error)
+	// Blank tells whether the image of an attached volume holds nothing, nor ever held anything that its
+	// metadata still knows of.
+	Blank(context.Context, *BlankRequest) (*BlankResponse, error)
 	mustEmbedUnimplementedEngineServer()
 }
 
@@ -223,6 +240,9 @@ func (UnimplementedEngineServer) ListSnapshots(context.Context, *ListSnapshotsRe
 }
 func (UnimplementedEngineServer) Clone(context.Context, *CloneRequest) (*CloneResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Clone not implemented")
+}
+func (UnimplementedEngineServer) Blank(context.Context, *BlankRequest) (*BlankResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Blank not implemented")
 }
 func (UnimplementedEngineServer) mustEmbedUnimplementedEngineServer() {}
 func (UnimplementedEngineServer) testEmbeddedByValue()                {}
@@ -407,6 +427,24 @@ func _Engine_Clone_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Engine_Blank_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(BlankRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EngineServer).Blank(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Engine_Blank_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EngineServer).Blank(ctx, req.(*BlankRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Engine_ServiceDesc is the grpc.ServiceDesc for Engine service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -449,6 +487,10 @@ var Engine_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Clone",
 			Handler:    _Engine_Clone_Handler,
+		},
+		{
+			MethodName: "Blank",
+			Handler:    _Engine_Blank_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
