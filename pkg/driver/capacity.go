@@ -23,6 +23,7 @@ const (
 	sizeUnit      = 4096
 	minVolumeSize = 1 << 20
 	minXFSSize    = 300 << 20 // mkfs.xfs refuses less
+	minExt3Size   = 2 << 20   // mkfs.ext3 makes an ext2 of less, without a journal
 	maxVolumeSize = 64 << 40
 
 	// maxL1Entries is the format's limit of 32 MiB of L1 table; each entry maps a cluster of 8-byte L2 entries.
@@ -68,6 +69,17 @@ func (s sizeRange) choose(preferred, least, most int64) (int64, error) {
 		return 0, fmt.Errorf("%w: the limit is %d bytes, the smallest possible size %d", errOutOfRange, s.limit, size)
 	}
 	return size, nil
+}
+
+// minFSSize is the least volume, in bytes, on which a file system can be made.
+func minFSSize(fsType string) int64 {
+	switch fsType {
+	case fsXFS:
+		return minXFSSize
+	case fsExt3:
+		return minExt3Size
+	}
+	return minVolumeSize
 }
 
 func roundUp(size int64) int64 { return (size + sizeUnit - 1) &^ (sizeUnit - 1) }

@@ -172,8 +172,16 @@ func validate(v pool.Volume, req *csi.ValidateVolumeCapabilitiesRequest) error {
 		return invalid("the volume has the parameters %v", v.Parameters)
 	case len(req.GetMutableParameters()) > 0:
 		return invalid("there are no mutable parameters")
-	case len(req.GetVolumeContext()) > 0:
-		return invalid("the volume has no volume context")
+	}
+	for key := range req.GetVolumeContext() {
+		if key != attributeModeChange {
+			return invalid("the volume has no attribute %q", key)
+		}
+	}
+	for _, c := range req.GetVolumeCapabilities() {
+		if err := checkMode(v, c, req.GetVolumeContext()); err != nil {
+			return err
+		}
 	}
 	return checkCapabilities(req.GetVolumeCapabilities())
 }
@@ -192,7 +200,7 @@ func (c *controller) ControllerGetVolume(
 	if err != nil {
 		return nil, err
 	}
-	size, err := c.volumeSize(ctx, p, v.ID)
+	size, err := c.volumeSize(ctx, p, v)
 	if err != nil {
 		return nil, err
 	}
@@ -228,10 +236,10 @@ func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 			resp.NextToken = token(volumeTokens, last)
 			break
 		}
-		size, err := c.volumeSize(ctx, p, v.ID)
+		size, err := c.volumeSize(ctx, p, v)
 		if err != nil { // one that is busy, or broken, hides no other
-			klog.FromContext(ctx).V(4).Info("Volume is listed with its first size", "volume", v.ID, "err", err)
-			size = v.Size
+			klog.FromContext(ctx).V(4).Info("Volume is listed with its last known size", "volume", v.ID, "err", err)
+			size = v.LeastSize()
 		}
 		resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{
 			Volume: c.volumeMessage(v, size),
@@ -255,18 +263,19 @@ func (c *controller) volumes(ctx context.Context, p *pool.Pool) ([]pool.Volume, 
 	return volumes, nil
 }
 
-// volumeSize returns a volume's size now, in bytes: it may have been expanded.
-func (d *Driver) volumeSize(ctx context.Context, p *pool.Pool, id string) (size int64, err error) {
+// volumeSize returns a volume's size now, in bytes: it may have been expanded. After a revert it is that which it gets back
+// when it is staged.
+func (d *Driver) volumeSize(ctx context.Context, p *pool.Pool, v pool.Volume) (size int64, err error) {
 	err = wherever(func() error {
-		size, err = d.attachedSize(ctx, id)
+		size, err = d.attachedSize(ctx, v.ID)
 		return err
 	}, func() error {
-		return d.images.read(ctx, p, id, func(image *qcow2.Image) error {
+		return d.images.read(ctx, p, v.ID, func(image *qcow2.Image) error {
 			size = image.Size()
 			return nil
 		})
 	})
-	return size, err
+	return max(size, v.LeastSize()), err
 }
 
 func (c *controller) volumeMessage(v pool.Volume, size int64) *csi.Volume {

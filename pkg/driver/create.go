@@ -18,7 +18,8 @@ type volumeRequest struct {
 	size       sizeRange
 	parameters volumeParameters
 	source     contentSource
-	minSize    int64 // bytes that the file system needs
+	minSize    int64  // bytes that the file system needs
+	mode       string // pool.Volume.Mode
 }
 
 func newVolumeRequest(req *csi.CreateVolumeRequest) (r volumeRequest, err error) {
@@ -42,10 +43,11 @@ func newVolumeRequest(req *csi.CreateVolumeRequest) (r volumeRequest, err error)
 		return r, err
 	}
 	for _, c := range req.GetVolumeCapabilities() {
-		if c.GetMount() != nil && stagedFS(c, r.parameters) == fsXFS {
-			r.minSize = minXFSSize
+		if c.GetMount() != nil {
+			r.minSize = max(r.minSize, minFSSize(stagedFS(c, r.parameters)))
 		}
 	}
+	r.mode = requestedMode(req.GetVolumeCapabilities())
 	return r, nil
 }
 
@@ -71,7 +73,7 @@ func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeReq
 	}
 	v := pool.Volume{
 		ID: p.NewID(r.name), Name: r.name, Size: size, Parameters: r.parameters.record(),
-		Created: time.Now().UTC(), Source: r.source.String(),
+		Created: time.Now().UTC(), Source: r.source.String(), Mode: r.mode,
 	}
 	done, err := c.capacity.promise(p, v.ID, 0, size)
 	if err != nil {
@@ -128,6 +130,8 @@ func (r volumeRequest) match(v pool.Volume) error {
 		return fmt.Errorf("volume %q %w: it has %d bytes", r.name, errExists, v.Size)
 	case v.Source != r.source.String():
 		return fmt.Errorf("volume %q %w: its content is from %q", r.name, errExists, v.Source)
+	case r.mode != "" && v.Mode != "" && r.mode != v.Mode:
+		return fmt.Errorf("volume %q %w: its mode is %s", r.name, errExists, v.Mode)
 	case !r.parameters.match(v):
 		return fmt.Errorf("volume %q %w: its parameters are %v", r.name, errExists, v.Parameters)
 	}

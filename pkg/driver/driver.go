@@ -14,8 +14,6 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
-	"k8s.io/mount-utils"
-	utilexec "k8s.io/utils/exec"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/driver/cluster"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
@@ -57,7 +55,6 @@ type Driver struct {
 	poolMu   sync.Mutex
 	openPool *pool.Pool // nil until there is one, guarded by poolMu
 
-	mounter  *mount.SafeFormatAndMount
 	programs *programs
 	metrics  *metrics
 }
@@ -77,6 +74,11 @@ func Run(ctx context.Context, o Options) error {
 	if o.Overcommit < 0 || o.Reserve < 0 {
 		return fmt.Errorf("%w: overcommit %v, reserve %d", errInvalid, o.Overcommit, o.Reserve)
 	}
+	ns, err := newNamespace()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
 	listener, err := listen(ctx, o.Endpoint)
 	if err != nil {
 		return err
@@ -85,7 +87,7 @@ func Run(ctx context.Context, o Options) error {
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer stop()
-	d := newDriver(work, o)
+	d := newDriver(work, o, ns)
 	if o.Metrics != nil {
 		if err := d.register(o.Metrics); err != nil {
 			return errors.Join(err, listener.Close())
@@ -109,7 +111,7 @@ func Run(ctx context.Context, o Options) error {
 	return err
 }
 
-func newDriver(work context.Context, o Options) *Driver {
+func newDriver(work context.Context, o Options, ns *namespace) *Driver {
 	return &Driver{
 		nodeID: o.NodeID, segment: topologySegment(o.NodeID), version: o.Version,
 		engine:   o.Engine,
@@ -119,8 +121,7 @@ func newDriver(work context.Context, o Options) *Driver {
 		busy:     newKeyedLock(),
 		poolDir:  o.PoolDir,
 		metrics:  newMetrics(),
-		mounter:  mount.NewSafeFormatAndMount(mount.NewWithoutSystemd(""), utilexec.New()),
-		programs: &programs{},
+		programs: &programs{ns: ns, running: map[string]string{}},
 	}
 }
 

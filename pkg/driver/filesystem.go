@@ -5,9 +5,10 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"k8s.io/mount-utils"
+	"k8s.io/klog/v2"
 )
 
 // stagedFS is the file system that a volume gets.
@@ -21,10 +22,17 @@ func (n *node) mountDevice(device blockDevice, path, fsType string, options []st
 	if readOnly {
 		options = append(options, "ro")
 	}
-	if fsType == fsXFS {
+	switch {
+	case fsType == fsXFS:
 		options = append(options, "nouuid") // a restored volume has its source's UUID
+	case isExt(fsType):
+		// First, so that others replace it. What the superblock says, which a tenant may have written, could be to stop the node.
+		options = append([]string{"errors=remount-ro"}, options...)
 	}
-	return n.mounter.Mount(device.path, path, fsType, options)
+	return n.programs.mustRun(program{
+		device: device.path, limit: quick, visible: true,
+		command: []string{"mount", "-t", fsType, "-o", strings.Join(options, ","), device.path, path},
+	})
 }
 
 // checkFileSystem mends what is safe to mend in a file system that is not mounted, and lets it grow if it cannot while it
@@ -33,18 +41,34 @@ func (n *node) checkFileSystem(ctx context.Context, device blockDevice, fsType s
 	if !isExt(fsType) {
 		return nil
 	}
-	if grow, err := extMustGrowUnmounted(device); err != nil || grow {
-		return cmp.Or(err, n.growUnmountedExt(device))
+	if err := refuseForeignJournal(device); err != nil {
+		return err
 	}
-	o, err := n.programs.run(ctx, "e2fsck", "-p", device.path)
-	if err == nil && o.status&fsckUncorrected != 0 {
+	check := []string{"e2fsck", "-p", device.path}
+	grow, err := extMustGrowUnmounted(device)
+	if err != nil {
+		return err
+	}
+	if grow { // resize2fs wants all of it checked
+		check = []string{"e2fsck", "-f", "-p", device.path}
+	}
+	o, err := n.programs.run(program{device: device.path, limit: thorough, command: check})
+	if err == nil && o.status&(fsckUncorrected|fsckFailed) == fsckUncorrected {
 		err = fmt.Errorf("the file system has errors that are not safe to mend unasked: %w", o.err())
 	}
-	return err // other failures of the check are the mount's to judge
+	if err != nil || !grow { // other failures of the check are the mount's to judge
+		return err
+	}
+	err = n.programs.mustRun(program{device: device.path, limit: thorough, command: []string{"resize2fs", device.path}})
+	if err != nil { // it is usable as it is; the next staging tries again
+		klog.FromContext(ctx).Error(err, "The file system does not grow", "device", device.path)
+	}
+	return nil
 }
 
 // growFileSystem makes a mounted file system as large as its device. It does nothing to one that is.
 func (n *node) growFileSystem(device blockDevice, m mountPoint) error {
+	command := []string{"xfs_growfs", "-d", scratch}
 	if isExt(m.fsType) {
 		cannot, err := extMustGrowUnmounted(device)
 		if err != nil {
@@ -54,9 +78,11 @@ func (n *node) growFileSystem(device blockDevice, m mountPoint) error {
 			return fmt.Errorf("%w: without CAP_SYS_RESOURCE the plugin can grow %s only when it is staged the next time",
 				errPrecondition, m.fsType)
 		}
+		command = []string{"resize2fs", device.path}
 	}
-	if _, err := mount.NewResizeFs(n.mounter.Exec).Resize(device.path, m.path); err != nil {
-		return fmt.Errorf("grow the file system at %s: %w", m.path, err)
+	err := n.programs.mustRun(program{device: device.path, limit: thorough, mounted: m.path, command: command})
+	if err != nil {
+		err = fmt.Errorf("grow the file system at %s: %w", m.path, err)
 	}
-	return nil
+	return err
 }

@@ -5,9 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
-	utilexec "k8s.io/utils/exec"
 )
 
 // The superblock of ext2, ext3 and ext4, byte offsets from its start at byte 1024 of the device.
@@ -17,13 +17,22 @@ const (
 	extLogBlockSize  = 24 // of 1024 bytes
 	extMagicAt       = 56
 	extMagic         = 0xef53
+	extCompat        = 92
+	extCompatJournal = 4
 	extIncompat      = 96
 	extIncompat64Bit = 0x80
+	extJournalInode  = 224
 	extBlocksHigh    = 336
+	extMountOptions  = 512
+
+	extMountOptionsBytes = 64
 )
 
-// fsckUncorrected is a bit of e2fsck's exit status.
-const fsckUncorrected = 4
+// Bits of e2fsck's exit status.
+const (
+	fsckUncorrected = 4
+	fsckFailed      = 8 // to look: it does not know a feature, for example
+)
 
 func isExt(fsType string) bool { return fsType == fsExt3 || fsType == fsExt4 }
 
@@ -37,21 +46,33 @@ func mayGrowMountedExt() (bool, error) {
 	return data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0, nil
 }
 
-// extSize returns how many bytes of its device an ext file system uses.
-func extSize(device string) (int64, error) {
+// extSuper reads the superblock.
+func extSuper(device string) ([]byte, error) {
 	file, err := os.Open(device)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	super := make([]byte, 1024)
 	_, err = file.ReadAt(super, extSuperblock)
 	if err := errors.Join(err, file.Close()); err != nil {
+		return nil, err
+	}
+	if binary.LittleEndian.Uint16(super[extMagicAt:]) != extMagic {
+		return nil, fmt.Errorf("%w: no ext superblock on %s", errPrecondition, device)
+	}
+	return super, nil
+}
+
+// extSize returns how many bytes of its device an ext file system uses.
+func extSize(device string) (int64, error) {
+	super, err := extSuper(device)
+	if err != nil {
 		return 0, err
 	}
 	le := binary.LittleEndian
 	logSize := le.Uint32(super[extLogBlockSize:])
-	if le.Uint16(super[extMagicAt:]) != extMagic || logSize > 6 {
-		return 0, fmt.Errorf("%w: no ext superblock on %s", errPrecondition, device)
+	if logSize > 6 {
+		return 0, fmt.Errorf("%w: blocks of 2^%d KiB on %s", errPrecondition, logSize, device)
 	}
 	blocks := uint64(le.Uint32(super[extBlocksLow:]))
 	if le.Uint32(super[extIncompat:])&extIncompat64Bit != 0 {
@@ -75,17 +96,33 @@ func extMustGrowUnmounted(device blockDevice) (bool, error) {
 	return used < size, err
 }
 
-// growUnmountedExt grows an ext file system that is not mounted. resize2fs wants it checked.
-func (n *node) growUnmountedExt(device blockDevice) error {
-	out, err := n.mounter.Exec.Command("e2fsck", "-f", "-p", device.path).CombinedOutput()
-	if exit := utilexec.ExitError(nil); errors.As(err, &exit) && exit.ExitStatus() == 1 {
-		err = nil // errors were corrected
-	}
+// refuseForeignJournal is errPrecondition if an ext file system says that its journal is on another device: whoever wrote
+// that may have meant that of somebody else. Mount options in the superblock can say so, too.
+func refuseForeignJournal(device blockDevice) error {
+	super, err := extSuper(device.path)
 	if err != nil {
-		return fmt.Errorf("e2fsck -f -p %s: %w: %s", device.path, err, out)
+		return err
 	}
-	if out, err := n.mounter.Exec.Command("resize2fs", device.path).CombinedOutput(); err != nil {
-		return fmt.Errorf("resize2fs %s: %w: %s", device.path, err, out)
+	le := binary.LittleEndian
+	own := strings.TrimRight(string(super[extMountOptions:extMountOptions+extMountOptionsBytes]), "\x00")
+	switch {
+	case le.Uint32(super[extCompat:])&extCompatJournal != 0 && le.Uint32(super[extJournalInode:]) == 0:
+		return fmt.Errorf("%w: the file system has its journal on another device, or is to", errPrecondition)
+	case strings.Contains(own, "journal_"):
+		return fmt.Errorf("%w: the file system's superblock has the mount options %q; `tune2fs -E mount_opts=` removes them", errPrecondition, own)
 	}
 	return nil
+}
+
+// small tells whether a mounted ext file system is so much smaller than its device that it was not grown.
+func small(device blockDevice, m mountPoint) bool {
+	if !isExt(m.fsType) {
+		return false
+	}
+	size, err := device.size()
+	if err != nil {
+		return false
+	}
+	used, err := extSize(device.path)
+	return err == nil && used < size-size/16 // less is what no group of blocks fits in
 }

@@ -33,7 +33,7 @@ func (n *node) prepareFileSystem(
 	}
 	found := ""
 	if begun := unformatted && len(note) > 0; !begun { // else there may be half a file system
-		if found, err = n.recognise(ctx, device); err != nil {
+		if found, err = n.recognise(device); err != nil {
 			return err
 		}
 	}
@@ -56,13 +56,16 @@ func (n *node) prepareFileSystem(
 	if err := p.Mark(v.ID, pool.Unformatted, []byte(fsType)); err != nil {
 		return err
 	}
-	return n.format(ctx, device, fsType)
+	return n.format(device, fsType)
 }
 
 // recognise returns what is on a device, in blkid's words; "" if it knows nothing of it, or cannot read it.
-func (n *node) recognise(ctx context.Context, device blockDevice) (string, error) {
+func (n *node) recognise(device blockDevice) (string, error) {
 	const nothing, ambivalent = 2, 8
-	o, err := n.programs.run(ctx, "blkid", "-p", "-s", "TYPE", "-s", "PTTYPE", "-o", "export", device.path)
+	o, err := n.programs.run(program{
+		device: device.path, limit: quick,
+		command: []string{"blkid", "-p", "-s", "TYPE", "-s", "PTTYPE", "-o", "export", device.path},
+	})
 	switch {
 	case err != nil:
 		return "", err
@@ -137,13 +140,12 @@ func (b blockDevice) readEnds() error {
 }
 
 // format makes a file system on a device that is known to be empty: there is nothing to discard, and nothing to ask.
-func (n *node) format(ctx context.Context, device blockDevice, fsType string) error {
-	args := []string{"-F", "-m0", "-E", "nodiscard", device.path}
+func (n *node) format(device blockDevice, fsType string) error {
+	command := []string{"mkfs." + fsType, "-F", "-m0", "-E", "nodiscard", device.path}
 	if fsType == fsXFS {
-		args = []string{"-f", "-K", device.path}
+		command = []string{"mkfs.xfs", "-f", "-K", device.path}
 	}
-	_, err := n.programs.mustRun(ctx, "mkfs."+fsType, args...)
-	return err
+	return n.programs.mustRun(program{device: device.path, limit: thorough, command: command})
 }
 
 // endFormat says, durably, that somebody else than mkfs may write to a volume from now on.

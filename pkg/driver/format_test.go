@@ -52,16 +52,18 @@ func TestNotFormatted(t *testing.T) {
 		return r.createFrom(req)
 	}
 	for name, write := range map[string]struct{ script, why string }{
-		"raw":        {`dd if=/dev/urandom of="$1" bs=1M count=32 oflag=direct status=none`, "no file system is recognised"},
-		"far":        {`dd if=/dev/urandom of="$1" bs=1M count=1 seek=20 oflag=direct status=none`, "no file system is recognised"},
-		"zeros":      {`dd if=/dev/zero of="$1" bs=1M count=1 seek=20 oflag=direct status=none`, "no file system is recognised"},
-		"discarded":  {`dd if=/dev/urandom of="$1" bs=1M count=1 oflag=direct status=none; blkdiscard "$1"`, "held, data"},
-		"swap":       {`mkswap -q "$1"`, "holds swap"},
+		"raw":       {`dd if=/dev/urandom of="$1" bs=1M count=32 oflag=direct status=none`, "no file system is recognised"},
+		"far":       {`dd if=/dev/urandom of="$1" bs=1M count=1 seek=20 oflag=direct status=none`, "no file system is recognised"},
+		"zeros":     {`dd if=/dev/zero of="$1" bs=1M count=1 seek=20 oflag=direct status=none`, "no file system is recognised"},
+		"discarded": {`dd if=/dev/urandom of="$1" bs=1M count=1 oflag=direct status=none; blkdiscard "$1"`, "held, data"},
+		"swap":      {`mkswap -q "$1"`, "holds swap"},
 		"partitions": {`printf '\200\1\1\0\203\1\1\0\1\0\0\0\0\10\0\0%048d\125\252' 0 | tr 0 '\0' |
 			dd of="$1" bs=1 seek=446 conv=notrunc status=none`, "a partition table (dos)"},
-		"luks":       {`{ printf 'LUKS\272\276\0\1aes'; head -c 1M /dev/zero; } | dd of="$1" bs=1M conv=notrunc status=none`, "holds crypto_LUKS"},
-		"two": {`mke2fs -q -F "$1" && truncate -s 400M xfs && mkfs.xfs -q xfs && dd if=xfs of="$1" bs=512 count=1 conv=notrunc status=none`,
-			"several things"},
+		"luks": {`{ printf 'LUKS\272\276\0\1aes'; head -c 1M /dev/zero; } | dd of="$1" bs=1M conv=notrunc status=none`, "holds crypto_LUKS"},
+		"two": {
+			`mke2fs -q -F "$1" && truncate -s 400M xfs && mkfs.xfs -q xfs && dd if=xfs of="$1" bs=512 count=1 conv=notrunc status=none`,
+			"several things",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := free(name)

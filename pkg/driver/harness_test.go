@@ -90,7 +90,10 @@ func (r *rig) startEngine() {
 // startPlugin runs a plugin in this process.
 func (r *rig) startPlugin(o Options) {
 	r.t.Helper()
-	o.Endpoint, o.NodeID, o.PoolDir, o.Engine, o.Version = r.endpoint("csi.sock"), testNode, r.dir, r.client, "test"
+	o.Endpoint, o.NodeID, o.PoolDir, o.Version = r.endpoint("csi.sock"), testNode, r.dir, "test"
+	if o.Engine == nil {
+		o.Engine = r.client
+	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.t.Context()))
 	ended := make(chan error, 1)
 	go func() { ended <- Run(ctx, o) }()

@@ -83,6 +83,10 @@ func (n *node) NodeGetVolumeHealth(
 		if err != nil {
 			return nil, err
 		}
+		if len(at) > 0 && small(device, at[0]) {
+			health.HealthStatuses = append(health.HealthStatuses, condition(csi.VolumeHealthErrorType_DEGRADED, "FileSystemSmall",
+				"the "+at[0].fsType+" file system is smaller than its volume: it could not be grown, which the next staging tries again"))
+		}
 		for _, m := range at {
 			if m.superRO && !m.readOnly {
 				health.HealthStatuses = append(health.HealthStatuses, condition(csi.VolumeHealthErrorType_DEGRADED, "FileSystemReadOnly",

@@ -70,7 +70,13 @@ func runTestPlugin(ctx context.Context, args []string) error {
 	flags.StringVar(&o.Endpoint, "endpoint", "", "")
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	engineEndpoint := flags.String("engine", "", "")
+	stalled := flags.String("stalled", "", "")
 	_ = flags.Parse(args)
+	if *stalled != "" {
+		if err := mountStalled(*stalled); err != nil {
+			return err
+		}
+	}
 	client, err := engine.NewClient(*engineEndpoint)
 	if err != nil {
 		return err

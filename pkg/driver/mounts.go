@@ -21,14 +21,18 @@ import (
 type blockDevice struct {
 	path string // /dev/loopN
 	rdev uint64
+	on   uint64 // the device of the file system that its node is on
 }
 
 func newBlockDevice(path string) (blockDevice, error) {
-	rdev, err := deviceNumber(path)
-	if err == nil && rdev == 0 {
-		err = fmt.Errorf("%w: %s is no block device", errPrecondition, path)
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return blockDevice{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
-	return blockDevice{path, rdev}, err
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return blockDevice{}, fmt.Errorf("%w: %s is no block device", errPrecondition, path)
+	}
+	return blockDevice{path: path, rdev: st.Rdev, on: st.Dev}, nil
 }
 
 // size returns the device's length in bytes.
@@ -39,18 +43,6 @@ func (b blockDevice) size() (int64, error) {
 	}
 	size, err := file.Seek(0, io.SeekEnd)
 	return size, errors.Join(err, file.Close())
-}
-
-// deviceNumber returns the device that a node stands for, 0 if path is not a block device node.
-func deviceNumber(path string) (uint64, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return 0, &os.PathError{Op: "stat", Path: path, Err: err}
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return 0, nil
-	}
-	return st.Rdev, nil
 }
 
 // mountPoint is a line of mountinfo.
@@ -97,14 +89,11 @@ func (b blockDevice) nodeMounts() ([]mountPoint, error) {
 	return slices.DeleteFunc(all, func(m mountPoint) bool { return !m.isNodeOf(b) }), err
 }
 
-// isNodeOf tells whether a mount is a bind of a device's node. The name alone is no proof: nodes can be
-// renamed, and numbers given away again.
+// isNodeOf tells whether a mount is a bind of a device's node: of the same file in the same file system. The mount itself is
+// not touched. Whose it is, is not known, and it may be one that never answers.
 func (m mountPoint) isNodeOf(b blockDevice) bool {
-	if filepath.Base(m.root) != filepath.Base(b.path) {
-		return false
-	}
-	rdev, err := deviceNumber(m.path)
-	return err == nil && rdev == b.rdev
+	return m.dev == b.on && (strings.HasSuffix(b.path, m.root) || strings.HasSuffix(m.root, b.path)) &&
+		filepath.Base(m.root) == filepath.Base(b.path)
 }
 
 // mountAt returns the mount that is seen at a path, or nil.
@@ -133,6 +122,14 @@ func resolve(path string) (string, error) {
 	return filepath.Join(dir, filepath.Base(path)), err
 }
 
+// followLink returns where a symbolic link leads, or path if it is none. What is mounted there is not touched.
+func followLink(path string) (string, error) {
+	if _, err := os.Readlink(path); err != nil {
+		return path, nil //nolint:nilerr // it is no link
+	}
+	return filepath.EvalSymlinks(path)
+}
+
 // checkPath refuses a path that is not absolute and clean.
 func checkPath(name, path string) error {
 	if err := required(name, path); err != nil {
@@ -151,10 +148,14 @@ func (n *node) unmountAll(path string) error {
 		if err != nil || m == nil {
 			return err
 		}
-		if err := n.mounter.Unmount(path); err != nil {
-			return fmt.Errorf("unmount %s: %w", path, err)
+		if err := n.unmount(*m); err != nil {
+			return err
 		}
 	}
+}
+
+func (n *node) unmount(m mountPoint) error {
+	return n.programs.mustRun(program{device: m.path, limit: quick, visible: true, command: []string{"umount", m.path}})
 }
 
 // unmountStale takes away what an earlier device of a volume left at a path when it died with the engine. There is

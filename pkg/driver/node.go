@@ -7,12 +7,17 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
+
+// detachPatience is how long a failed call waits for the device that it gives back.
+const detachPatience = 5 * time.Second
 
 type node struct {
 	csi.UnimplementedNodeServer
@@ -56,7 +61,8 @@ func (n *node) hold(id string) (v pool.Volume, release func(), err error) {
 }
 
 // NodeStageVolume attaches a volume, and mounts it unless it is to be a block device. A blank one is
-// formatted, a file system smaller than its volume grown.
+// formatted, a file system smaller than its volume grown. What a call that fails has made, it undoes: nobody unstages a
+// volume that was never staged.
 func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
 	id, capability := req.GetVolumeId(), req.GetVolumeCapability()
 	err := cmp.Or(
@@ -69,20 +75,55 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 		return nil, err
 	}
 	defer release()
+	if err := checkMode(v, capability, req.GetVolumeContext()); err != nil {
+		return nil, err
+	}
 	device, attachedNow, err := n.attach(ctx, id)
 	if err != nil {
 		return nil, err
 	}
+	n.keepSize(ctx, device, v)
 	if capability.GetBlock() != nil {
-		return &csi.NodeStageVolumeResponse{}, n.endFormat(id)
+		err = n.stageBlock(device, v)
+	} else {
+		err = n.stageFileSystem(ctx, device, req.GetStagingTargetPath(), v, capability)
 	}
-	if err := n.stageFileSystem(ctx, device, req.GetStagingTargetPath(), v, capability); err != nil {
+	if err != nil {
 		if attachedNow {
 			n.detachAfterFailure(ctx, id)
 		}
 		return nil, fmt.Errorf("stage volume %s: %w", id, err)
 	}
 	return &csi.NodeStageVolumeResponse{}, nil
+}
+
+// stageBlock lets a volume be written to by whoever gets its device.
+func (n *node) stageBlock(device blockDevice, v pool.Volume) error {
+	if err := refuseMounted(device); err != nil {
+		return err
+	}
+	return n.endFormat(v.ID)
+}
+
+// refuseMounted is errPrecondition if a device is mounted: who wrote to it beside its file system would destroy that.
+func refuseMounted(device blockDevice) error {
+	at, err := device.fileSystemMounts()
+	if err == nil && len(at) > 0 {
+		err = fmt.Errorf("%w: the volume is in use as a file system, at %s", errPrecondition, at[0].path)
+	}
+	return err
+}
+
+// keepSize gives a volume the size back that a revert has taken. Where that fails, the pool is full for example, the volume
+// is usable as it is, and the next staging tries again.
+func (n *node) keepSize(ctx context.Context, device blockDevice, v pool.Volume) {
+	size, err := device.size()
+	if err == nil && size < v.LeastSize() {
+		_, err = n.engine.Resize(ctx, v.ID, v.LeastSize())
+	}
+	if err != nil {
+		klog.FromContext(ctx).Error(err, "The volume is smaller than it was", "volume", v.ID, "size", size, "was", v.LeastSize())
+	}
 }
 
 // attach has the engine serve a volume, whose image nobody in this process has open meanwhile. now is false if
@@ -106,17 +147,32 @@ func (n *node) attach(ctx context.Context, id string) (device blockDevice, now b
 	return device, !was, err
 }
 
-// detachAfterFailure gives the volume back: nobody calls NodeUnstageVolume for a volume that was never staged.
+// detachAfterFailure gives the volume back. The kernel, or udev, may have its device open for a moment.
 func (n *node) detachAfterFailure(ctx context.Context, id string) {
-	if err := n.engine.Detach(context.WithoutCancel(ctx), id); err != nil {
-		klog.FromContext(ctx).Error(err, "The volume stays attached", "volume", id)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachPatience)
+	defer cancel()
+	tick := time.NewTicker(detachPatience / 50)
+	defer tick.Stop()
+	for {
+		err := n.engine.Detach(ctx, id)
+		if errors.Is(err, engine.ErrInUse) {
+			select {
+			case <-tick.C:
+				continue
+			case <-ctx.Done():
+			}
+		}
+		if err != nil {
+			klog.FromContext(ctx).Error(err, "The volume stays attached", "volume", id)
+		}
+		return
 	}
 }
 
 // stageFileSystem makes sure that the device is mounted at path.
 func (n *node) stageFileSystem(
 	ctx context.Context, device blockDevice, path string, v pool.Volume, c *csi.VolumeCapability,
-) error {
+) (err error) {
 	options, readOnly := mountOptions(c)
 	fsType := stagedFS(c, recordedParameters(v.Parameters))
 	staged, err := n.stagedMount(ctx, device, path)
@@ -125,19 +181,29 @@ func (n *node) stageFileSystem(
 	}
 	switch {
 	case staged == nil:
-		if used, err := device.nodeMounts(); err != nil || len(used) > 0 {
-			return cmp.Or(err, fmt.Errorf("%w: the volume is in use as a block device", errPrecondition))
+		if err := n.notElsewhere(device, path, v.ID); err != nil {
+			return err
 		}
 		if err := os.MkdirAll(path, 0o750); err != nil {
 			return err
 		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, n.unmountAll(path))
+			}
+		}()
 		if err := n.prepareFileSystem(ctx, device, v, fsType, readOnly); err != nil {
 			return err
 		}
 		if err := n.mountDevice(device, path, fsType, options, readOnly); err != nil {
 			return err
 		}
-		staged = &mountPoint{path: path, fsType: fsType}
+		if staged, err = n.stagedMount(ctx, device, path); err != nil {
+			return err
+		}
+		if staged == nil {
+			return fmt.Errorf("%s is not mounted at %s though mount(8) says so", device.path, path)
+		}
 	case staged.fsType != fsType || staged.readOnly != readOnly:
 		return fmt.Errorf("a mount of the volume at %s %w: %s, read-only %v", path, errExists, staged.fsType, staged.readOnly)
 	}
@@ -147,7 +213,29 @@ func (n *node) stageFileSystem(
 	if err := n.endFormat(v.ID); err != nil {
 		return err
 	}
-	return n.growFileSystem(device, *staged) // also when a call before came only as far as the mount
+	// Also when a call before came only as far as the mount.
+	if err := n.growFileSystem(device, *staged); err != nil {
+		// The volume can be used as it is. Health says that it is small, and the next staging or expansion tries again.
+		klog.FromContext(ctx).Error(err, "The file system does not grow", "volume", v.ID)
+	}
+	return nil
+}
+
+// notElsewhere is errPrecondition if a device is in use as one. If it is mounted elsewhere, path is noted: kubelet may
+// stage a volume at two paths, an old version's and a new one's.
+func (n *node) notElsewhere(device blockDevice, path, id string) error {
+	if used, err := device.nodeMounts(); err != nil || len(used) > 0 {
+		return cmp.Or(err, fmt.Errorf("%w: the volume is in use as a block device", errPrecondition))
+	}
+	others, err := device.fileSystemMounts()
+	if err != nil || len(others) == 0 {
+		return err
+	}
+	at, err := resolve(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return n.changeExtraStaging(id, func(paths []string) []string { return append(paths, at) })
 }
 
 // stagedMount returns the mount of a device at a staging path, or nil. Mounts whose device died, with the
@@ -177,13 +265,20 @@ func (n *node) NodeUnstageVolume(
 		return nil, err
 	}
 	defer release()
-	if device, err := n.attachedDevice(ctx, id); err == nil {
-		if err := checkUnpublished(device, path); err != nil {
+	device, err := n.attachedDevice(ctx, id)
+	attached := err == nil
+	if attached {
+		if err := n.prepareUnmount(device, path, id); err != nil {
 			return nil, fmt.Errorf("unstage volume %s: %w", id, err)
 		}
 	}
 	if err := n.unmountAll(path); err != nil {
 		return nil, err
+	}
+	if attached {
+		if again, err := n.stagedElsewhere(device, path, id); err != nil || again {
+			return &csi.NodeUnstageVolumeResponse{}, err
+		}
 	}
 	if !pool.ValidID(id) {
 		return &csi.NodeUnstageVolumeResponse{}, nil
@@ -192,24 +287,4 @@ func (n *node) NodeUnstageVolume(
 		return nil, fmt.Errorf("detach volume %s: %w", id, err)
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil
-}
-
-// checkUnpublished is errPrecondition while a device is mounted anywhere but at its staging path.
-func checkUnpublished(device blockDevice, staging string) error {
-	fileSystem, err := device.fileSystemMounts()
-	if err != nil {
-		return err
-	}
-	nodes, err := device.nodeMounts()
-	if err != nil {
-		return err
-	}
-	staged, err := resolve(staging)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if at := withoutPath(append(fileSystem, nodes...), staged); len(at) > 0 {
-		return fmt.Errorf("%w: the volume is published at %s", errPrecondition, at[0].path)
-	}
-	return nil
 }

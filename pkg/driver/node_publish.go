@@ -41,7 +41,11 @@ func (n *node) NodePublishVolume(
 	if err != nil {
 		return nil, err
 	}
-	pub := publication{device: device, target: req.GetTargetPath(), readOnly: req.GetReadonly()}
+	target, err := followLink(req.GetTargetPath())
+	if err != nil {
+		return nil, err
+	}
+	pub := publication{device: device, target: target, readOnly: req.GetReadonly()}
 	if _, ro := mountOptions(capability); ro {
 		pub.readOnly = true
 	}
@@ -105,18 +109,27 @@ func (n *node) publishFileSystem(ctx context.Context, pub publication, staging s
 }
 
 func (n *node) publishBlock(ctx context.Context, pub publication, alone bool) error {
+	if err := refuseMounted(pub.device); err != nil {
+		return err
+	}
 	all, err := pub.device.nodeMounts()
 	if err != nil {
 		return err
 	}
 	done, err := n.published(ctx, pub, all, alone, func(m mountPoint) bool { return m.isNodeOf(pub.device) })
-	if err == nil && !done {
-		err = n.bindNode(pub)
-	}
 	if err != nil {
 		return err
 	}
-	return protect(pub.device) // also when a call before came only as far as the bind
+	if done {
+		return protect(pub.device) // a call before may have come only as far as the bind
+	}
+	if err := n.bindNode(pub); err != nil {
+		return err
+	}
+	if err := protect(pub.device); err != nil {
+		return errors.Join(err, n.unmountAll(pub.target), os.Remove(pub.target))
+	}
+	return nil
 }
 
 // bindNode binds the device's node onto a file, which it makes.
@@ -159,12 +172,8 @@ func (n *node) published(
 
 // bind mounts source at the target. What a failure leaves there is taken away.
 func (n *node) bind(source string, pub publication) error {
-	options := []string{"bind"}
-	if pub.readOnly {
-		options = append(options, "ro")
-	}
-	if err := n.mounter.Mount(source, pub.target, "", options); err != nil {
-		return errors.Join(err, n.unmountAll(pub.target), os.Remove(pub.target))
+	if err := bindMount(source, pub.target, pub.readOnly); err != nil {
+		return errors.Join(err, os.Remove(pub.target))
 	}
 	return nil
 }
@@ -210,7 +219,7 @@ func (n *node) NodeUnpublishVolume(
 		return nil, err
 	}
 	defer release()
-	if err := n.unmountAll(target); err != nil {
+	if err := n.unpublish(ctx, id, target); err != nil {
 		return nil, err
 	}
 	// Never what is in it: after the unmount that is not the volume's.
@@ -221,4 +230,28 @@ func (n *node) NodeUnpublishVolume(
 		return &csi.NodeUnpublishVolumeResponse{}, protect(device)
 	}
 	return &csi.NodeUnpublishVolumeResponse{}, nil
+}
+
+// unpublish unmounts what is at a target. Where that is a symbolic link, the volume's mounts are behind it, and only those
+// are unmounted there.
+func (n *node) unpublish(ctx context.Context, id, target string) error {
+	behind, err := followLink(target)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the link leads nowhere
+	}
+	if err != nil || behind == target {
+		return cmp.Or(err, n.unmountAll(target))
+	}
+	for {
+		m, err := mountAt(behind)
+		if err != nil || m == nil {
+			return err
+		}
+		if device, err := n.attachedDevice(ctx, id); err != nil || m.dev != device.rdev && !m.isNodeOf(device) {
+			return n.unmountStale(ctx, *m)
+		}
+		if err := n.unmount(*m); err != nil {
+			return err
+		}
+	}
 }

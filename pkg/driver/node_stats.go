@@ -82,8 +82,8 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 	if err != nil {
 		return located{}, err
 	}
-	if rdev, err := deviceNumber(path); err == nil && rdev == device.rdev {
-		return located{device: device, block: true}, nil // a publication, or the device itself
+	if path == device.path {
+		return located{device: device, block: true}, nil
 	}
 	at, err := mountAt(path)
 	switch {
@@ -91,6 +91,8 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 		return located{}, err
 	case at == nil:
 		return located{}, missing
+	case at.isNodeOf(device):
+		return located{device: device, block: true}, nil
 	case at.dev == device.rdev:
 		return located{device: device}, nil
 	}

@@ -89,7 +89,7 @@ func (c *controller) resolve(ctx context.Context, p *pool.Pool, s contentSource)
 		}
 	case volumeSource:
 		if o.volume, err = liveVolume(p, s.id); err == nil {
-			if o.size, err = c.volumeSize(ctx, p, s.id); err == nil {
+			if o.size, err = c.volumeSize(ctx, p, o.volume); err == nil {
 				return o, nil
 			}
 		}
@@ -121,13 +121,17 @@ func (o origin) inherit(params volumeParameters) (volumeParameters, error) {
 
 // copyImage writes a copy of the origin at path: by the volume's worker, or here if it is not attached.
 func (c *controller) copyImage(ctx context.Context, p *pool.Pool, o origin, path string, size int64) error {
-	return wherever(func() error {
+	err := wherever(func() error {
 		return c.engine.Clone(ctx, o.volume.ID, o.snapshot, path, size)
 	}, func() error {
 		return c.images.read(ctx, p, o.volume.ID, func(image *qcow2.Image) error {
 			return copyState(ctx, image, o.snapshot, path, size)
 		})
 	})
+	if errors.Is(err, qcow2.ErrOutOfRange) {
+		return fmt.Errorf("%w: volume %s is expanded meanwhile: %w", errBusy, o.volume.ID, err)
+	}
+	return err
 }
 
 // copyState writes a copy of a snapshot, or of the present content if name is empty, at path, which must

@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"k8s.io/klog/v2"
+
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
@@ -106,6 +108,9 @@ func (s *served) begin(ctx context.Context, k *kept) error {
 	if err := s.openDevice(ctx, k); err != nil {
 		return errors.Join(fmt.Errorf("attach %s: %w", volume, err), s.img.Close())
 	}
+	if err := s.recordSize(); err != nil {
+		klog.ErrorS(err, "A revert may make the volume smaller than it is", "volume", volume)
+	}
 	s.tasksCtx, s.stopTasks = context.WithCancel(context.WithoutCancel(ctx))
 	orphans := reservedSnapshots(s.img)
 	s.leaky.Store(unclean)
@@ -118,6 +123,15 @@ func (s *served) begin(ctx context.Context, k *kept) error {
 		}
 	})
 	return nil
+}
+
+// recordSize makes sure that the volume is known to be as large as its image.
+func (s *served) recordSize() error {
+	size := s.img.Size()
+	if size <= s.lease.Volume().LeastSize() {
+		return nil
+	}
+	return s.lease.Update(func(v *pool.Volume) { v.Grown = size })
 }
 
 // openImage commits first what an earlier worker had acknowledged and not committed.

@@ -177,6 +177,9 @@ func (w *worker) Resize(_ context.Context, r *api.ResizeRequest) (*api.ResizeRes
 		}
 	}
 	// Also when the image was large enough: an earlier call may have failed here.
+	if err := s.recordSize(); err != nil {
+		return nil, err
+	}
 	if err := s.dev.Resize(); err != nil {
 		return nil, fmt.Errorf("resize %s: %w", s.dev.Path(), err)
 	}

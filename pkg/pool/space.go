@@ -41,7 +41,7 @@ func (p *Pool) Space(sizes map[string]int64) (Space, error) {
 		}
 		err = eachVolumeIn(root, part, fresh, func(id string, v Volume, _ error) {
 			seen[id] = true
-			v.Size = max(v.Size, sizes[id])
+			v.Size = max(v.LeastSize(), sizes[id])
 			s.add(all, id, v)
 		})
 		_ = all.Close()

@@ -20,13 +20,27 @@ const (
 type Volume struct {
 	ID         string            `json:"id"`
 	Name       string            `json:"name"` // CSI name, as the provisioner gave it
-	Size       int64             `json:"size"` // virtual bytes at creation; the image's own size is the truth
+	Size       int64             `json:"size"` // virtual bytes at creation
 	Parameters map[string]string `json:"parameters,omitempty"`
 	Created    time.Time         `json:"created"`
 	Source     string            `json:"source,omitempty"` // "snapshot:<snapshot ID>" or "volume:<volume ID>" or ""
+	// Grown is the largest size that the volume has had, in virtual bytes, if that is more than Size.
+	Grown int64 `json:"grown,omitempty"`
+	// Mode is ModeBlock or ModeFilesystem, what the volume was made as; "" if it is free, or older than this field.
+	Mode string `json:"mode,omitempty"`
 	// Tombstone: the volume was deleted while it had snapshots. It is not listed and not attachable.
 	Tombstone bool `json:"tombstone,omitempty"`
 }
+
+// Values of Volume.Mode.
+const (
+	ModeBlock      = "Block"
+	ModeFilesystem = "Filesystem"
+)
+
+// LeastSize is the size, in virtual bytes, below which the volume never falls. Its image may: a revert gives it the size
+// that it had at its snapshot.
+func (v Volume) LeastSize() int64 { return max(v.Size, v.Grown) }
 
 // Volumes returns all volumes, tombstones too, sorted by ID. A volume whose volume.json cannot be read is
 // left out and reported in the joined error, which does not stop the others.
