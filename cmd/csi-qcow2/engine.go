@@ -25,7 +25,8 @@ Pods do their I/O through this process. With --holder it can be restarted, kille
 the volumes are left to the next engine, and pods wait for it. One that is started beside another waits
 for that one to end. Without --holder the volumes are detached at its end, and those in use fail.
 
-It waits for the pool: a directory without pool.json is a disk that is not mounted yet.`,
+It waits for the pool: a directory without pool.json is a disk that is not mounted yet. A pool of another node,
+and the copy of a pool, are refused until "pool adopt" or "pool init --new-uuid" says what they are.`,
 		Example: `  csi-qcow2 engine --listen unix:///run/csi-qcow2/engine.sock --pool /var/lib/csi-qcow2/pool \
     --holder /run/csi-qcow2/holder.sock`,
 		Args: takes(),
@@ -47,6 +48,7 @@ It waits for the pool: a directory without pool.json is a disk that is not mount
 	}
 	cmd.Flags().StringVar(&o.Listen, "listen", "", "`endpoint` of the control API, unix:///path")
 	cmd.Flags().StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")
+	cmd.Flags().StringVar(&o.NodeID, "node-id", "", "`name` of the Kubernetes node: a pool of another one is refused")
 	cmd.Flags().StringVar(&o.Holder, "holder", "", "`path` of the socket of a running holder")
 	cmd.Flags().DurationVar(&o.IOTimeout, "io-timeout", time.Minute,
 		"how long a volume's users wait for a worker that does not start, before they get I/O errors")

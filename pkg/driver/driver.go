@@ -150,7 +150,7 @@ func refillReserve(ctx context.Context, p *pool.Pool) {
 	}
 }
 
-// pool returns the pool if its directory is one now. pool.ErrNotReady if it is not, or holds another pool
+// pool returns the pool if its directory is one now, and this node's. pool.ErrNotReady if it is not, or holds another pool
 // than before.
 func (d *Driver) pool() (*pool.Pool, error) {
 	d.poolMu.Lock()
@@ -158,7 +158,7 @@ func (d *Driver) pool() (*pool.Pool, error) {
 	if d.openPool != nil {
 		return d.openPool, d.openPool.Ready()
 	}
-	p, err := pool.Open(d.poolDir)
+	p, err := pool.OpenOn(d.poolDir, d.nodeID)
 	if err != nil {
 		return nil, err
 	}

@@ -76,7 +76,7 @@ func (r *rig) endpoint(name string) string { return "unix://" + filepath.Join(r.
 // startEngine starts an engine and waits until it answers, whatever it answers.
 func (r *rig) startEngine() {
 	r.t.Helper()
-	r.engine = startProcess(r.t, "engine", "--listen", r.endpoint("engine.sock"), "--pool", r.dir)
+	r.engine = startProcess(r.t, "engine", "--listen", r.endpoint("engine.sock"), "--pool", r.dir, "--node-id", testNode)
 	client, err := engine.NewClient(r.endpoint("engine.sock"))
 	must(r.t, err)
 	r.client = client

@@ -60,6 +60,7 @@ func runTestEngine(ctx context.Context, args []string) error {
 	o := engine.Options{Version: "test"}
 	flags.StringVar(&o.Listen, "listen", "", "")
 	flags.StringVar(&o.PoolDir, "pool", "", "")
+	flags.StringVar(&o.NodeID, "node-id", "", "")
 	_ = flags.Parse(args)
 	return engine.Run(ctx, o)
 }

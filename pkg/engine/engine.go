@@ -32,6 +32,8 @@ type Options struct {
 	Listen string
 	// PoolDir is the pool whose volumes are served. It may become a pool later.
 	PoolDir string
+	// NodeID is the name of the node that the pool must belong to; empty: any node's is served, but no copy.
+	NodeID string
 	// Version is what Probe answers.
 	Version string
 	// Holder is the path of a running holder's socket. When the engine ends it leaves the volumes to the next one then, for

@@ -111,7 +111,7 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 func (s *supervisor) awaitPool(ctx context.Context) error {
 	tick := time.NewTicker(poolPoll)
 	defer tick.Stop()
-	for {
+	for told := ""; ; {
 		err := s.open(ctx)
 		if err == nil {
 			s.options.ready()
@@ -120,6 +120,10 @@ func (s *supervisor) awaitPool(ctx context.Context) error {
 		}
 		if !errors.Is(err, pool.ErrNotReady) {
 			return err
+		}
+		if errors.Is(err, pool.ErrForeign) && err.Error() != told { // somebody has to do something
+			told = err.Error()
+			klog.ErrorS(err, "The pool is refused")
 		}
 		klog.V(2).InfoS("Waiting for the pool", "reason", err)
 		select {

@@ -22,9 +22,6 @@ import (
 // errClosing is the answer of an engine that is shutting down.
 var errClosing = fmt.Errorf("%w: it is shutting down", ErrUnavailable)
 
-// lockName is the file in the pool whose lock says that an engine serves it.
-const lockName = "engine.lock"
-
 // lockPoll is how often an engine that stands by looks whether its turn has come.
 const lockPoll = 2 * time.Millisecond
 
@@ -105,7 +102,7 @@ func (s *supervisor) open(ctx context.Context) error {
 	case opened:
 		return nil
 	}
-	p, err := pool.Open(s.options.PoolDir)
+	p, err := pool.OpenOn(s.options.PoolDir, s.options.NodeID)
 	if err != nil {
 		return err
 	}
@@ -130,7 +127,7 @@ func (s *supervisor) open(ctx context.Context) error {
 // lockPool makes this the only engine of a pool, until the file is closed or the process ends. One that could take over
 // the volumes of another waits for it to end.
 func (s *supervisor) lockPool(ctx context.Context, p *pool.Pool) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(p.Dir(), lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(p.Dir(), pool.EngineLock), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}

@@ -14,7 +14,10 @@ const unfinishedFile = identityFile + ".unfinished"
 
 // Init makes path a pool: a directory that does not exist yet, or is empty but for lost+found. A pool is left as it is.
 // Anything else is refused: a directory with volumes and no pool.json is a damaged pool, not a new one.
-func Init(path string) error {
+func Init(path string) error { return InitOn(path, "") }
+
+// InitOn is Init for a node, whose a new pool is from the start.
+func InitOn(path, node string) error {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return err
 	}
@@ -35,7 +38,7 @@ func Init(path string) error {
 	if err := refuseForeign(root); err != nil {
 		return err
 	}
-	return initialise(root)
+	return initialise(root, node)
 }
 
 // checkPool tells whether what has a pool.json is a pool.
@@ -69,22 +72,26 @@ func refuseForeign(root dir) error {
 }
 
 // initialise creates everything before pool.json: with it, the pool is whole.
-func initialise(root dir) error {
-	data, err := json.Marshal(identity{Version: identityVersion, UUID: newUUID()})
-	if err != nil {
-		return err
-	}
+func initialise(root dir, node string) error {
 	f, err := root.openReserved(unfinishedFile)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(overwrite(f, append(data, '\n')), f.Close()); err != nil {
+	defer f.Close()
+	if err := root.sync(); err != nil { // what follows is an interrupted Init's only beside it
 		return err
 	}
 	for _, sub := range []string{volumesDir, creatingDir, removingDir} {
 		if err := root.Mkdir(sub, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
+	}
+	data, err := json.Marshal(identity{Version: identityVersion, UUID: newUUID(), Node: node, Birth: root.birth()})
+	if err != nil {
+		return err
+	}
+	if err := overwrite(f, append(data, '\n')); err != nil {
+		return err
 	}
 	if err := root.sync(); err != nil {
 		return err

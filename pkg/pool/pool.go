@@ -1,7 +1,7 @@
 // Package pool keeps a node's volumes: a directory with one subdirectory per volume, which holds the
 // image and what Kubernetes knows about it. All state is in the files; nothing is cached.
 //
-//	pool.json                      version and UUID: what makes the directory a pool
+//	pool.json                      version, UUID and owner: what makes the directory a pool
 //	volumes/<id>/image.qcow2       the volume
 //	volumes/<id>/volume.json       Volume
 //	volumes/<id>/clean, …          Markers
@@ -43,12 +43,19 @@ const (
 	creatingDir  = "creating"
 	removingDir  = "removing"
 	reserveFile  = "reserve"
+
+	// EngineLock is the file whose flock the engine holds that serves the pool.
+	EngineLock = "engine.lock"
 )
 
 // identity is what pool.json holds.
 type identity struct {
 	Version int    `json:"version"`
 	UUID    string `json:"uuid"`
+	Node    string `json:"node,omitempty"`  // whose it is; "": that of whoever serves it first
+	Birth   string `json:"birth,omitempty"` // see dir.birth
+	// Successor is the UUID that Renew is about to give the pool.
+	Successor string `json:"successor,omitempty"`
 }
 
 const (
@@ -58,11 +65,13 @@ const (
 
 // Pool is an opened pool directory. It is safe for concurrent use, and holds nothing open.
 type Pool struct {
-	path string
-	uuid string
+	path   string
+	uuid   string
+	served bool // by node: see OpenOn
+	node   string
 }
 
-// Open reads pool.json. ErrNotReady if there is none.
+// Open reads pool.json, whosever the pool is: see OpenOn. ErrNotReady if there is none.
 func Open(path string) (*Pool, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -75,7 +84,7 @@ func Open(path string) (*Pool, error) {
 	return &Pool{path: path, uuid: id.UUID}, root.Close()
 }
 
-// Ready tells whether the directory still is the pool that was opened: nil or ErrNotReady.
+// Ready tells whether the directory still is the pool that was opened: nil, ErrNotReady or ErrForeign.
 func (p *Pool) Ready() error {
 	root, err := p.enter()
 	if err != nil {
@@ -99,11 +108,27 @@ func (p *Pool) enter() (dir, error) {
 	if id.UUID != p.uuid {
 		return dir{}, errors.Join(fmt.Errorf("%w: %s is pool %s now, it was %s", ErrNotReady, p.path, id.UUID, p.uuid), root.Close())
 	}
+	if p.served {
+		if err := id.checkOwner(root, p.node); err != nil {
+			return dir{}, errors.Join(err, root.Close())
+		}
+	}
 	return root, nil
 }
 
 // enter opens a directory that is a whole pool.
 func enter(path string) (dir, identity, error) {
+	root, id, err := enterAny(path)
+	if err == nil && id.Successor != "" {
+		err = fmt.Errorf("%w: %[2]s is being made a pool of its own; if that was interrupted, run "+
+			`"csi-qcow2 pool init --new-uuid %[2]s" again`, ErrNotReady, path)
+		err = errors.Join(err, root.Close())
+	}
+	return root, id, err
+}
+
+// enterAny also opens one that Renew has not done with.
+func enterAny(path string) (dir, identity, error) {
 	root, err := openDir(path)
 	if err != nil {
 		return dir{}, identity{}, fmt.Errorf("%w: %w", ErrNotReady, err)
@@ -132,8 +157,8 @@ func readIdentity(root dir) (identity, error) {
 	switch {
 	case id.Version != identityVersion:
 		return id, fmt.Errorf("%s: version %d, this program knows %d", identityFile, id.Version, identityVersion)
-	case !validUUID(id.UUID):
-		return id, fmt.Errorf("%s: malformed UUID %q", identityFile, id.UUID)
+	case !validUUID(id.UUID) || id.Successor != "" && !validUUID(id.Successor):
+		return id, fmt.Errorf("%s: malformed UUID %q", identityFile, id.UUID+id.Successor)
 	}
 	return id, nil
 }
