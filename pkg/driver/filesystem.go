@@ -37,11 +37,11 @@ func (n *node) mountDevice(device blockDevice, path, fsType string, options []st
 
 // checkFileSystem mends what is safe to mend in a file system that is not mounted, and lets it grow if it cannot while it
 // is. XFS does so when it is mounted.
-func (n *node) checkFileSystem(ctx context.Context, device blockDevice, fsType string) error {
+func (n *node) checkFileSystem(ctx context.Context, device blockDevice, fsType string, readOnly bool) error {
 	if !isExt(fsType) {
 		return nil
 	}
-	if err := refuseForeignJournal(device); err != nil {
+	if err := refuseForeignJournal(device); err != nil || readOnly {
 		return err
 	}
 	check := []string{"e2fsck", "-p", device.path}

@@ -38,10 +38,8 @@ func (n *node) prepareFileSystem(
 		}
 	}
 	switch {
-	case found == fsType && readOnly:
-		return nil
 	case found == fsType:
-		return n.checkFileSystem(ctx, device, fsType)
+		return n.checkFileSystem(ctx, device, fsType, readOnly)
 	case found != "":
 		return fmt.Errorf("%w: the volume holds %s, not %s; it is not formatted", errPrecondition, found, fsType)
 	}

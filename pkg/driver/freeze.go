@@ -43,8 +43,12 @@ func (d *Driver) mountedFileSystem(ctx context.Context, id string) (*os.File, er
 	return nil, nil //nolint:nilnil // nothing to freeze
 }
 
-// openMount opens a mount's directory; nil if something else is mounted over it.
+// openMount opens a mount's directory; nil if something else is mounted over it, which is not touched: it may be a pod's, whose
+// server never answers.
 func openMount(m mountPoint) (*os.File, error) {
+	if top, err := mountAt(m.path); err != nil || top == nil || top.dev != m.dev {
+		return nil, err
+	}
 	dir, err := os.OpenFile(m.path, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open a mounted volume to freeze it: %w", err)

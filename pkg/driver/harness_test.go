@@ -205,17 +205,29 @@ type process struct {
 
 func startProcess(t *testing.T, args ...string) *process {
 	t.Helper()
+	p := newProcess(t, args...)
+	p.start(p.cmd.Start)
+	return p
+}
+
+func newProcess(t *testing.T, args ...string) *process {
+	t.Helper()
 	self, err := os.Executable()
 	must(t, err)
 	p := &process{t: t, cmd: exec.Command(self, args...), done: make(chan struct{})}
 	p.cmd.Stderr = t.Output()
 	p.cmd.WaitDelay = 10 * time.Second
-	must(t, p.cmd.Start())
+	return p
+}
+
+// start begins the process the way that it is told.
+func (p *process) start(begin func() error) {
+	p.t.Helper()
+	must(p.t, begin())
 	go func() {
 		defer close(p.done)
 		_ = p.cmd.Wait()
 	}()
-	return p
 }
 
 func (p *process) kill() {

@@ -83,7 +83,7 @@ func (n *node) NodeGetVolumeHealth(
 		if err != nil {
 			return nil, err
 		}
-		if len(at) > 0 && small(device, at[0]) {
+		if len(at) > 0 && a.State == engine.Served && small(device, at[0]) {
 			health.HealthStatuses = append(health.HealthStatuses, condition(csi.VolumeHealthErrorType_DEGRADED, "FileSystemSmall",
 				"the "+at[0].fsType+" file system is smaller than its volume: it could not be grown, which the next staging tries again"))
 		}

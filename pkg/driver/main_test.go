@@ -21,11 +21,11 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
-// The test binary is also the engine, its workers, and the plugin of the tests that kill one.
+// The test binary is also the engine, its workers, the plugin of the tests that kill one, and a pod's file system.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		run := map[string]func(context.Context, []string) error{
-			"worker": runTestWorker, "engine": runTestEngine, "plugin": runTestPlugin,
+			"worker": runTestWorker, "engine": runTestEngine, "plugin": runTestPlugin, "stalled": runStalled,
 		}[os.Args[1]]
 		if run != nil {
 			os.Exit(exitCode(run))
@@ -71,13 +71,7 @@ func runTestPlugin(ctx context.Context, args []string) error {
 	flags.StringVar(&o.Endpoint, "endpoint", "", "")
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	engineEndpoint := flags.String("engine", "", "")
-	stalled := flags.String("stalled", "", "")
 	_ = flags.Parse(args)
-	if *stalled != "" {
-		if err := mountStalled(*stalled); err != nil {
-			return err
-		}
-	}
 	client, err := engine.NewClient(*engineEndpoint)
 	if err != nil {
 		return err

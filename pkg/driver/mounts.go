@@ -154,7 +154,11 @@ func (n *node) unmountAll(path string) error {
 	}
 }
 
+// unmount unmounts what is seen at a path. What is not ours only goes out of sight: its server may never answer.
 func (n *node) unmount(m mountPoint) error {
+	if !m.isLoop() {
+		return os.NewSyscallError("umount2", unix.Unmount(m.path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
+	}
 	return n.programs.mustRun(program{device: m.path, limit: quick, visible: true, command: []string{"umount", m.path}})
 }
 

@@ -127,8 +127,14 @@ func (ns *namespace) Close() error { return ns.file.Close() }
 func onThread(fn func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked
-		done <- fn()
+		runtime.LockOSThread()
+		if unix.Gettid() != unix.Getpid() {
+			done <- fn()
+			return // without unlocking: the thread ends
+		}
+		// The main thread would stay, and keep what it was given. It waits here, so that it is not taken again.
+		defer runtime.UnlockOSThread()
+		done <- onThread(fn)
 	}()
 	return <-done
 }

@@ -228,8 +228,11 @@ func (n *node) notElsewhere(device blockDevice, path, id string) error {
 		return cmp.Or(err, fmt.Errorf("%w: the volume is in use as a block device", errPrecondition))
 	}
 	others, err := device.fileSystemMounts()
-	if err != nil || len(others) == 0 {
+	if err != nil {
 		return err
+	}
+	if len(others) == 0 { // what is noted is of before the node's last start
+		return n.changeExtraStaging(id, func([]string) []string { return nil })
 	}
 	at, err := resolve(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -45,7 +46,7 @@ func (n *node) NodePublishVolume(
 	if err != nil {
 		return nil, err
 	}
-	pub := publication{device: device, target: target, readOnly: req.GetReadonly()}
+	pub := publication{volume: id, device: device, target: target, readOnly: req.GetReadonly()}
 	if _, ro := mountOptions(capability); ro {
 		pub.readOnly = true
 	}
@@ -80,6 +81,7 @@ func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, erro
 
 // publication is a volume at a pod's path.
 type publication struct {
+	volume   string // its ID
 	device   blockDevice
 	target   string
 	readOnly bool
@@ -97,7 +99,11 @@ func (n *node) publishFileSystem(ctx context.Context, pub publication, staging s
 	if err != nil {
 		return err
 	}
-	others := withoutPath(all, staged.path)
+	extra, err := n.extraStagingPaths(pub.volume)
+	if err != nil {
+		return err
+	}
+	others := slices.DeleteFunc(withoutPath(all, staged.path), func(m mountPoint) bool { return slices.Contains(extra, m.path) })
 	done, err := n.published(ctx, pub, others, alone, func(m mountPoint) bool { return m.dev == pub.device.rdev })
 	if err != nil || done {
 		return err

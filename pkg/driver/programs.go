@@ -2,10 +2,13 @@ package driver
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -13,7 +16,8 @@ import (
 )
 
 const (
-	// quick is for programs that do little: beyond it, the device does not answer.
+	// quick is for programs that do little: beyond it, the device does not answer. Nor does it, for any program, when it has
+	// moved nothing, and the program has not computed either, for as long.
 	quick = time.Minute
 	// thorough is for those that may look at, or write, much of a device. kubelet repeats a call that takes more than two
 	// minutes, and is told that it is under way.
@@ -22,12 +26,12 @@ const (
 	dying = 5 * time.Second
 )
 
-// programs runs mkfs, mount and the like, each for a device. One that does not end in time is killed. If it outlives even
-// that, no other one is run for the device until it has ended.
+// programs runs mkfs, mount and the like, each for a device. One that does not end in time, or makes no progress, is killed.
+// If it outlives even that, no other one is run for the device until it has ended.
 type programs struct {
 	ns *namespace
-	// limit replaces a program's time limit, if it is not 0: for tests.
-	limit time.Duration
+	// patience replaces quick, if it is not 0: for tests.
+	patience time.Duration
 
 	mu      sync.Mutex
 	running map[string]string // by device, what has not ended; guarded by mu
@@ -76,14 +80,10 @@ func (p *programs) run(what program) (outcome, error) {
 		p.end(what.device)
 		ended <- err
 	}()
-	limit := what.limit
-	if p.limit > 0 {
-		limit = p.limit
-	}
-	err, inTime := await(ended, limit)
+	err, inTime := p.await(ended, what, cmd.Process.Pid)
 	if !inTime {
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-		late := fmt.Errorf("%s: killed, it did not end within %v: %w", o.command, limit, context.DeadlineExceeded)
+		late := fmt.Errorf("%s: killed, it did not end in time: %w", o.command, context.DeadlineExceeded)
 		if _, dead := await(ended, dying); !dead {
 			late = fmt.Errorf("%w; the kernel has it, which the disk may not answer", late)
 		}
@@ -130,6 +130,38 @@ func (p *programs) end(device string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.running, device)
+}
+
+// await waits for a program as long as it makes progress, and not longer than its limit.
+func (p *programs) await(ended <-chan error, what program, pid int) (err error, inTime bool) { //nolint:revive // as below
+	patience := cmp.Or(p.patience, quick)
+	deadline := time.Now().Add(what.limit)
+	for before := ""; time.Now().Before(deadline); {
+		now := progress(what.device, pid)
+		if before != "" && now == before {
+			break
+		}
+		before = now
+		if err, inTime = await(ended, patience); inTime {
+			return err, true
+		}
+	}
+	return nil, false
+}
+
+// progress is something that changes while a program computes, or the device moves something.
+func progress(device string, pid int) string {
+	moved, _ := os.ReadFile("/sys/class/block/" + filepath.Base(device) + "/stat")
+	fields := strings.Fields(string(moved))
+	if len(fields) > 7 {
+		fields = []string{fields[2], fields[6]} // sectors read and written: the rest counts waiting, too
+	}
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, status, _ = bytes.Cut(status, []byte(") "))
+	if times := strings.Fields(string(status)); len(times) > 12 {
+		fields = append(fields, times[11], times[12]) // computing, in the program and in the kernel
+	}
+	return strings.Join(fields, " ")
 }
 
 // await waits for what comes, but not longer than limit.

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -11,6 +12,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"google.golang.org/grpc/codes"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -240,7 +242,14 @@ func TestGrowthRefused(t *testing.T) {
 func TestFrozenUnstage(t *testing.T) {
 	r := newRig(t)
 	v := r.create("fs", 16*mib, mountCapability(fsExt4))
-	run(t, "fsfreeze", "-f", v.publish("pod"))
+	path := v.publish("pod")
+	device := ok[[]engine.Attachment](t)(r.client.List(t.Context()))[0].Device
+	t.Cleanup(func() {
+		if t.Failed() { // it would keep its device for good
+			_ = exec.Command("sh", "-c", `mount "$1" "$2" && fsfreeze -u "$2"; umount "$2"`, "thaw", device, t.TempDir()).Run()
+		}
+	})
+	run(t, "fsfreeze", "-f", path)
 	v.unstage("pod")
 	v.wantIdle()
 
@@ -331,4 +340,32 @@ func TestCloneMeetsExpansion(t *testing.T) {
 	}
 	v.unstage()
 	v.delete()
+}
+
+// TestGrowthOnFullPool: what a full pool does not let grow can be used as it is, and grows when there is room.
+func TestGrowthOnFullPool(t *testing.T) {
+	r := newSmallRig(t, 512*mib, Options{Overcommit: 100})
+	source := r.create("source", 1, mountCapability(fsXFS))
+	must(t, os.WriteFile(filepath.Join(source.publish("pod"), "file"), []byte("precious"), 0o644))
+	snap := source.snapshot("snap")
+	source.unstage("pod")
+	restored := r.restore("restored", snap, 16*gib, mountCapability(fsXFS))
+	fillUp(t, r.dir)
+	restored.stage()
+	if got, err := os.ReadFile(filepath.Join(restored.stagingPath(), "file")); err != nil || string(got) != "precious" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if size := fileSystemSize(t, restored.stagingPath()); size > gib {
+		t.Errorf("it grew to %d bytes: the pool was not full", size)
+	}
+	restored.unstage()
+	must(t, os.Remove(filepath.Join(r.dir, "last")))
+	path := restored.publish("pod")
+	if size := fileSystemSize(t, path); size < 15*gib {
+		t.Errorf("with room again: %d bytes", size)
+	}
+	restored.unstage("pod")
+	restored.delete()
+	source.delete()
+	r.deleteSnapshots(snap)
 }

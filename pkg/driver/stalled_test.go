@@ -5,14 +5,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 )
@@ -69,6 +70,16 @@ func (f *fuseDirs) serve() {
 	}
 }
 
+// runStalled serves such mounts until it is told to end, and says when they are there.
+func runStalled(ctx context.Context, args []string) error {
+	if err := mountStalled(args[0]); err != nil {
+		return err
+	}
+	fmt.Println("mounted")
+	<-ctx.Done()
+	return nil
+}
+
 // mountStalled mounts, below dir and in this process's mount namespace, what a pod may have mounted: a file system with the
 // name of a directory as its source, and directories of it that are named as devices are. From then on nobody who looks at
 // one of them comes back.
@@ -103,16 +114,23 @@ func TestStalledMount(t *testing.T) {
 	r := newIdleRig(t)
 	initPool(t, r.dir)
 	r.startEngine()
-	must(t, os.MkdirAll(filepath.Join(r.base, "pods", "x"), 0o700))
-	self, err := os.Executable()
+	pods := filepath.Join(r.base, "pods")
+	must(t, os.MkdirAll(filepath.Join(pods, "x"), 0o700))
+	pod, told := newProcess(t, "stalled", pods), make([]byte, 7)
+	said, err := pod.cmd.StdoutPipe()
 	must(t, err)
-	plugin := &process{t: t, done: make(chan struct{}), cmd: exec.Command(self, "plugin", "--endpoint", r.endpoint("csi.sock"),
-		"--pool", r.dir, "--engine", r.endpoint("engine.sock"), "--stalled", filepath.Join(r.base, "pods"))}
-	plugin.cmd.Stderr = t.Output()
-	plugin.cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
-	must(t, plugin.cmd.Start())
-	go func() { defer close(plugin.done); _ = plugin.cmd.Wait() }()
-	t.Cleanup(plugin.kill) // and with it goes the server: whoever waits for it gets an error
+	pod.cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	pod.start(pod.cmd.Start)
+	if _, err := io.ReadFull(said, told); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Open(fmt.Sprintf("/proc/%d/ns/mnt", pod.cmd.Process.Pid))
+	must(t, err)
+	defer file.Close()
+	ns := &namespace{file}
+	plugin := newProcess(t, "plugin", "--endpoint", r.endpoint("csi.sock"), "--pool", r.dir, "--engine", r.endpoint("engine.sock"))
+	plugin.start(func() error { return ns.start("", plugin.cmd.Start) })
+	t.Cleanup(func() { pod.kill(); plugin.kill() }) // in this order: whoever waits for the pod's server then gets an error
 	r.dial("csi.sock")
 
 	disk := r.create("disk", 16*mib, blockCapability(writer))
@@ -125,8 +143,12 @@ func TestStalledMount(t *testing.T) {
 		if fsType == fsXFS { // ext4 grows online only with CAP_SYS_RESOURCE
 			v.expand(v.target("pod"), v.size+64*mib)
 		}
+		must(t, ns.start("", func() error { return bindMount(filepath.Join(pods, "loop1"), v.target("pod"), false) })) // over it
 		snap := v.snapshot("snap")
-		v.unstage("pod")
+		_, err := r.NodeGetVolumeStats(t.Context(), &csi.NodeGetVolumeStatsRequest{VolumeId: v.id, VolumePath: v.target("pod")})
+		wantCode(t, codes.NotFound)(nil, err)
+		v.unpublishUnseen("pod")
+		v.unstage()
 		v.delete()
 		r.deleteSnapshots(snap)
 	}
@@ -141,12 +163,16 @@ func TestProgramLimit(t *testing.T) {
 	ns, err := newNamespace()
 	must(t, err)
 	defer ns.Close()
-	p := &programs{ns: ns, running: map[string]string{}, limit: 100 * time.Millisecond}
+	p := &programs{ns: ns, running: map[string]string{}, patience: 300 * time.Millisecond}
 	endless := program{device: "/dev/null", limit: thorough, command: []string{"sh", "-c", "trap '' TERM; sleep 1000 & wait; sleep 1000"}}
 	if _, err := p.run(endless); !errors.Is(err, context.DeadlineExceeded) || codeOf(err) != codes.DeadlineExceeded {
 		t.Errorf("got %v", err)
 	}
-	p.limit = 0
+	computing := program{device: "/dev/null", limit: 2 * time.Second, command: []string{"sh", "-c", "while :; do :; done"}}
+	start := time.Now()
+	if _, err := p.run(computing); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) < computing.limit {
+		t.Errorf("one that computes: %v", err)
+	}
 	o, err := p.run(program{device: "/dev/null", limit: thorough, command: []string{"cat", "/proc/self/mounts"}})
 	if err != nil || o.status != 0 {
 		t.Fatalf("%v, %+v", err, o)
@@ -155,5 +181,28 @@ func TestProgramLimit(t *testing.T) {
 	must(t, p.begin("/dev/null", "mkfs of an earlier call"))
 	if _, err := p.run(endless); codeOf(err) != codes.Aborted {
 		t.Errorf("beside another one: %v", err)
+	}
+}
+
+// unpublishUnseen is unpublish in a mount namespace that the test does not see: it looks for nothing.
+func (v *testVolume) unpublishUnseen(pod string) {
+	v.t.Helper()
+	ok[*csi.NodeUnpublishVolumeResponse](v.t)(v.NodeUnpublishVolume(v.t.Context(),
+		&csi.NodeUnpublishVolumeRequest{VolumeId: v.id, TargetPath: v.target(pod)}))
+}
+
+// TestThreadsEnd: no thread keeps what a program was shown, also when the process's first thread is at hand.
+func TestThreadsEnd(t *testing.T) {
+	var met atomic.Bool
+	for range 2000 {
+		must(t, onThread(func() error {
+			if unix.Gettid() == unix.Getpid() {
+				met.Store(true)
+			}
+			return nil
+		}))
+	}
+	if met.Load() {
+		t.Error("the main thread was changed")
 	}
 }
