@@ -46,9 +46,9 @@ differential: ## let QEMU and us take turns on HISTORIES=5000 random images, and
 	@bash -o pipefail -c 'nice $(GO) test ./pkg/qcow2 -run "TestDifferential$$" -differential $(or $(HISTORIES),5000) \
 		-parallel 8 -timeout 0 -v | grep --line-buffered -vE "^ *(===|--- PASS)"'
 
-damage: ## damage DAMAGED=300 images, check them as QEMU does, repair them and read them again
+damage: ## damage DAMAGED=300 images, check them as QEMU does, repair and read them; and use as many as QEMU does
 	@hack/setup.sh test
-	nice $(GO) test ./pkg/qcow2 -run "TestDamage$$" -damaged $(or $(DAMAGED),300) -sound 100 -timeout 0 -v | grep --line-buffered -vE "^ *(===|--- PASS) "
+	nice $(GO) test ./pkg/qcow2 -run "TestDamage$$|TestUseOfDamaged$$" -damaged $(or $(DAMAGED),300) -used $(or $(DAMAGED),300) -sound 100 -timeout 0 -v | grep --line-buffered -vE "^ *(===|--- PASS) "
 
 lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint

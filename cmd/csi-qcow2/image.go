@@ -37,16 +37,20 @@ What makes a new file gives it its name when it is whole: a run that fails or is
 
 // withImage opens the image at path for work and closes it afterwards.
 func withImage(path string, readOnly bool, work func(*qcow2.Image) error) (err error) {
-	f, err := qcow2.OpenFile(path, readOnly)
-	if err != nil {
-		return err
-	}
-	img, err := qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly})
+	img, err := openImage(path, readOnly)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, img.Close()) }()
 	return work(img)
+}
+
+func openImage(path string, readOnly bool) (*qcow2.Image, error) {
+	f, err := qcow2.OpenFile(path, readOnly)
+	if err != nil {
+		return nil, err
+	}
+	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly})
 }
 
 // createFlags are those of the commands that make an image.

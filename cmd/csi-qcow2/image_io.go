@@ -36,20 +36,48 @@ OFF and LEN are sizes; BYTE is from 0 to 255 or 0xff. NAME is all that follows o
 for.`,
 		Example: `  printf 'write 0 64K 0xaa\nsnapshot a\nwrite 0 4K 0xbb\ngoto a\nread 0 64K 0xaa\n' | csi-qcow2 image io disk.qcow2`,
 		Args:    takes("FILE"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return withImage(args[0], false, func(img *qcow2.Image) error {
-				s := ioSession{img: img, out: cmd.OutOrStdout(), buffer: make([]byte, copyChunk)}
-				return s.run(cmd.Context(), cmd.InOrStdin())
-			})
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			s := ioSession{path: args[0], out: cmd.OutOrStdout(), buffer: make([]byte, copyChunk)}
+			if s.img, err = openImage(s.path, true); err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, s.close()) }()
+			return s.run(cmd.Context(), cmd.InOrStdin())
 		},
 	}
 }
 
-// ioSession carries out the commands of `image io`.
+// ioSession carries out the commands of `image io`. Until one of them changes the image it is open for reading.
 type ioSession struct {
-	img    *qcow2.Image
+	path   string
+	img    *qcow2.Image // nil if it could not be opened again
+	writes bool         // it is open for writing
 	out    io.Writer
 	buffer []byte
+}
+
+func (s *ioSession) close() error {
+	if s.img == nil {
+		return nil
+	}
+	return s.img.Close()
+}
+
+// write opens the image for writing.
+func (s *ioSession) write() error {
+	if s.writes {
+		return nil
+	}
+	if err := s.img.Close(); err != nil {
+		return err
+	}
+	s.img = nil
+	img, err := openImage(s.path, false)
+	if err != nil {
+		return err
+	}
+	s.img, s.writes = img, true
+	return nil
 }
 
 func (s *ioSession) run(ctx context.Context, in io.Reader) error {
@@ -135,6 +163,9 @@ func (s *ioSession) do(ctx context.Context, verb, rest string) error {
 	case rest == "":
 		return errors.New("wants NAME")
 	}
+	if err := s.write(); err != nil {
+		return err
+	}
 	return change(s.img, rest)
 }
 
@@ -152,6 +183,9 @@ func byName(change func(*qcow2.Image, qcow2.Selector) error) func(*qcow2.Image, 
 // transfer carries out a command that has an offset and a length, in pieces of at most the buffer.
 func (s *ioSession) transfer(ctx context.Context, verb, rest string) error {
 	off, n, value, err := parseTransfer(verb, strings.Fields(rest))
+	if err == nil && verb != "read" {
+		err = s.write()
+	}
 	if err != nil {
 		return err
 	}

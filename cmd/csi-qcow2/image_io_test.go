@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -66,4 +68,38 @@ func TestIOErrors(t *testing.T) {
 	}
 	verify(t, image)
 	qemuIO(t, image, "read -P 1 0 4K") // what was done before the line that failed stays
+}
+
+// TestIOOfUncounted: of an image whose writer does not count clusters every byte stays, whatever is tried, and it can be read.
+func TestIOOfUncounted(t *testing.T) {
+	t.Parallel()
+	image := filepath.Join(t.TempDir(), "x.qcow2")
+	qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
+	qemuIO(t, image, "write -P 1 0 8M")
+	before, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear(before[128<<10 : 192<<10]) // the refcount block
+	if err := os.WriteFile(image, before, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mustRunWith(t, "read 0 8M 1", "image", "io", image)
+	for _, args := range [][]string{
+		{"image", "io", image},
+		{"image", "snapshot", "create", image, "s"},
+		{"image", "resize", image, "128M"},
+		{"image", "snapshot", "delete", image, "none"},
+	} {
+		r := runWith(t, "read 0 8M 1\nwrite 0 64K 2", args...)
+		if r.status != 1 || !strings.Contains(r.stderr, "image check --repair all") {
+			t.Errorf("%q: exit status %d, %q", args, r.status, r.stderr)
+		}
+	}
+	if after, err := os.ReadFile(image); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the image was changed: %v", err)
+	}
+	mustRun(t, "image", "check", "--repair", "all", image)
+	mustRunWith(t, "write 8M 64K 2\nread 0 8M 1", "image", "io", image)
+	verify(t, image)
 }

@@ -82,6 +82,10 @@ type checker struct {
 	length int64 // of the file, rounded up to sectors
 
 	clusterMap
+	harmless  int64           // of the corruptions: whoever writes to the image destroys nothing for their sake
+	worst     string          // the first of the others
+	miscopied map[int64]int64 // offset and length of tables with COPIED on what is not counted once
+
 	clusters int64               // host clusters: in the file, or the one behind it that a reference begins in
 	l1       []l1Region          // L1 tables to walk, the active one first
 	l2       []l2Region          // L2 tables found in them
@@ -113,7 +117,8 @@ func newChecker(stop func() error, f File, h header, progress func(done, total i
 	}
 	c := &checker{
 		stop: stop, file: f, h: &h, g: h.geometry(), progress: progress, clusterMap: newClusterMap(),
-		length: (size + sectorSize - 1) &^ (sectorSize - 1),
+		miscopied: make(map[int64]int64),
+		length:    (size + sectorSize - 1) &^ (sectorSize - 1),
 	}
 	c.clusters = c.g.clusters(c.length)
 	c.result.Clusters = c.g.clusters(h.size)
@@ -156,7 +161,7 @@ func (c *checker) markSnapshotTable() error {
 	for i := range rows {
 		row := &rows[i]
 		if c.h.version >= 3 && row.extraSize < 16 {
-			c.corrupt(1, "snapshot table row %d (id %q, name %q) has %d bytes of extra data, at least 16 are due",
+			c.blemish(1, "snapshot table row %d (id %q, name %q) has %d bytes of extra data, at least 16 are due",
 				i, row.id, row.name, row.extraSize)
 		}
 		if row.l1Offset < 0 && c.g.aligned(row.l1Offset) && row.l1Size > 0 {
@@ -173,6 +178,16 @@ func (c *checker) markSnapshotTable() error {
 
 // corrupt notes a corruption that n paths lead to.
 func (c *checker) corrupt(n int64, format string, args ...any) {
+	if c.worst == "" {
+		c.worst = fmt.Sprintf(format, args...)
+	}
+	c.result.Corruptions += n
+	c.problem(format, args...)
+}
+
+// blemish notes a corruption that is harmless.
+func (c *checker) blemish(n int64, format string, args ...any) {
+	c.harmless += n
 	c.result.Corruptions += n
 	c.problem(format, args...)
 }

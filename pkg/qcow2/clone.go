@@ -40,6 +40,7 @@ func Clone(ctx context.Context, dst File, v *View, size int64, progress func(don
 		err = fmt.Errorf("clone %s to %s: %w", v.img.f.Name(), dst.Name(), err)
 		return errors.Join(err, dst.Truncate(0))
 	}
+	vouch(dst)
 	return nil
 }
 

@@ -77,7 +77,7 @@ func (img *Image) retire(rs runs) error {
 		n.deferred = append(n.deferred, rs...)
 	}
 	img.mu.Unlock()
-	if n != nil {
+	if n != nil || img.corrupt.Load() != nil { // what a damaged image says is free may be in use
 		return nil
 	}
 	err := img.alloc.release(rs)

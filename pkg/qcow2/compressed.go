@@ -3,9 +3,11 @@ package qcow2
 import (
 	"bytes"
 	"compress/flate"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"sync"
 
 	"github.com/klauspost/compress/zstd"
@@ -34,12 +36,15 @@ type decompressStream struct {
 	reset   func(*bytes.Reader) error
 }
 
-// newDecompressStream makes a decoder for clusters of size bytes; it needs no larger window.
+// zstdWindow is the largest window that a zstd decoder must know (RFC 8878), and that ours makes room for.
+const zstdWindow = 8 << 20
+
+// newDecompressStream makes a decoder for clusters of size bytes.
 func newDecompressStream(kind uint8, size int) (*decompressStream, error) {
 	s := new(decompressStream)
 	if kind == compressionZstd {
 		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-			zstd.WithDecoderMaxWindow(uint64(max(size, zstd.MinWindowSize))))
+			zstd.WithDecoderMaxWindow(uint64(max(size, zstdWindow))))
 		if err != nil {
 			return nil, fmt.Errorf("make a zstd decompressor: %w", err)
 		}
@@ -65,6 +70,9 @@ func (z *decompressor) decompress(dst, src []byte) error {
 	defer z.idle.Put(s)
 	defer s.src.Reset(nil) // the caller owns src
 
+	if z.kind == compressionZstd {
+		src = narrowWindow(src, len(dst))
+	}
 	s.src.Reset(src)
 	err := s.reset(&s.src)
 	n := 0
@@ -75,4 +83,22 @@ func (z *decompressor) decompress(dst, src []byte) error {
 		return fmt.Errorf("%w: %w: compressed cluster of %d bytes yields %d of %d: %w", ErrCorrupt, errContent, len(src), n, len(dst), err)
 	}
 	return nil
+}
+
+// narrowWindow returns a zstd frame with a window that is no larger than its content of size bytes, a power of two, can use. A
+// stream whose encoder did not know the size asks for as much as its level has, up to 128 MiB.
+func narrowWindow(frame []byte, size int) []byte {
+	const magic, descriptor, window = 0xfd2fb528, 4, 5 // offsets in the frame
+	const singleSegment = 1 << 5                       // there is no window
+	const maxBlock = 128 << 10                         // a block is no larger than the window
+	if len(frame) <= window || binary.LittleEndian.Uint32(frame) != magic || frame[descriptor]&singleSegment != 0 {
+		return frame
+	}
+	enough := byte(bits.Len(uint(max(size, maxBlock)))-1-10) << 3
+	if frame[window] <= enough {
+		return frame
+	}
+	frame = bytes.Clone(frame)
+	frame[window] = enough
+	return frame
 }

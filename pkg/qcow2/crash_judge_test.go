@@ -112,7 +112,11 @@ func (j *judge) judge(c crash, allowed []crashState, running []*crashOp) {
 			j.fail(c, running, c.file, "qemu-img check exits %d", r.exit)
 		}
 	}
-	img, err := Open(c.file.clone(), OpenOptions{})
+	file := c.file.clone()
+	if c.calls%8 != 0 { // the opening would verify what has just been checked
+		file.disguise()
+	}
+	img, err := Open(file, OpenOptions{})
 	if err != nil {
 		j.fail(c, running, c.file, "%v", err)
 	}

@@ -65,6 +65,7 @@ func Create(f File, size int64, o CreateOptions) error {
 		// Nothing half-made is left, and no space taken.
 		return errors.Join(fmt.Errorf("create %s: %w", f.Name(), err), f.Truncate(0))
 	}
+	vouch(f)
 	return nil
 }
 

@@ -8,7 +8,7 @@ type Direct struct{ lock guestRange }
 // mapped in memory and, for a write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by
 // itself, and calls EndDirect. If not, nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
 func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, ok bool) {
-	if !img.gate.TryRLock() {
+	if write && img.f.leaseEnded() || !img.gate.TryRLock() {
 		return 0, false
 	}
 	size := img.Size()

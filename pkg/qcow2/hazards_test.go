@@ -26,7 +26,7 @@ func openHazard(t *testing.T, f *memFile) *Image {
 func refuses(t *testing.T, f *memFile, want error, do func(*Image) error) {
 	t.Helper()
 	calls, memory := fuzzLimits(f)
-	w := watch(f, 32<<20, 8*calls)
+	w := watch(f.disguise(), 32<<20, 8*calls)
 	within(t, 4*memory, func() {
 		img, err := Open(w, OpenOptions{})
 		if err == nil {

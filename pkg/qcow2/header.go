@@ -43,7 +43,7 @@ type header struct {
 	snapshotsOffset  int64  // bytes 64-71
 	incompatible     uint64 // bytes 72-79, version 3 and later as all below
 	compatible       uint64 // bytes 80-87
-	autoclear        uint64 // bytes 88-95
+	autoclear        uint64 // bytes 88-95; none in the header of an image that is open for writing
 	refcountOrder    uint   // bytes 96-99
 	length           int64  // bytes 100-103
 	compressionType  uint8  // byte 104

@@ -84,10 +84,14 @@ type Image struct {
 // Open takes ownership of f: Close closes it, and so does Open when it fails. The image is not probed for
 // other formats; features that are not supported are refused by name with ErrUnsupported. An image that is marked
 // corrupt is opened for reading only: ErrCorrupt. To open one for writing that is marked dirty, for its writer postponed its
-// reference counts, takes a walk through all of its metadata, which counts them.
+// reference counts, takes a walk through all of its metadata, which counts them. So does one that others have written since we
+// did, or the first time: ErrCorrupt if its counts are too low. Until something is changed the file stays as it is.
 func Open(f File, o OpenOptions) (*Image, error) {
 	img, err := open(f, o)
 	if err != nil {
+		if errors.Is(err, ErrCorrupt) && !errors.Is(err, errRepair) {
+			err = fmt.Errorf("%w; %w", err, errRepair)
+		}
 		return nil, errors.Join(fmt.Errorf("open %s: %w", f.Name(), err), f.Close())
 	}
 	return img, nil
@@ -99,7 +103,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	switch {
+	switch sound := vouched(file) || o.Redo.used(); {
 	case o.ReadOnly:
 	case h.incompatible&incompatCorrupt != 0:
 		return nil, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, errRepair)
@@ -108,6 +112,10 @@ func open(file File, o OpenOptions) (*Image, error) {
 			return nil, err
 		}
 		if h, err = readHeader(f, decodeHeader); err != nil {
+			return nil, err
+		}
+	case !sound:
+		if err := verify(file, h); err != nil {
 			return nil, err
 		}
 	}
@@ -122,7 +130,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 	}
 	img.packed.kind = h.compressionType
 	img.hdr.Store(&h)
-	if img.l1, err = readL1(f, g, h.l1Offset, h.l1Size); err != nil {
+	if img.l1, err = readL1(f, g, h.l1Offset, h.l1Size, o.ReadOnly); err != nil {
 		return nil, fmt.Errorf("active L1 table: %w", err)
 	}
 	if img.rows, img.rowBytes, err = readSnapshotTable(f, &h); err != nil {
@@ -146,13 +154,23 @@ func open(file File, o OpenOptions) (*Image, error) {
 		return nil, err
 	}
 	if h.autoclear != 0 {
-		// We maintain none of these features: say so before the first write.
-		err = img.switchHeader(func(h *header) { h.autoclear = 0 })
+		f.first = img.clearFeatures
+		h.autoclear = 0
+		img.hdr.Store(&h)
 	}
-	if err == nil && o.Redo != nil {
+	if o.Redo != nil {
 		err = img.replay(o.Redo)
 	}
 	return img, err
+}
+
+// clearFeatures says before the first write that we maintain none of the features that an autoclear bit stands for. The header
+// in memory has none of the bits from the start.
+func (img *Image) clearFeatures() error {
+	if _, err := img.f.File.WriteAt(img.hdr.Load().encode(), 0); err != nil {
+		return fmt.Errorf("clear the autoclear features: %w", err)
+	}
+	return img.f.File.Sync()
 }
 
 // readHeader reads and decodes the header, whose extensions may fill the first cluster.
@@ -170,13 +188,14 @@ func readHeader(f File, decode func([]byte) (header, error)) (header, error) {
 	return decode(b)
 }
 
-// readL1 reads a table of entries L1 entries. It is bounded by the file, whatever the header claims.
-func readL1(f File, g geometry, off, entries int64) ([]l1Entry, error) {
+// readL1 reads a table of entries L1 entries. What follows from it is bounded by the file, whatever the header claims. Some writers
+// leave a table of zeros out at the end of the file: then it can be read only, for a file that was cut short looks the same.
+func readL1(f File, g geometry, off, entries int64, readOnly bool) ([]l1Entry, error) {
 	length, err := f.Size()
 	if err != nil {
 		return nil, err
 	}
-	if entries > 0 && off+entries*8-length >= g.clusterSize { // the file's last cluster may be cut, or missing if it is zeros
+	if !readOnly && entries > 0 && off+entries*8-length >= g.clusterSize { // the file's last cluster may be cut, or missing if it is zeros
 		return nil, fmt.Errorf("%w: %d entries at file offset %#x reach beyond the end of the file", ErrCorrupt, entries, off)
 	}
 	b := make([]byte, entries*8)
@@ -280,8 +299,10 @@ func (img *Image) Close() error {
 	img.background.Wait()
 	var err error
 	if !img.readOnly {
-		if err = img.commit(); err == nil {
-			err = img.alloc.close()
+		if err = img.commit(); err == nil && img.f.changed() && img.corrupt.Load() == nil {
+			if err = img.alloc.close(); err == nil {
+				vouch(img.f.File)
+			}
 		}
 	}
 	return errors.Join(err, img.f.Close())
@@ -336,6 +357,7 @@ func (img *Image) judge(err error) error {
 	if err == nil || img.readOnly || !errors.Is(err, ErrCorrupt) || errors.Is(err, errContent) {
 		return err
 	}
+	disown(img.f.File)
 	cause := fmt.Errorf("%w; nothing is written any more; %w", err, errRepair)
 	if !img.corrupt.CompareAndSwap(nil, &cause) || img.version < 3 {
 		return err // version 2 has no bit for it

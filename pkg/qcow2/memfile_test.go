@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // This file holds the file that tests put behind an image: memFile keeps its content in memory, fails
@@ -169,9 +170,48 @@ type memFile struct {
 	calls   int                  // how many were made
 	log     *crashLog            // nil: not recording
 	closed  bool
+	mark    []byte
+	written int64  // time of the last change, by a method: others leave no trace
+	boot    string // of the machine
 }
 
-func newMemFile(name string) *memFile { return &memFile{name: name, content: newSparse()} }
+func newMemFile(name string) *memFile {
+	return &memFile{name: name, content: newSparse(), boot: "this boot"}
+}
+
+func (f *memFile) State() (fileState, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return fileState{Inode: 1, Size: f.content.size, Written: f.written}, nil
+}
+
+func (f *memFile) SetWritten(t int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.written = t
+	return nil
+}
+
+func (f *memFile) Mark() ([]byte, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.mark, nil
+}
+
+func (f *memFile) SetMark(mark []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mark = mark
+	return nil
+}
+
+func (f *memFile) Boot() string { return f.boot }
+
+// disguise makes whatever is in the file pass for sound.
+func (f *memFile) disguise() *memFile {
+	vouch(f)
+	return f
+}
 
 // loadMemFile copies a file of the file system.
 func loadMemFile(t testing.TB, path string) *memFile {
@@ -220,7 +260,7 @@ func (f *memFile) save(t testing.TB, path string) {
 func (f *memFile) clone() *memFile {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return &memFile{name: f.name, content: f.content.clone()}
+	return &memFile{name: f.name, content: f.content.clone(), mark: f.mark, written: f.written, boot: f.boot}
 }
 
 // reopen undoes Close, as opening the path again would.
@@ -298,6 +338,9 @@ const maxMemFile = 16 << 40
 
 // done records a call that changed the file. The caller holds mu.
 func (f *memFile) done(c fileCall) {
+	if c.kind != callSync {
+		f.written = time.Now().UnixNano()
+	}
 	if f.log != nil {
 		f.log.calls = append(f.log.calls, c)
 	}

@@ -1,6 +1,10 @@
 package qcow2
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+	"io"
+)
 
 // ReadAt reads len(p) bytes of the active disk at off, all of them or an error.
 func (img *Image) ReadAt(p []byte, off int64) (int, error) {
@@ -57,7 +61,7 @@ func follows(a, b l2Entry, g geometry) bool {
 func (img *Image) readRun(p []byte, in int64, e l2Entry) error {
 	switch e.kind() {
 	case kindData:
-		return readPadded(img.f, p, e.offset()+in)
+		return img.readData(p, e.offset()+in)
 	case kindMixed:
 		return img.readMixed(p, in, e)
 	case kindCompressed:
@@ -72,6 +76,28 @@ func (img *Image) readRun(p []byte, in int64, e l2Entry) error {
 	return nil
 }
 
+// readData reads data clusters. The file's last cluster may be cut, and the rest of it is zeros. One that lies behind the end was
+// lost: ErrCorrupt.
+func (img *Image) readData(p []byte, off int64) error {
+	n, err := img.f.ReadAt(p, off)
+	if err == nil || n == len(p) {
+		return nil
+	}
+	if !errors.Is(err, io.EOF) {
+		return err
+	}
+	length, err := img.f.Size()
+	if err != nil {
+		return err
+	}
+	if last := (off + int64(len(p)) - 1) &^ (img.g.clusterSize - 1); last >= roundToSectors(length) {
+		return fmt.Errorf("%w: the data cluster at file offset %#x is behind the end of the file, which has %d bytes: it was cut short",
+			ErrCorrupt, last, length)
+	}
+	clear(p[n:])
+	return nil
+}
+
 // readMixed reads the subclusters that hold data; the others are zeros.
 func (img *Image) readMixed(p []byte, in int64, e l2Entry) error {
 	for len(p) > 0 {
@@ -79,7 +105,7 @@ func (img *Image) readMixed(p []byte, in int64, e l2Entry) error {
 		n = min(n, int64(len(p)))
 		if !allocated {
 			clear(p[:n])
-		} else if err := readPadded(img.f, p[:n], e.offset()+in); err != nil {
+		} else if err := img.readData(p[:n], e.offset()+in); err != nil {
 			return err
 		}
 		p, in = p[n:], in+n

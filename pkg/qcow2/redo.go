@@ -57,6 +57,9 @@ func NewRedoLog(words []uint64) (*RedoLog, error) {
 	return l, nil
 }
 
+// used tells whether a process had an image open with the log.
+func (l *RedoLog) used() bool { return l != nil && l.words[redoCluster] != 0 }
+
 func (l *RedoLog) capacity() uint64 { return uint64(len(l.words)-redoHeader) / redoWords }
 func (l *RedoLog) begin() uint64    { return atomic.LoadUint64(&l.words[redoBegin]) }
 

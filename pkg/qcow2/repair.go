@@ -51,6 +51,7 @@ type repairer struct {
 	kind     RepairKind
 	progress func(done, total int64)
 	phase    int64
+	found    *checker // the check before the repair, nil if it could not be made
 	result   RepairResult
 }
 
@@ -77,7 +78,7 @@ func (r *repairer) run() error {
 	case r.stop() != nil:
 		return r.stop()
 	case err == nil:
-		r.result.Found = c.result
+		r.result.Found, r.found = c.result, c
 	case r.kind != RepairAll, !isDamage(err):
 		return err
 	default:
@@ -95,6 +96,27 @@ func (r *repairer) run() error {
 		return err
 	}
 	return r.verify()
+}
+
+// maxKnown bounds what isAllKnown reads, in bytes.
+const maxKnown = 64 << 30
+
+// isAllKnown tells whether everything in the file but zeros is in use: then no table that is missing has led to it.
+func (r *repairer) isAllKnown() bool {
+	c := r.found
+	if c == nil || c.length > maxKnown {
+		return false
+	}
+	b := make([]byte, c.g.clusterSize)
+	for cluster := range c.g.clusters(c.length) {
+		if k, i := c.group(cluster); k.refs.get(i) > 0 {
+			continue
+		}
+		if readPadded(r.f, b, cluster<<c.g.clusterBits) != nil || !onlyZeros(b) {
+			return false
+		}
+	}
+	return true
 }
 
 // isDamage tells whether what was read is wrong. What merely cannot be read just now must not be given up.
@@ -128,12 +150,20 @@ func (r *repairer) verify() error {
 		r.result.Left = c.result
 	}
 	const bits = incompatDirty | incompatCorrupt
-	if r.result.Left.Corruptions+r.result.Left.Errors > 0 || h.incompatible&bits == 0 {
+	if r.result.Left.Corruptions+r.result.Left.Errors > 0 {
 		return nil
 	}
-	h.incompatible &^= bits
-	r.note("the dirty and the corrupt bit were cleared")
-	return r.switchHeader(h)
+	if h.incompatible&bits != 0 {
+		h.incompatible &^= bits
+		r.note("the dirty and the corrupt bit were cleared")
+		if err := r.switchHeader(h); err != nil {
+			return err
+		}
+	}
+	if !vouched(r.f) {
+		vouch(r.f)
+	}
+	return nil
 }
 
 // switchHeader makes h the live header. All that it selects has been written.

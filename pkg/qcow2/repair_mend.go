@@ -41,7 +41,10 @@ func (b *rebuild) mendL1Table(l1 *l1Region) error {
 		return err
 	}
 	es := decodeL1(raw)
-	changed := false
+	changed := b.behindEnd(*l1)
+	if changed {
+		b.r.note("%s, at %#x, was behind the end of the file: it is zeros", l1.from.use, l1.offset)
+	}
 	for i, e := range es {
 		if e == 0 {
 			continue

@@ -33,7 +33,7 @@ func (r *repairer) rebuild(h header, lossless bool) error {
 	b.next = b.first
 	lost := r.result.Lost
 	for _, step := range []func() error{
-		b.markHeader, b.salvageRows, b.mendL1Tables, b.mendL2Tables,
+		b.markHeader, func() error { return b.salvageRows(lossless) }, b.mendL1Tables, b.mendL2Tables,
 		func() error {
 			if lossless && r.result.Lost > lost {
 				return fmt.Errorf("%w: references lead nowhere; %w", ErrCorrupt, errRepair)
@@ -50,13 +50,18 @@ func (r *repairer) rebuild(h header, lossless bool) error {
 	return r.switchHeader(*b.h)
 }
 
+// behindEnd tells whether an L1 table reaches behind the last cluster of the file. As QEMU has it, what it says there is nothing.
+func (b *rebuild) behindEnd(l1 l1Region) bool {
+	return l1.offset+l1.entries*8 > b.g.clusters(b.length)<<b.g.clusterBits
+}
+
 // salvageRows reads the snapshot table as far as it goes.
-func (b *rebuild) salvageRows() error {
+func (b *rebuild) salvageRows(lossless bool) error {
 	if err := b.h.checkL1Table(); err != nil {
 		return err
 	}
 	b.l1 = append(b.l1, l1Region{offset: b.h.l1Offset, entries: b.h.l1Size, from: origin{use: useL1}})
-	if b.h.l1Offset+b.h.l1Size*8 > b.g.clusters(b.length)<<b.g.clusterBits {
+	if b.behindEnd(b.l1[0]) && (lossless || !b.r.isAllKnown()) {
 		return fmt.Errorf("%w: the active L1 table, %d entries at offset %#x, is behind the end of the file: nothing tells where the disk is",
 			ErrCorrupt, b.h.l1Size, b.h.l1Offset)
 	}
@@ -100,7 +105,7 @@ func (b *rebuild) salvageRow(i int, row *snapshotRow) {
 		row.diskSize = b.h.size
 	}
 	err := row.check(b.g)
-	if err == nil && row.l1Offset+row.l1Size*8 > b.g.clusters(b.length)<<b.g.clusterBits {
+	if err == nil && b.behindEnd(l1Region{offset: row.l1Offset, entries: row.l1Size}) {
 		err = fmt.Errorf("%w: L1 table at offset %#x, behind the end of the file", ErrCorrupt, row.l1Offset)
 	}
 	if err != nil {

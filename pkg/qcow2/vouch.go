@@ -1,0 +1,198 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+	"time"
+)
+
+// A cluster whose count is 0 is given to somebody else, punched, and cut off the end of the file; one that is marked COPIED is
+// written in place. In an image whose counts are too low, as some writers leave them, that destroys what is in use. So an
+// image is opened for writing only if its counts are vouched for:
+//
+//   - its mark says that nobody but us has written to the file since we wrote it from scratch, repaired or verified it, or
+//   - a process of ours had it open until now, and left its redo log, or
+//   - it is verified now: a walk through all metadata, which has to find each cluster counted as often as it is referenced.
+//
+// The mark is kept beside the content, in an extended attribute, and names the file and its state: inode, time of birth, length
+// and time of the last write, as a clean close leaves them. So a copy does not have it, and any program that writes to the
+// file makes it void, whether it knows of us or not. Only what changes a file and sets its times back afterwards is not noticed.
+//
+// While we write, the mark says so instead. It is void until the image is closed, but for another boot of the machine: after a
+// power cut the image is what we have made of it, for which the order of our writes vouches, unless somebody has written to it
+// later. To tell the two apart the mark says until when our writes may go on, and is renewed in time. A file that was
+// written within that time, or not since the mark was made, is ours: no machine starts again so soon.
+//
+// The mark need not be durable at any time. Whichever of ours is found fits only states that we have made, and one that does not
+// fit costs a verification.
+
+// A marker is a File that can keep a mark.
+type marker interface {
+	// State tells files and what they hold apart.
+	State() (fileState, error)
+	// SetWritten sets the time of the last write, in nanoseconds since 1970, as far as the file system keeps it.
+	SetWritten(t int64) error
+	// Mark returns the mark, nil if there is none.
+	Mark() ([]byte, error)
+	// SetMark replaces it; nil removes it.
+	SetMark(mark []byte) error
+	// Boot tells boots of the machine apart: 16 bytes, or none if that is not known.
+	Boot() string
+}
+
+// fileState is the identity of a file, and of its content as far as its length and times tell.
+type fileState struct {
+	Inode   uint64
+	Born    int64 // nanoseconds since 1970, as the next
+	Size    int64
+	Written int64
+}
+
+// soundMark is a mark.
+type soundMark struct {
+	Version uint8
+	Open    bool
+	File    fileState // as it was closed, or as it was before it was written to from now on
+	Boot    [8]byte   // Open: who writes
+	Until   int64     // Open: when that ends
+}
+
+const (
+	markVersion = 1
+	// markLease is for how long a mark says that the file is written to: less than a machine takes to start.
+	markLease = 10 * time.Second
+)
+
+// fits tells whether a file in this state is what the mark vouches for.
+func (m soundMark) fits(st fileState, boot string) bool {
+	switch {
+	case m.Version != markVersion || m.File.Inode != st.Inode || m.File.Born != st.Born:
+		return false
+	case !m.Open:
+		return m.File == st
+	case boot == "" || m.Boot == shortBoot(boot):
+		return false
+	}
+	return st.Written == m.File.Written || st.Written <= m.Until && st.Written >= m.Until-int64(markLease)
+}
+
+func shortBoot(boot string) (b [8]byte) {
+	copy(b[:], boot)
+	return b
+}
+
+// vouched tells whether the mark of f fits.
+func vouched(f File) bool {
+	k, ok := f.(marker)
+	if !ok {
+		return false
+	}
+	raw, err := k.Mark()
+	if err != nil {
+		return false
+	}
+	var m soundMark
+	if n, err := binary.Decode(raw, binary.BigEndian, &m); err != nil || n != len(raw) {
+		return false
+	}
+	st, err := k.State()
+	return err == nil && m.fits(st, k.Boot())
+}
+
+// vouch leaves a mark that fits the file as it is now. All that was written must be sound. Without a mark the next who opens
+// it verifies: so errors cost no more than that.
+func vouch(f File) {
+	k, ok := f.(marker)
+	if !ok {
+		return
+	}
+	// The system's own times may be as coarse as its clock's ticks: a write that comes at once would not be told apart.
+	now := time.Now().UnixNano()
+	if k.SetWritten(now) != nil {
+		return
+	}
+	if st, err := k.State(); err == nil && st.Written == now {
+		_ = setMark(k, soundMark{File: st})
+	}
+}
+
+// disown takes the mark away.
+func disown(f File) {
+	if k, ok := f.(marker); ok {
+		_ = k.SetMark(nil)
+	}
+}
+
+func setMark(k marker, m soundMark) error {
+	m.Version = markVersion
+	b, err := binary.Append(nil, binary.BigEndian, m)
+	if err != nil {
+		return err
+	}
+	return k.SetMark(b)
+}
+
+// lease says in the mark that f is written to from now on, and returns when it has to be called again, in nanoseconds since
+// 1970. If it fails an older mark stays, which does not fit what is written.
+func lease(f File) int64 {
+	k, ok := f.(marker)
+	if !ok {
+		return math.MaxInt64
+	}
+	now := time.Now().UnixNano()
+	if st, err := k.State(); err == nil {
+		_ = setMark(k, soundMark{Open: true, File: st, Boot: shortBoot(k.Boot()), Until: now + int64(markLease)})
+	}
+	return now + int64(markLease)/2
+}
+
+// verify walks through all metadata of an image for which nothing vouches. ErrCorrupt, and nothing changed, if a cluster is
+// counted less often than it is referenced, or anything else contradicts the format. COPIED flags that the counts do not
+// allow are cleared: without them a write goes elsewhere.
+func verify(f File, h header) error {
+	c, err := newChecker(func() error { return nil }, f, h, nil)
+	if err == nil {
+		err = c.check()
+	}
+	if err != nil {
+		return fmt.Errorf("verify what others have written: %w", err)
+	}
+	if n := c.result.Corruptions - c.harmless; n+c.result.Errors > 0 {
+		return fmt.Errorf("%w: others have written it, and %d of its references and counts cannot be right (%s): to write would destroy data; %w",
+			ErrCorrupt, max(n, 1), c.worst, errRepair)
+	}
+	if err := c.clearCopied(); err != nil {
+		return fmt.Errorf("clear COPIED flags of clusters that are shared: %w", err)
+	}
+	return nil
+}
+
+// clearCopied clears the flags that check has found on clusters that are not counted once.
+func (c *checker) clearCopied() error {
+	for at, size := range c.miscopied {
+		b := make([]byte, size)
+		if err := readPadded(c.file, b, at); err != nil {
+			return err
+		}
+		stride := int64(8)
+		if at != c.h.l1Offset {
+			stride = c.g.l2EntrySize()
+		}
+		var dirty sectorSet
+		for i := int64(0); i < size; i += stride {
+			e := binary.BigEndian.Uint64(b[i:])
+			if e&(flagCopied|flagCompressed) == flagCopied && e&offsetMask != 0 && c.stored(int64(e&offsetMask)) != 1 {
+				binary.BigEndian.PutUint64(b[i:], e&^flagCopied)
+				dirty.add(i / sectorSize)
+			}
+		}
+		if err := writeAll(c.file, dirty.parts(b, at)); err != nil {
+			return err
+		}
+	}
+	if len(c.miscopied) == 0 {
+		return nil
+	}
+	return c.file.Sync()
+}
