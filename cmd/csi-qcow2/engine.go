@@ -95,6 +95,20 @@ func newWorkerCommand() *cobra.Command {
 	return cmd
 }
 
+// newHelperCommand is what the engine starts to do what may have to wait for a volume.
+func newHelperCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "helper",
+		Short:  "Freeze and thaw a file system (the engine starts this)",
+		Hidden: true,
+		Args:   takes(),
+		RunE: func(*cobra.Command, []string) error {
+			protectMemory()
+			return engine.RunHelper()
+		},
+	}
+}
+
 // addJournalFlag adds what only tests of newer kernels need.
 func addJournalFlag(cmd *cobra.Command, journal *bool) {
 	cmd.Flags().BoolVar(journal, "journal", false, "keep unanswered requests as on a kernel before 6.9")

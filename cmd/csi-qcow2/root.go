@@ -21,7 +21,8 @@ On a node run "holder", which keeps the block devices, "engine", which serves th
 plugin, on one pool.
 For administrators there are "pool" and "image"; an image that is not attached can also be handled
 with QEMU's own tools at any time.`,
-		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand())
+		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand(),
+		newHelperCommand())
 	root.Version = version
 	root.SilenceErrors = true // exitStatus prints them
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {

@@ -44,17 +44,18 @@ func (d *Driver) mountedFileSystem(ctx context.Context, id string) (*os.File, er
 }
 
 // openMount opens a mount's directory; nil if something else is mounted over it, which is not touched: it may be a pod's, whose
-// server never answers.
+// server never answers. It is no more than a path (O_PATH): to open it may have to wait for the volume.
 func openMount(m mountPoint) (*os.File, error) {
 	if top, err := mountAt(m.path); err != nil || top == nil || top.dev != m.dev {
 		return nil, err
 	}
-	dir, err := os.OpenFile(m.path, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	dir, err := os.OpenFile(m.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open a mounted volume to freeze it: %w", err)
 	}
-	var st unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &st); err != nil || st.Dev != m.dev {
+	var st unix.Statx_t
+	err = unix.Statx(int(dir.Fd()), "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
+	if err != nil || unix.Mkdev(st.Dev_major, st.Dev_minor) != m.dev {
 		_ = dir.Close()
 		return nil, err
 	}

@@ -25,7 +25,8 @@ import (
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		run := map[string]func(context.Context, []string) error{
-			"worker": runTestWorker, "engine": runTestEngine, "plugin": runTestPlugin, "stalled": runStalled,
+			"worker": runTestWorker, "helper": runTestHelper, "engine": runTestEngine, "plugin": runTestPlugin,
+			"stalled": runStalled,
 		}[os.Args[1]]
 		if run != nil {
 			os.Exit(exitCode(run))
@@ -54,6 +55,8 @@ func runTestWorker(ctx context.Context, args []string) error {
 	_ = flags.Parse(args)
 	return engine.RunWorker(ctx, o)
 }
+
+func runTestHelper(context.Context, []string) error { return engine.RunHelper() }
 
 func runTestEngine(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("engine", flag.ExitOnError)

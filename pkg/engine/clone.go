@@ -125,3 +125,12 @@ func sweepClones(img *qcow2.Image, volume string, orphans []qcow2.Snapshot) {
 		}
 	}
 }
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}

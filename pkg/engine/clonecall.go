@@ -70,7 +70,11 @@ func (s *service) joinClone(ctx context.Context, r *api.CloneRequest) (*cloneCal
 	c := &cloneCall{request: r, done: make(chan struct{})}
 	s.makeRoom()
 	s.clones[r.GetTarget()] = c
-	s.tasks.Go(func() { s.runClone(context.WithoutCancel(ctx), w, c) })
+	s.tasks.Go(func() {
+		ctx, cancel := s.outlive(ctx)
+		defer cancel()
+		s.runClone(ctx, w, c)
+	})
 	return c, nil
 }
 

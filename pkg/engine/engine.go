@@ -58,6 +58,7 @@ type Options struct {
 type hooks struct {
 	frozen         func()        // after FIFREEZE
 	orphanPatience time.Duration // if not 0
+	maxFreezing    time.Duration // if not 0
 	maxFrozen      time.Duration // if not 0
 	answerAfter    time.Duration // if not 0
 }

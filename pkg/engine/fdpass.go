@@ -20,7 +20,7 @@ const (
 	fdSocketSuffix = ".fds"
 	maxTokenLen    = 64
 	maxTokens      = 64
-	// tokenLifetime is short because a held descriptor keeps its file system from being unmounted.
+	// tokenLifetime is short because a held directory keeps its file system from being unmounted.
 	tokenLifetime = 30 * time.Second
 	fdCallTimeout = 5 * time.Second
 )
@@ -63,7 +63,7 @@ func exchangeFD(conn *net.UnixConn, token string, dir *os.File, reply []byte) (i
 	return n, err
 }
 
-// fdStore holds the descriptors that were passed and not yet used.
+// fdStore holds the directories that were passed and not yet used: each is in a helper, and not in the engine.
 type fdStore struct {
 	lifetime time.Duration
 
@@ -72,7 +72,7 @@ type fdStore struct {
 }
 
 type heldFD struct {
-	dir    *os.File
+	helper *helper
 	expiry *time.Timer
 }
 
@@ -80,8 +80,8 @@ func newFDStore(lifetime time.Duration) *fdStore {
 	return &fdStore{lifetime: lifetime, held: map[string]heldFD{}}
 }
 
-// put takes over dir. Its descriptor is closed when nobody takes it in time.
-func (s *fdStore) put(token string, dir *os.File) error {
+// put takes over a helper that has a directory. It ends when nobody takes it in time.
+func (s *fdStore) put(token string, h *helper) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -93,17 +93,19 @@ func (s *fdStore) put(token string, dir *os.File) error {
 	if _, taken := s.held[token]; taken {
 		return errors.New("the token is taken")
 	}
-	expiry := time.AfterFunc(s.lifetime, func() {
-		if unused, err := s.take(token); err == nil {
-			unused.Close()
-		}
-	})
-	s.held[token] = heldFD{dir, expiry}
+	s.held[token] = heldFD{h, time.AfterFunc(s.lifetime, func() { s.drop(token) })}
 	return nil
 }
 
-// take returns the directory of a token, once; the caller closes it.
-func (s *fdStore) take(token string) (*os.File, error) {
+// drop ends the helper of a token that nobody has taken.
+func (s *fdStore) drop(token string) {
+	if unused, err := s.take(token); err == nil {
+		unused.leave()
+	}
+}
+
+// take returns the helper of a token, once; the caller ends it.
+func (s *fdStore) take(token string) (*helper, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h, ok := s.held[token]
@@ -112,7 +114,7 @@ func (s *fdStore) take(token string) (*os.File, error) {
 	}
 	delete(s.held, token)
 	h.expiry.Stop()
-	return h.dir, nil
+	return h.helper, nil
 }
 
 // closeAll forgets every descriptor.
@@ -121,7 +123,7 @@ func (s *fdStore) closeAll() {
 	defer s.mu.Unlock()
 	for _, h := range s.held {
 		h.expiry.Stop()
-		h.dir.Close()
+		h.helper.leave()
 	}
 	clear(s.held)
 }
@@ -164,12 +166,19 @@ func (s *fdStore) receive(conn *net.UnixConn) error {
 		return err
 	}
 	dir := os.NewFile(uintptr(fd), "passed directory")
-	if info, err := dir.Stat(); err != nil || !info.IsDir() {
+	var st unix.Statx_t
+	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
+	if err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		dir.Close()
 		return errors.New("the descriptor is not a directory")
 	}
-	if err := s.put(string(token[:n]), dir); err != nil {
-		dir.Close()
+	h, err := startHelper(dir)
+	dir.Close() // not the last one: that may have to wait for what is unmounted with it
+	if err != nil {
+		return err
+	}
+	if err := s.put(string(token[:n]), h); err != nil {
+		h.leave()
 		return err
 	}
 	return nil

@@ -47,13 +47,11 @@ func TestPassFD(t *testing.T) {
 
 	got, err := s.take("token")
 	must(t, err)
-	defer got.Close()
-	want, err := dir.Stat()
+	defer got.leave()
+	at, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", got.pid, helperDirFD))
 	must(t, err)
-	info, err := got.Stat()
-	must(t, err)
-	if !os.SameFile(want, info) {
-		t.Error("another directory arrived")
+	if at != dir.Name() {
+		t.Errorf("%s arrived instead of %s", at, dir.Name())
 	}
 	_, err = s.take("token") // once
 	wantErr(t, err, ErrFreeze)
@@ -88,27 +86,33 @@ func TestPassFDToNobody(t *testing.T) {
 func TestTokensAreBounded(t *testing.T) {
 	s := newFDStore(time.Hour)
 	defer s.closeAll()
-	dir := openDir(t)
+	h := startTestHelper(t)
 	for i := range maxTokens {
-		must(t, s.put(fmt.Sprint(i), dup(t, dir)))
+		must(t, s.put(fmt.Sprint(i), h))
 	}
-	if s.put("one more", dir) == nil {
+	if s.put("one more", h) == nil {
 		t.Error("accepted one more")
 	}
 }
 
+// What nobody takes keeps no file system busy for long.
 func TestTokensExpire(t *testing.T) {
 	s := newFDStore(time.Millisecond)
-	dir := dup(t, openDir(t))
-	must(t, s.put("token", dir))
-	eventually(t, "the directory is closed", func() bool { _, err := dir.Stat(); return err != nil })
+	h := startTestHelper(t)
+	must(t, s.put("token", h))
+	<-h.done
+	must(t, h.exit)
 	_, err := s.take("token")
 	wantErr(t, err, ErrFreeze)
 }
 
-func dup(t *testing.T, dir *os.File) *os.File {
+func startTestHelper(t *testing.T) *helper {
 	t.Helper()
-	again, err := os.Open(dir.Name())
+	h, err := startHelper(openDir(t))
 	must(t, err)
-	return again
+	t.Cleanup(func() {
+		h.leave()
+		<-h.done
+	})
+	return h
 }

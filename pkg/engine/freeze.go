@@ -1,202 +1,229 @@
 package engine
 
 import (
+	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/moby/sys/mountinfo"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
-// A mounted file system is frozen for the instant of a snapshot. The kernel keeps it frozen after
-// whoever froze it has died, so the freeze belongs to the supervisor, not to the worker: the worker may
-// die at any moment, and the supervisor, which notices, still holds the directory to thaw it by. If the
-// supervisor dies too, a marker file beside the image tells the next one.
+// A mounted file system is frozen for the instant of a snapshot, by a helper. The kernel keeps it frozen after whoever froze it
+// has died, so a marker beside the image is there as long as it may be frozen, or may come to be: a freeze waits, however
+// long, for processes that are in the middle of a write, and only its helper can tell when that has ended. What a helper that
+// is killed leaves, the engine thaws by another one; what an engine leaves, the next one does.
 //
-// The order is: marker, syncfs, FIFREEZE, then the worker's cut, FITHAW, marker away. The worker must not
+// The order is: syncfs, marker, FIFREEZE, then the worker's cut, FITHAW, marker away. The worker must not
 // stop I/O before FIFREEZE has returned, since FIFREEZE itself writes to the device.
 
 const (
-	fiFreeze = 0xC0045877 // FIFREEZE, _IOWR('X', 119, int)
-	fiThaw   = 0xC0045878 // FITHAW, _IOWR('X', 120, int)
-
+	// maxFreezing is how long it may take to sync and freeze.
+	maxFreezing = time.Minute
 	// maxFrozen is how long a file system may stay frozen if no cut comes.
 	maxFrozen = 30 * time.Second
+	// A thaw that fails is tried again after a pause that doubles.
+	minThawPause = 100 * time.Millisecond
+	maxThawPause = 10 * time.Second
 )
 
-// freeze is one file system held frozen.
+// errFrozenTooLong is why a freeze fails whose time is over.
+var errFrozenTooLong = errors.New("its time is over: the volume does not answer, or a process is in the middle of a write to it")
+
+// freeze is the file system of one volume, frozen, or perhaps about to be.
 type freeze struct {
-	dir    *os.File
+	ctx    context.Context //nolint:containedctx // ends when its time is over, or the engine
+	cancel context.CancelFunc
+	helper *helper
 	volume string
-	marker string
 	// foreign: somebody else had frozen the file system already, and will thaw it.
 	foreign bool
 	since   time.Time
-	limit   *time.Timer
+	over    chan struct{} // closed when it is not frozen for sure, and the marker is gone
 	thawing sync.Once
-	// lasted is how long it was frozen. Read after thaw.
-	lasted time.Duration
-	// lost: it was thawed by the limit, or by somebody else, before thaw was called. Read after thaw.
-	lost error
+	lasted  time.Duration // how long it was frozen; read after thaw
+	lost    error         // why it was not frozen all the time; read after thaw
 }
 
-// freezeFS freezes the file system of dir, which must be mounted from device, for at most limit. The caller
-// calls thaw.
-func freezeFS(p *pool.Pool, volume, device string, dir *os.File, limit time.Duration) (*freeze, error) {
-	fsType, err := fsTypeOn(device, dir)
+// freezeFS freezes the file system of h's directory, which must be mounted from device, for at most limit. It takes over h. The
+// caller calls thaw.
+func (s *supervisor) freezeFS(ctx context.Context, volume, device string, h *helper, limit time.Duration) (*freeze, error) {
+	freezing, cancel := context.WithTimeoutCause(ctx, cmp.Or(s.options.hooks.maxFreezing, maxFreezing), errFrozenTooLong)
+	defer cancel()
+	f := &freeze{helper: h, volume: volume, over: make(chan struct{})}
+	_, err := h.call(freezing, helperRequest{Op: helperSync, Device: device, Limit: maxFreezing})
+	if err == nil {
+		err = s.beginFreeze(volume, device, f)
+	}
 	if err != nil {
+		h.leave()
 		return nil, fmt.Errorf("%w: %w", ErrFreeze, err)
 	}
-	f := &freeze{dir: dir, volume: volume, marker: markerPath(p, volume)}
-	if err := writeMarker(f.marker, marker{Device: device, FSType: fsType}); err != nil {
-		return nil, fmt.Errorf("%w: marker: %w", ErrFreeze, err)
+	reply, err := h.call(freezing, helperRequest{Op: helperFreeze, Limit: limit})
+	if err != nil {
+		f.leave(freezing)
+		return nil, fmt.Errorf("%w: %w", ErrFreeze, err)
 	}
-	fd := int(dir.Fd())
-	if err := unix.Syncfs(fd); err != nil {
-		f.removeMarker()
-		return nil, fmt.Errorf("%w: syncfs: %w", ErrFreeze, err)
-	}
-	err = unix.IoctlSetInt(fd, fiFreeze, 0)
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		f.foreign = true
-		f.removeMarker()
+	if f.foreign = reply.Foreign; f.foreign {
+		f.leave(freezing)
 		klog.InfoS("File system is frozen by somebody else, who will thaw it", "volume", volume)
-	case err != nil:
-		f.removeMarker()
-		return nil, fmt.Errorf("%w: FIFREEZE: %w", ErrFreeze, err)
-	default:
-		f.since = time.Now()
-		f.limit = time.AfterFunc(limit, func() {
-			f.end(fmt.Errorf("%w: no snapshot within %v", ErrFreeze, limit))
-		})
 	}
+	f.since = time.Now()
+	f.ctx, f.cancel = context.WithTimeoutCause(ctx, limit, errFrozenTooLong)
 	return f, nil
 }
 
 // thaw lets the file system go on. It returns nil if it was frozen until now. Further calls do nothing.
 func (f *freeze) thaw() error {
-	if f == nil {
-		return nil
-	}
-	f.end(nil)
-	return f.lost
-}
-
-func (f *freeze) end(reason error) {
 	f.thawing.Do(func() {
+		defer f.cancel()
 		if f.foreign {
 			return
 		}
-		f.limit.Stop()
-		f.lost = reason
-		switch err := unix.IoctlSetInt(int(f.dir.Fd()), fiThaw, 0); {
-		case errors.Is(err, unix.EINVAL):
-			f.lost = fmt.Errorf("%w: somebody thawed it before the snapshot", ErrFreeze)
-		case err != nil:
-			// The marker stays: the next engine tries again.
-			klog.ErrorS(err, "File system stays frozen", "volume", f.volume)
-			return
+		if _, err := f.helper.call(f.ctx, helperRequest{Op: helperThaw}); err != nil {
+			f.lost = fmt.Errorf("%w until the snapshot: %w", ErrFreeze, err)
 		}
 		f.lasted = time.Since(f.since)
-		klog.InfoS("File system was frozen", "volume", f.volume, "duration", f.lasted)
-		f.removeMarker()
+		f.leave(f.ctx)
+		klog.InfoS("File system was frozen", "volume", f.volume, "duration", f.lasted, "err", f.lost)
+	})
+	return f.lost
+}
+
+// leave ends the helper, and waits for that until ctx ends.
+func (f *freeze) leave(ctx context.Context) {
+	f.helper.leave()
+	select {
+	case <-f.over:
+	case <-ctx.Done():
+	}
+}
+
+// beginFreeze sets the marker of a volume, and sees to it that it goes when f is over.
+func (s *supervisor) beginFreeze(volume, device string, f *freeze) error {
+	s.mu.Lock()
+	p, before, closing := s.pool, s.freezes[volume], s.closing
+	if before == nil && !closing {
+		s.freezes[volume] = f
+	}
+	s.mu.Unlock()
+	if closing {
+		return errClosing
+	}
+	if before != nil {
+		return errors.New("an earlier freeze has not ended: the volume does not answer, or a process is in the middle of a write to it")
+	}
+	note, err := json.Marshal(frozenNote{Device: device})
+	if err == nil {
+		err = p.Mark(volume, pool.Frozen, note)
+	}
+	if err != nil {
+		s.endFreeze(p, volume, f)
+		return fmt.Errorf("marker: %w", err)
+	}
+	s.tasks.Go(func() {
+		select {
+		case <-f.helper.done:
+		case <-s.running.Done(): // the next engine sees the marker
+			return
+		}
+		if f.helper.exit != nil {
+			klog.ErrorS(f.helper.exit, "The helper that froze a file system died", "volume", volume)
+			if !s.thawSurely(volume, device) {
+				return
+			}
+		}
+		s.endFreeze(p, volume, f)
+	})
+	return nil
+}
+
+// endFreeze forgets a freeze that is over.
+func (s *supervisor) endFreeze(p *pool.Pool, volume string, f *freeze) {
+	if err := p.Unmark(volume, pool.Frozen); err != nil && !errors.Is(err, pool.ErrNotFound) {
+		klog.ErrorS(err, "Freeze marker stays", "volume", volume)
+	}
+	s.mu.Lock()
+	delete(s.freezes, volume)
+	s.mu.Unlock()
+	close(f.over)
+}
+
+// thawSurely thaws the file system on a device, and returns false if the engine shuts down before. Helpers wait as long as
+// the volume, or a freeze that has begun, makes them.
+func (s *supervisor) thawSurely(volume, device string) bool {
+	for pause := minThawPause; ; pause = min(2*pause, maxThawPause) {
+		err := askHelper(s.running, helperRequest{Op: helperThawDevice, Device: device, Surely: true})
+		if err == nil {
+			klog.InfoS("Thawed what was left of a freeze", "volume", volume, "device", device)
+			return true
+		}
+		if s.running.Err() != nil {
+			return false
+		}
+		klog.ErrorS(err, "A file system may still be frozen, trying again", "volume", volume, "device", device)
+		if !sleepUntil(s.running, time.Now().Add(pause)) {
+			return false
+		}
+	}
+}
+
+// frozenNote is the note of the marker: what a later engine needs to find the file system by.
+type frozenNote struct {
+	Device string `json:"device"`
+}
+
+// frozenBefore returns the device of the volume whose file system an earlier engine may have left frozen, "" if none is.
+func frozenBefore(p *pool.Pool, volume string) (device string, err error) {
+	note, set, err := p.Marked(volume, pool.Frozen)
+	if err != nil || !set {
+		return "", err
+	}
+	var m frozenNote
+	if err := json.Unmarshal(note, &m); err != nil {
+		return "", nil //nolint:nilerr // it was never finished, so nothing was frozen
+	}
+	return m.Device, nil
+}
+
+// endEarlierFreeze thaws what an earlier engine may have left frozen on a volume's device. It does not wait for that.
+func (s *supervisor) endEarlierFreeze(p *pool.Pool, volume, device string) {
+	marked, err := frozenBefore(p, volume)
+	if err != nil {
+		klog.ErrorS(err, "A file system may still be frozen", "volume", volume, "device", device)
+	}
+	if marked != device {
+		return
+	}
+	f := &freeze{volume: volume, over: make(chan struct{})}
+	s.mu.Lock()
+	s.freezes[volume] = f
+	s.mu.Unlock()
+	s.tasks.Go(func() {
+		if s.thawSurely(volume, device) {
+			s.endFreeze(p, volume, f)
+		}
 	})
 }
 
-func (f *freeze) removeMarker() {
-	if err := os.Remove(f.marker); err != nil && !errors.Is(err, os.ErrNotExist) {
-		klog.ErrorS(err, "Freeze marker stays", "volume", f.volume)
+// thawUnmounted thaws the file system on a device that is in use, unless it is mounted where this process sees it, and tells
+// whether the device may be free now.
+func (s *supervisor) thawUnmounted(ctx context.Context, volume, device string) bool {
+	mounted, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return m.Source != device, false })
+	if err != nil || len(mounted) > 0 {
+		return false
 	}
-}
-
-// fsTypeOn returns the type of the file system of dir, having made sure that it lies on device: a
-// freeze of any other one, the node's root perhaps, would be a disaster.
-func fsTypeOn(device string, dir *os.File) (string, error) {
-	var onDisk, block unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &onDisk); err != nil {
-		return "", err
+	ctx, cancel := context.WithTimeout(ctx, clearPatience)
+	defer cancel()
+	if err := askHelper(ctx, helperRequest{Op: helperThawDevice, Device: device}); err != nil {
+		klog.V(2).InfoS("Nothing to thaw on a device that is in use", "volume", volume, "device", device, "reason", err)
+		return false
 	}
-	if err := unix.Stat(device, &block); err != nil {
-		return "", fmt.Errorf("%s: %w", device, err)
-	}
-	if onDisk.Dev != block.Rdev {
-		return "", fmt.Errorf("the directory is not on %s", device)
-	}
-	var fs unix.Statfs_t
-	if err := unix.Fstatfs(int(dir.Fd()), &fs); err != nil {
-		return "", err
-	}
-	switch fs.Type {
-	case unix.EXT4_SUPER_MAGIC:
-		return "ext4", nil
-	case unix.XFS_SUPER_MAGIC:
-		return "xfs", nil
-	}
-	return "", fmt.Errorf("file system type %#x on %s is not known", fs.Type, device)
-}
-
-// marker is the content of the marker file: what a later engine needs to find the file system by.
-type marker struct {
-	Device string `json:"device"`
-	FSType string `json:"fsType"`
-}
-
-func markerPath(p *pool.Pool, volume string) string {
-	return filepath.Join(filepath.Dir(p.ImagePath(volume)), "frozen")
-}
-
-// writeMarker makes the marker durable.
-func writeMarker(path string, m marker) error {
-	data, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(path))
-	}
-	if err != nil {
-		_ = os.Remove(path)
-	}
-	return err
-}
-
-// readMarker returns the marker at path. It is empty if there is none, or one that was never finished:
-// then nothing was frozen.
-func readMarker(path string) (m marker, err error) {
-	data, err := os.ReadFile(path)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return marker{}, err
-	}
-	if !json.Valid(data) {
-		return marker{}, nil
-	}
-	return m, json.Unmarshal(data, &m)
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return true
 }

@@ -61,6 +61,16 @@ func (m *mountedFS) isFrozen(t *testing.T) bool {
 	return false
 }
 
+// wantNoMarker waits until nothing says that a volume's file system may be frozen.
+func (r *rig) wantNoMarker(volume string) {
+	r.t.Helper()
+	r.eventually("the marker is gone", func() bool {
+		_, set, err := r.pool.Marked(volume, pool.Frozen)
+		must(r.t, err)
+		return !set
+	})
+}
+
 // fileWriter makes files, none of them synced, until it is stopped.
 type fileWriter struct {
 	closed atomic.Int64 // files from 0 on that are whole
@@ -125,9 +135,7 @@ func TestFreeze(t *testing.T) {
 			after := w.closed.Load()
 			eventually(t, "the writer goes on", func() bool { return w.closed.Load() > after+20 })
 			w.stop(t)
-			if _, err := os.Stat(markerPath(r.pool, m.volume)); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("the marker is left: %v", err)
-			}
+			r.wantNoMarker(m.volume)
 			m.unmount(t)
 			r.detach(m.volume)
 
@@ -239,9 +247,7 @@ func TestKillSupervisorWhileFrozen(t *testing.T) {
 			if a := r.find(m.volume); a == nil || a.Failure == "" {
 				t.Errorf("listed as %+v", a)
 			}
-			if _, err := os.Stat(markerPath(r.pool, m.volume)); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("the marker is left: %v", err)
-			}
+			r.wantNoMarker(m.volume)
 			m.handle.Close()
 			if !c.hidden {
 				must(t, unix.Unmount(m.dir, unix.MNT_DETACH))

@@ -29,6 +29,10 @@ func TestMain(m *testing.M) {
 			os.Exit(exitCode(runTestWorker(os.Args[2:])))
 		case "supervisor":
 			os.Exit(exitCode(runTestSupervisor(os.Args[2:])))
+		case "helper":
+			os.Exit(exitCode(RunHelper()))
+		case "writer":
+			os.Exit(exitCode(holdWrite(os.Args[2])))
 		case "holder":
 			os.Exit(exitCode(runTestHolder(os.Args[2])))
 		}
@@ -87,21 +91,36 @@ func runTestSupervisor(args []string) error {
 	flags.BoolVar(&o.Journal, "journal", false, "")
 	ready := flags.String("ready-file", "", "")
 	hang := flags.String("hang-frozen", "", "a file to create when a file system is frozen; it stays so")
+	flags.DurationVar(&o.hooks.maxFreezing, "max-freezing", 0, "")
 	flags.DurationVar(&o.hooks.orphanPatience, "orphan-patience", 0, "")
 	_ = flags.Parse(args)
 	if *ready != "" {
 		o.Ready = func() { _ = os.WriteFile(*ready, nil, 0o600) }
 	}
-	if *hang != "" {
-		o.hooks.frozen = func() {
-			_ = os.WriteFile(*hang, nil, 0o600)
-			select {}
-		}
-	}
 	exitWithTest()
 	ctx, stop := signal.NotifyContext(mainContext(), syscall.SIGTERM)
 	defer stop()
+	if *hang != "" {
+		o.hooks.frozen = func() {
+			_ = os.WriteFile(*hang, nil, 0o600)
+			<-ctx.Done()
+		}
+	}
 	return Run(ctx, o)
+}
+
+// holdWrite is in the middle of a write to a file until it is killed.
+func holdWrite(path string) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	empty, _, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	_, err = unix.Splice(int(empty.Fd()), nil, int(f.Fd()), nil, 4096, 0)
+	return err
 }
 
 func runTestHolder(socket string) error {
@@ -142,9 +161,7 @@ func removeLeftovers() {
 		if n, err := strconv.Atoi(pid); err != nil || unix.Kill(n, 0) == nil {
 			continue // its test is running
 		}
-		for _, fsType := range []string{"ext4", "xfs"} {
-			_ = thawDevice(d.Path, fsType)
-		}
+		_ = thawDevice(d.Path, false)
 		unmountAll(d.Path)
 		_ = blockdev.Clear(d.Path)
 	}

@@ -24,6 +24,11 @@ import (
 const (
 	// stopPatience is how long a worker may take to flush and exit before it is killed.
 	stopPatience = time.Minute
+	// leavePatience is the same for one whose device is left to a next worker, which must not be kept waiting until the users
+	// of the volume get errors: what a killed one has not done the next one does.
+	leavePatience = 10 * time.Second
+	// killPatience is how long a killed process may take to end. One that waits for a disk may take for ever.
+	killPatience = 5 * time.Second
 	// statusPatience is how long a worker may take to say how it is.
 	statusPatience = 5 * time.Second
 	// maxMessage bounds a gRPC message: the list of the 65,536 snapshots that an image can have is longer
@@ -44,7 +49,7 @@ type process struct {
 // startProcess starts a worker for one volume. The caller stops it.
 func startProcess(command []string, o WorkerOptions) (*process, error) {
 	volume := o.Volume
-	ours, theirs, err := controlPair()
+	ours, theirs, err := controlPair(unix.SOCK_STREAM)
 	if err != nil {
 		return nil, fmt.Errorf("socket pair for the worker of %s: %w", volume, err)
 	}
@@ -81,9 +86,9 @@ func startProcess(command []string, o WorkerOptions) (*process, error) {
 	return p, nil
 }
 
-// controlPair returns the two ends of the connection between a supervisor and a worker.
-func controlPair() (ours net.Conn, theirs *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+// controlPair returns the two ends of the connection between a supervisor and a worker or helper.
+func controlPair(kind int) (ours net.Conn, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -171,17 +176,31 @@ func (p *process) createSnapshot(ctx context.Context, name string, cut func(*api
 	return reply.GetSnapshot(), nil
 }
 
-// stop lets the worker flush, leave what it still serves, and exit; it returns when it is gone.
-func (p *process) stop() {
+// stop lets the worker flush, leave what it still serves, and exit. It returns when the worker is gone, or has been killed and
+// does not go.
+func (p *process) stop() { p.stopWithin(stopPatience) }
+
+func (p *process) stopWithin(patience time.Duration) {
 	p.conn.Close()
-	timeout := time.NewTimer(stopPatience)
+	if p.gone(patience) {
+		return
+	}
+	klog.ErrorS(nil, "Worker does not end, killing it", "volume", p.volume, "pid", p.cmd.Process.Pid)
+	_ = p.cmd.Process.Kill()
+	if !p.gone(killPatience) {
+		klog.ErrorS(nil, "Worker was killed and does not end: it waits for the pool's disk", "volume", p.volume, "pid", p.cmd.Process.Pid)
+	}
+}
+
+// gone waits for the worker to end, and tells whether it has.
+func (p *process) gone(patience time.Duration) bool {
+	timeout := time.NewTimer(patience)
 	defer timeout.Stop()
 	select {
 	case <-p.done:
+		return true
 	case <-timeout.C:
-		klog.ErrorS(nil, "Worker does not end, killing it", "volume", p.volume, "pid", p.cmd.Process.Pid)
-		_ = p.cmd.Process.Kill()
-		<-p.done
+		return false
 	}
 }
 

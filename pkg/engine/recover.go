@@ -4,11 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
+	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
@@ -20,41 +19,61 @@ const (
 	// flush and exit when they lose their supervisor.
 	orphanPatience = 10 * time.Second
 	orphanPoll     = 20 * time.Millisecond
+	// clearPatience is how long it may take to remove a dead device.
+	clearPatience = 10 * time.Second
 )
 
-// recoverPool puts away what a dead engine left: file systems that it had frozen, devices that nobody
-// serves any more. It returns the volumes whose device is still there: those that are held wait for a worker, the others
-// have a reason.
-func recoverPool(ctx context.Context, p *pool.Pool, held map[string]bool, patience time.Duration) map[string]*attachment {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	failed := map[string]*attachment{}
+// devicesLeft returns the volumes of p that have a device, and its path.
+func devicesLeft(p *pool.Pool) map[string]string {
 	devices, err := blockdev.Bound(devicePrefix)
 	if err != nil {
 		klog.ErrorS(err, "Cannot look for devices of an earlier engine")
 	}
+	left := map[string]string{}
 	for name, device := range devices {
 		id := strings.TrimPrefix(name, devicePrefix)
-		if !pool.ValidID(id) || !p.Owns(id) {
-			continue // another engine's
+		if pool.ValidID(id) && p.Owns(id) { // else another engine's
+			left[id] = device
 		}
-		if held[id] {
-			failed[id] = &attachment{device: device, failure: "an earlier engine has ended", waiting: true}
-			continue
-		}
-		err := waitForOrphan(ctx, p, id)
-		if err == nil {
-			err = clearDevice(p, id, device)
-		}
-		if err != nil {
-			klog.ErrorS(err, "Device of an earlier engine stays", "volume", id, "device", device)
-			failed[id] = &attachment{device: device, failure: err.Error()}
-			continue
-		}
-		klog.InfoS("Removed a device of an earlier engine", "volume", id, "device", device)
 	}
-	removeMarkers(p)
-	return failed
+	return left
+}
+
+// recoverPool takes up what an earlier engine has left: volumes that are held get a worker, file systems that it had frozen are
+// thawed, devices that nobody serves any more are removed. Only for the last it waits; those that stay are listed with the
+// reason.
+func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[string]bool, patience time.Duration) {
+	left := devicesLeft(p)
+	waiting, dead := map[string]*attachment{}, map[string]string{}
+	for id, device := range left {
+		if held[id] {
+			waiting[id] = &attachment{device: device, failure: "an earlier engine has ended", waiting: true}
+			s.set(id, waiting[id])
+			s.endEarlierFreeze(p, id, device)
+		} else {
+			dead[id] = device
+		}
+	}
+	s.resume(waiting)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	var clearing sync.WaitGroup
+	for id, device := range dead {
+		clearing.Go(func() {
+			err := waitForOrphan(ctx, p, id)
+			if err == nil {
+				err = s.clearDevices(ctx, p, id)
+			}
+			if err != nil {
+				klog.ErrorS(err, "Device of an earlier engine stays", "volume", id, "device", device)
+				s.set(id, &attachment{device: device, failure: err.Error()})
+				return
+			}
+			klog.InfoS("Removed a device of an earlier engine", "volume", id, "device", device)
+		})
+	}
+	clearing.Wait()
+	removeMarkers(p, left)
 }
 
 // waitForOrphan waits until no worker of a dead engine holds the volume.
@@ -77,108 +96,66 @@ func waitForOrphan(ctx context.Context, p *pool.Pool, id string) error {
 	}
 }
 
-// clearDevices removes the devices of a volume that no worker serves any more. ErrInUse if one is still
-// open; the kernel removes that one when its last user closes it.
-func clearDevices(p *pool.Pool, id string) error {
-	devices, err := blockdev.Find(devicePrefix + id)
+// clearDevices removes the devices of a volume that no worker serves any more, having thawed a file system that is frozen on
+// them. ErrInUse if one is still open; the kernel removes that one when its last user closes it.
+func (s *supervisor) clearDevices(ctx context.Context, p *pool.Pool, id string) error {
+	devices, err := blockdev.Bound(devicePrefix + id)
 	if err != nil {
 		return fmt.Errorf("find the devices of %s: %w", id, err)
 	}
+	device, bound := devices[devicePrefix+id]
+	if !bound {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, clearPatience)
+	defer cancel()
+	marked, err := frozenBefore(p, id)
+	if err == nil && marked == device {
+		if err = askHelper(ctx, helperRequest{Op: helperThawDevice, Device: device, Surely: true}); err == nil {
+			klog.InfoS("Thawed a file system that an earlier engine had frozen", "volume", id, "device", device)
+			err = p.Unmark(id, pool.Frozen)
+		}
+	}
+	if err != nil {
+		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", device)
+	}
+	return askHelper(ctx, helperRequest{Op: helperClear, Device: devicePrefix + id})
+}
+
+// clearNamed is what a helper does for clearDevices.
+func clearNamed(name string) error {
+	devices, err := blockdev.Find(name)
+	if err != nil {
+		return fmt.Errorf("find the devices: %w", err)
+	}
 	var failures []error
 	for _, d := range devices {
-		if d.Name == devicePrefix+id {
-			failures = append(failures, clearDevice(p, id, d.Path))
+		if d.Name != name {
+			continue
 		}
+		err := blockdev.Clear(d.Path)
+		if errors.Is(err, blockdev.ErrBusy) {
+			err = fmt.Errorf("%w: the engine that served it is dead: %w", ErrInUse, err)
+		}
+		failures = append(failures, err)
 	}
 	return errors.Join(failures...)
 }
 
-// clearDevice removes a dead device, having thawed its file system if a dead engine left it frozen.
-func clearDevice(p *pool.Pool, id, device string) error {
-	if err := thawMarked(p, id, device); err != nil {
-		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", device)
-	}
-	err := blockdev.Clear(device)
-	if errors.Is(err, blockdev.ErrBusy) {
-		return fmt.Errorf("%w: the engine that served it is dead: %w", ErrInUse, err)
-	}
-	return err
-}
-
-// thawMarked thaws the file system on device if a marker says that a dead engine had frozen it.
-func thawMarked(p *pool.Pool, id, device string) error {
-	path := markerPath(p, id)
-	m, err := readMarker(path)
-	if err != nil || m.Device != device {
-		return err
-	}
-	if err := thawDevice(m.Device, m.FSType); err != nil {
-		return err
-	}
-	klog.InfoS("Thawed a file system that an earlier engine had frozen", "volume", id, "device", device)
-	return os.Remove(path)
-}
-
-// thawDevice thaws the file system that is mounted from device, wherever that is. The mount may be in
-// a mount namespace that we cannot see, but a second mount of a device shares the superblock of the first:
-// a detached one, which no namespace shows, gives us a directory for FITHAW.
-func thawDevice(device, fsType string) error {
-	mount, err := detachedMount(device, fsType, false)
-	if errors.Is(err, unix.EBUSY) { // mounted read-only
-		mount, err = detachedMount(device, fsType, true)
-	}
-	if err != nil {
-		return err
-	}
-	defer unix.Close(mount)
-	root, err := unix.Openat(mount, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open the root of %s: %w", device, err)
-	}
-	defer unix.Close(root)
-	if err := unix.IoctlSetInt(root, fiThaw, 0); err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: not frozen
-		return fmt.Errorf("FITHAW %s: %w", device, err)
-	}
-	return nil
-}
-
-// detachedMount mounts device without attaching it anywhere; the mount ends when the descriptor is closed.
-func detachedMount(device, fsType string, readOnly bool) (int, error) {
-	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return -1, fmt.Errorf("fsopen %s: %w", fsType, err)
-	}
-	defer unix.Close(fs)
-	if err := unix.FsconfigSetString(fs, "source", device); err != nil {
-		return -1, fmt.Errorf("mount source %s: %w", device, err)
-	}
-	if readOnly {
-		if err := unix.FsconfigSetFlag(fs, "ro"); err != nil {
-			return -1, fmt.Errorf("mount %s read-only: %w", device, err)
-		}
-	}
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return -1, fmt.Errorf("mount %s: %w", device, err)
-	}
-	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("mount %s: %w", device, err)
-	}
-	return mount, nil
-}
-
-// removeMarkers removes the markers of volumes whose device is gone: no file system without a device.
-func removeMarkers(p *pool.Pool) {
+// removeMarkers removes the markers of volumes that have no device: no file system without a device.
+func removeMarkers(p *pool.Pool, devices map[string]string) {
 	volumes, err := p.Volumes()
 	if err != nil {
 		klog.ErrorS(err, "Some volumes cannot be read")
 	}
 	for _, v := range volumes {
-		devices, err := blockdev.Bound(devicePrefix + v.ID)
-		if err != nil || len(devices) > 0 {
+		if devices[v.ID] != "" {
 			continue
 		}
-		if err := os.Remove(markerPath(p, v.ID)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if _, set, err := p.Marked(v.ID, pool.Frozen); err == nil && !set {
+			continue
+		}
+		if err := p.Unmark(v.ID, pool.Frozen); err != nil {
 			klog.ErrorS(err, "Freeze marker stays", "volume", v.ID)
 		}
 	}

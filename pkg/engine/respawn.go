@@ -74,9 +74,6 @@ func (s *supervisor) tryRespawn(ctx context.Context, id string, a *attachment) (
 		return s.running.Err() != nil, err
 	}
 	klog.InfoS("Another worker serves the volume", "volume", id, "device", a.device, "duration", time.Since(start))
-	if err := thawMarked(s.openedPool(), id, a.device); err != nil {
-		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", a.device)
-	}
 	return true, nil
 }
 
@@ -100,9 +97,7 @@ func (s *supervisor) giveUp(id string, a *attachment, reason error) {
 // resume goes on with the volumes that an earlier engine has left, and with the devices that it has.
 func (s *supervisor) resume(waiting map[string]*attachment) {
 	for id, a := range waiting {
-		if a.waiting {
-			s.tasks.Go(func() { s.respawn(id, a, time.Now()) })
-		}
+		s.tasks.Go(func() { s.respawn(id, a, time.Now()) })
 	}
 	s.tasks.Go(func() { s.dropSpares(func(id string) bool { return waiting[id] != nil }) })
 }

@@ -70,7 +70,7 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 	}
 	ctx, stop := context.WithCancelCause(parent)
 	defer stop(nil)
-	server := newServer(supervisorLogLevel, recoverPanic)
+	server := newServer(supervisorLogLevel, recoverPanic, s.explainEnd)
 	calling := &service{supervisor: s}
 	api.RegisterEngineServer(server, calling)
 	if s.options.Metrics != nil {
@@ -89,7 +89,7 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 			}
 		})
 	}
-	helpers.Go(func() { s.holder.Guard(holding) })
+	helpers.Go(func() { s.holder.Guard(s.running) })
 	helpers.Go(func() { s.fds.serve(fds) })
 	helpers.Go(func() { stop(s.awaitPool(ctx)) })
 	helpers.Go(func() { stop(server.Serve(calls)) })
@@ -99,8 +99,8 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 	klog.InfoS("Engine is stopping", "reason", context.Cause(ctx))
 	calls.Close()
 	fds.Close()
+	helpers.Go(server.Stop) // at once: clients find the next engine then
 	s.shutDown(context.WithoutCancel(ctx))
-	server.Stop()
 	if parent.Err() != nil {
 		return nil
 	}

@@ -81,6 +81,15 @@ func recoverPanic(ctx context.Context, req any, info *grpc.UnaryServerInfo, hand
 	return handle(ctx, req)
 }
 
+// explainEnd says of calls that an engine's end has cut short that they can be repeated.
+func (s *supervisor) explainEnd(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	reply, err := handle(ctx, req)
+	if err != nil && s.running.Err() != nil && !errors.Is(err, errClosing) {
+		err = fmt.Errorf("%w: %w", errClosing, err)
+	}
+	return reply, err
+}
+
 // panicked logs a panic that was recovered from, and makes an error of it.
 func panicked(method string, fault any) error {
 	klog.ErrorS(nil, "Panic", "method", method, "fault", fault, "stack", string(debug.Stack()))

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -18,7 +17,7 @@ import (
 )
 
 // service is the control API of a supervisor. What a call has begun goes on when its caller is gone, until
-// the worker is: context.WithoutCancel.
+// the worker is: supervisor.outlive.
 type service struct {
 	api.UnimplementedEngineServer
 	*supervisor
@@ -62,11 +61,13 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 		return nil, err
 	}
 	if held[id] { // the new worker goes on with it
-	} else if err := clearDevices(p, id); err != nil {
+	} else if err := s.clearDevices(ctx, p, id); err != nil {
 		// Whoever has it open keeps a dead device, which goes with its last user.
 		klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
 	}
-	a, err := s.start(context.WithoutCancel(ctx), p, id)
+	ctx, cancel := s.outlive(ctx)
+	defer cancel()
+	a, err := s.start(ctx, p, id)
 	if err != nil {
 		return nil, err
 	}
@@ -95,7 +96,9 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 		klog.ErrorS(nil, "Replacing a failed worker", "volume", id, "failure", status.GetFailure())
 	}
 	s.set(id, nil)
-	err = discard(context.WithoutCancel(ctx), s.holder, id)
+	ctx, cancel := s.outlive(ctx)
+	defer cancel()
+	err = discard(ctx, s.holder, id)
 	a.worker.stop()
 	return "", err
 }
@@ -114,20 +117,11 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 		return nil, err
 	}
 	defer unlock()
+	ctx, cancel := s.outlive(ctx)
+	defer cancel()
 	a := s.find(id)
 	if a != nil && a.worker != nil {
-		_, err := a.worker.api.Detach(context.WithoutCancel(ctx), &api.DetachRequest{VolumeId: id})
-		if errors.Is(err, ErrInUse) {
-			return nil, err
-		}
-		s.set(id, nil)
-		if err != nil {
-			err = errors.Join(err, discard(context.WithoutCancel(ctx), s.holder, id))
-		}
-		a.worker.stop()
-		if err != nil {
-			err = a.worker.explain(err)
-			s.set(id, &attachment{device: a.device, failure: err.Error()})
+		if err := s.detachServed(ctx, id, a); err != nil {
 			return nil, err
 		}
 	}
@@ -135,12 +129,41 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 		return nil, fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
 	}
 	if a != nil && a.worker == nil {
-		if err := clearDevices(p, id); err != nil {
+		if err := s.clearDevices(ctx, p, id); err != nil {
 			return nil, err
 		}
 		s.set(id, nil)
 	}
 	return &api.DetachResponse{}, nil
+}
+
+// detachServed detaches a volume that has a worker. A file system that is frozen keeps its device busy after it was unmounted
+// everywhere, whoever has frozen it, and nobody is left to thaw it: then that is done here.
+func (s *service) detachServed(ctx context.Context, id string, a *attachment) error {
+	detach := func() error {
+		_, err := a.worker.api.Detach(ctx, &api.DetachRequest{VolumeId: id})
+		return err
+	}
+	err := detach()
+	if errors.Is(err, ErrInUse) && s.thawUnmounted(ctx, id, a.device) {
+		err = detach()
+	}
+	switch {
+	case errors.Is(err, ErrInUse):
+		return err
+	case s.running.Err() != nil: // the next engine has it
+		return errors.Join(errClosing, err)
+	}
+	s.set(id, nil)
+	if err != nil {
+		err = errors.Join(err, discard(ctx, s.holder, id))
+	}
+	a.worker.stop()
+	if err != nil {
+		err = a.worker.explain(err)
+		s.set(id, &attachment{device: a.device, failure: err.Error()})
+	}
+	return err
 }
 
 func (s *service) List(ctx context.Context, _ *api.ListRequest) (*api.ListResponse, error) {
@@ -200,15 +223,17 @@ func (s *service) Resize(ctx context.Context, r *api.ResizeRequest) (*api.Resize
 		return nil, err
 	}
 	defer unlock()
-	reply, err := w.api.Resize(context.WithoutCancel(ctx), r)
+	ctx, cancel := s.outlive(ctx)
+	defer cancel()
+	reply, err := w.api.Resize(ctx, r)
 	return reply, w.explain(err)
 }
 
-// frozenSnapshot takes a snapshot while the file system of dir is frozen.
+// frozenSnapshot takes a snapshot while the file system of the helper's directory is frozen.
 func (s *service) frozenSnapshot(
-	ctx context.Context, c *snapshotCall, w *process, device string, dir *os.File,
+	ctx context.Context, c *snapshotCall, w *process, device string, h *helper,
 ) (*api.Snapshot, error) {
-	f, err := freezeFS(s.openedPool(), c.volume, device, dir, cmp.Or(s.options.hooks.maxFrozen, maxFrozen))
+	f, err := s.freezeFS(ctx, c.volume, device, h, cmp.Or(s.options.hooks.maxFrozen, maxFrozen))
 	if err != nil {
 		return nil, err
 	}
@@ -242,8 +267,10 @@ func (s *service) DeleteSnapshot(ctx context.Context, r *api.DeleteSnapshotReque
 		return nil, err
 	}
 	defer unlock()
+	ctx, cancel := s.outlive(ctx)
+	defer cancel()
 	start := time.Now()
-	reply, err := w.api.DeleteSnapshot(context.WithoutCancel(ctx), r)
+	reply, err := w.api.DeleteSnapshot(ctx, r)
 	s.metrics.snapshot("delete", start, err)
 	if err != nil {
 		return nil, w.explain(err)

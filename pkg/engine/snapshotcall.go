@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -40,6 +39,7 @@ func (s *service) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReque
 	if err := checkSnapshotName(r.GetName()); err != nil {
 		return nil, err
 	}
+	defer s.fds.drop(r.GetFreezeToken()) // unless the call has taken it
 	c, err := s.joinSnapshot(ctx, r)
 	if err != nil {
 		return nil, err
@@ -80,7 +80,11 @@ func (s *service) joinSnapshot(ctx context.Context, r *api.CreateSnapshotRequest
 		volume: r.GetVolumeId(), name: r.GetName(), cut: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.snapshots = append(s.snapshots, c)
-	s.tasks.Go(func() { s.runSnapshot(context.WithoutCancel(ctx), c, r.GetFreezeToken()) })
+	s.tasks.Go(func() {
+		ctx, cancel := s.outlive(ctx)
+		defer cancel()
+		s.runSnapshot(ctx, c, r.GetFreezeToken())
+	})
 	return c, nil
 }
 
@@ -113,11 +117,11 @@ func (s *service) runSnapshot(ctx context.Context, c *snapshotCall, freezeToken 
 func (s *service) createSnapshot(
 	ctx context.Context, c *snapshotCall, w *process, device, freezeToken string,
 ) (*api.Snapshot, error) {
-	var dir *os.File
+	var h *helper
 	var takeErr error
 	if freezeToken != "" {
-		if dir, takeErr = s.fds.take(freezeToken); takeErr == nil {
-			defer dir.Close()
+		if h, takeErr = s.fds.take(freezeToken); takeErr == nil {
+			defer h.leave()
 		}
 	}
 	existing, err := w.snapshot(ctx, c.name)
@@ -130,10 +134,10 @@ func (s *service) createSnapshot(
 	switch {
 	case takeErr != nil:
 		return nil, takeErr
-	case dir == nil:
+	case h == nil:
 		return w.createSnapshot(ctx, c.name, c.announce)
 	}
-	return s.frozenSnapshot(ctx, c, w, device, dir)
+	return s.frozenSnapshot(ctx, c, w, device, h)
 }
 
 // CheckNotLost is ErrLost if a snapshot of this name was promised, and the volume's image has none: it was lost. Whoever
@@ -203,10 +207,13 @@ func (s *service) pendingSnapshot(volume string) *api.Snapshot {
 	calls := slices.Clone(s.snapshots)
 	s.mu.Unlock()
 	for _, c := range calls {
+		if c.volume != volume {
+			continue
+		}
 		c.mu.Lock()
 		recorded := c.recorded
 		c.mu.Unlock()
-		if c.volume == volume && recorded {
+		if recorded {
 			return c.promise(s.openedPool())
 		}
 	}

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"sync"
 
 	"k8s.io/klog/v2"
 
@@ -13,18 +14,23 @@ import (
 // spare has a worker process wait for each volume that the running engine serves: the users of the volumes, who wait when
 // that engine ends, do not wait for processes to start.
 func (s *supervisor) spare(ctx context.Context, p *pool.Pool, volumes map[string]bool) {
+	var starting sync.WaitGroup
 	for id := range volumes {
 		w, err := s.startWorker(p, id)
-		if err == nil {
-			s.mu.Lock()
-			s.spares[id] = w
-			s.mu.Unlock()
-			err = w.ready(ctx)
-		}
 		if err != nil {
 			klog.ErrorS(err, "Worker cannot be started beforehand", "volume", id)
+			continue
 		}
+		s.mu.Lock()
+		s.spares[id] = w
+		s.mu.Unlock()
+		starting.Go(func() {
+			if err := w.ready(ctx); err != nil {
+				klog.ErrorS(err, "Worker that was started beforehand is not ready", "volume", id)
+			}
+		})
 	}
+	starting.Wait()
 }
 
 // ready waits until a worker that serves nothing yet answers.
@@ -57,11 +63,13 @@ func (s *supervisor) dropSpares(want func(id string) bool) {
 		all = append(all, id)
 	}
 	s.mu.Unlock()
+	var ending sync.WaitGroup
 	for _, id := range all {
 		if !want(id) {
 			if w := s.takeSpare(id); w != nil {
-				w.stop()
+				ending.Go(func() { w.stopWithin(leavePatience) })
 			}
 		}
 	}
+	ending.Wait()
 }

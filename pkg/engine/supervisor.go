@@ -46,13 +46,15 @@ type supervisor struct {
 	close   context.CancelFunc
 
 	mu        sync.Mutex // guards what follows
-	pool      *pool.Pool // nil until it is ready
+	pool      *pool.Pool // nil until its lock is held
+	recovered bool       // what an earlier engine left has been taken up: calls may begin
 	lockFile  *os.File
 	closing   bool
 	attached  map[string]*attachment
 	clones    map[string]*cloneCall // by target
 	snapshots []*snapshotCall       // that run
 	spares    map[string]*process   // by volume: wait for the running engine to end
+	freezes   map[string]*freeze    // by volume: that are not over
 }
 
 // lockVolume takes calls and workers.
@@ -83,6 +85,7 @@ func newSupervisor(ctx context.Context, o Options) *supervisor {
 	s := &supervisor{
 		options: o, metrics: newMetrics(), fds: newFDStore(tokenLifetime), holder: holder.Client{Path: o.Holder},
 		attached: map[string]*attachment{}, clones: map[string]*cloneCall{}, spares: map[string]*process{},
+		freezes: map[string]*freeze{},
 	}
 	s.running, s.close = context.WithCancel(context.WithoutCancel(ctx))
 	return s
@@ -93,8 +96,11 @@ func newSupervisor(ctx context.Context, o Options) *supervisor {
 func (s *supervisor) open(ctx context.Context) error {
 	s.opening.Lock()
 	defer s.opening.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.running, cancel)()
 	s.mu.Lock()
-	opened, closing := s.pool != nil, s.closing
+	opened, closing := s.recovered, s.closing
 	s.mu.Unlock()
 	switch {
 	case closing:
@@ -115,11 +121,13 @@ func (s *supervisor) open(ctx context.Context) error {
 		lock.Close()
 		return err
 	}
-	left := recoverPool(ctx, p, held, cmp.Or(s.options.hooks.orphanPatience, orphanPatience))
+	s.mu.Lock()
+	s.pool, s.lockFile = p, lock
+	s.mu.Unlock()
+	s.recoverPool(ctx, p, held, cmp.Or(s.options.hooks.orphanPatience, orphanPatience))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.pool, s.lockFile, s.attached = p, lock, left
-	s.resume(maps.Clone(left))
+	s.recovered = true
 	klog.InfoS("Pool is ready", "pool", p.Dir(), "uuid", p.UUID())
 	return nil
 }
@@ -171,12 +179,12 @@ func (s *supervisor) openedPool() *pool.Pool {
 // ready returns the pool. An engine that started before its pool was mounted opens it here.
 func (s *supervisor) ready(ctx context.Context) (*pool.Pool, error) {
 	s.mu.Lock()
-	p, closing := s.pool, s.closing
+	p, recovered, closing := s.pool, s.recovered, s.closing
 	s.mu.Unlock()
 	if closing {
 		return nil, errClosing
 	}
-	if p != nil {
+	if recovered {
 		return p, nil
 	}
 	if err := s.open(ctx); err != nil {
@@ -251,7 +259,7 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attac
 	}
 	a.worker, a.device = w, r.GetDevice()
 	if err := s.watch(id, a); err != nil {
-		w.stop()
+		w.stopWithin(leavePatience)
 		return nil, err
 	}
 	return a, nil
@@ -275,46 +283,67 @@ func (s *supervisor) watch(id string, a *attachment) error {
 	}
 	s.attached[id] = a
 	s.tasks.Go(func() {
-		<-a.worker.done
-		s.lost(id, a)
+		select {
+		case <-a.worker.done:
+			s.lost(id, a)
+		case <-s.running.Done():
+		}
 	})
 	return nil
 }
 
-// shutDown leaves every volume to the next engine. If there can be none, for the holder ends too, it detaches them, and
-// aborts those that are in use. A second call finds nothing to do.
+// outlive returns a context for what goes on when its caller is gone, until the engine shuts down.
+func (s *supervisor) outlive(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(s.running, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+// shutDown leaves every volume to the next engine, which may take over before this one has ended: nothing that is waited for
+// here must keep it. If there can be none, for the holder ends too, it detaches the volumes, and aborts those that are in use.
+// A second call finds nothing to do.
 func (s *supervisor) shutDown(ctx context.Context) {
-	s.close()
+	s.close() // what runs ends: calls, and the guard of what is held
 	s.opening.Lock()
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()
 	s.opening.Unlock()
+	s.fds.closeAll()
 	var volumes sync.WaitGroup
-	for id := range s.attachments() {
-		if s.ownHolder {
+	attached := s.attachments()
+	if s.ownHolder {
+		for id := range attached {
 			volumes.Go(func() { s.shutDownVolume(ctx, id) })
-		} else {
-			volumes.Go(func() { s.leave(id) })
 		}
+	} else {
+		for id, a := range attached {
+			if a.worker != nil {
+				a.worker.conn.Close()
+				volumes.Go(func() { leave(id, a) })
+			}
+		}
+		s.unlockPool()
 	}
 	volumes.Wait()
 	s.tasks.Wait()
 	s.dropSpares(func(string) bool { return false })
-	s.fds.closeAll()
+	s.unlockPool()
+}
+
+func (s *supervisor) unlockPool() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.lockFile != nil {
 		s.lockFile.Close()
+		s.lockFile = nil
 	}
 }
 
-// leave leaves a volume to the next engine. Calls that run fail.
-func (s *supervisor) leave(id string) {
+// leave waits until a volume's worker has left it to the next engine.
+func leave(id string, a *attachment) {
 	start := time.Now()
-	a := s.find(id)
-	if a == nil || a.worker == nil {
-		return
-	}
-	a.worker.stop()
+	a.worker.stopWithin(leavePatience)
 	klog.InfoS("Left to the next engine", "volume", id, "device", a.device, "duration", time.Since(start))
 }
 
@@ -332,7 +361,7 @@ func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
 	}
 	s.set(id, nil)
 	if a.worker == nil {
-		err = errors.Join(discard(ctx, s.holder, id), clearDevices(s.openedPool(), id))
+		err = errors.Join(discard(ctx, s.holder, id), s.clearDevices(ctx, s.openedPool(), id))
 	} else {
 		if err == nil {
 			_, err = a.worker.api.Detach(patience, &api.DetachRequest{VolumeId: id})
