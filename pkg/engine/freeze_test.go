@@ -205,7 +205,7 @@ func TestFreezeRefusals(t *testing.T) {
 	m.unmount(t)
 }
 
-// A supervisor that dies while a file system is frozen: the next one thaws it, also if it cannot see where
+// A supervisor that dies with its helper while a file system is frozen: the next one thaws it, also if it cannot see where
 // it is mounted.
 func TestKillSupervisorWhileFrozen(t *testing.T) {
 	for _, c := range []struct {
@@ -225,6 +225,10 @@ func TestKillSupervisorWhileFrozen(t *testing.T) {
 				}
 			})
 			eventually(t, "frozen", func() bool { _, err := os.Stat(frozen); return err == nil })
+			must(t, r.engine.cmd.Process.Signal(unix.SIGSTOP))
+			for pid := range helpers(t) { // it would thaw
+				must(t, unix.Kill(pid, unix.SIGKILL))
+			}
 			r.kill()
 			calls.Wait()
 			if !m.isFrozen(t) {
