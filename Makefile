@@ -7,7 +7,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test crash survive soak fuzz differential damage lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
+.PHONY: help build demo test crash survive soak fuzz differential damage mutants lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
 
 help: ## say what there is to make
 	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
@@ -49,6 +49,10 @@ differential: ## let QEMU and us take turns on HISTORIES=5000 random images, and
 damage: ## damage DAMAGED=300 images, check them as QEMU does, repair and read them; and use as many as QEMU does
 	@hack/setup.sh test
 	nice $(GO) test ./pkg/qcow2 -run "TestDamage$$|TestUseOfDamaged$$" -damaged $(or $(DAMAGED),300) -used $(or $(DAMAGED),300) -sound 100 -timeout 0 -v | grep --line-buffered -vE "^ *(===|--- PASS) "
+
+mutants: ## take each sync, barrier and lock out, in turn, and say which no test misses: MUTANTS=pkg/qcow2 MUTANTFLAGS='-sample 10'
+	@hack/setup.sh test
+	nice $(GO) run ./hack/mutants $(MUTANTFLAGS) $(MUTANTS)
 
 lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint

@@ -188,7 +188,7 @@ func (w *commitWork) write(img *Image) error {
 }
 
 // settle ends the commit in memory. What a failed one took is dirty again: nothing is lost, and a later flush
-// may succeed where a full disk has been relieved.
+// may succeed where a full disk has been relieved. It owes its barrier, too: that may be what has failed.
 func (img *Image) settle(w *commitWork, err error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()

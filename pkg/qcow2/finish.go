@@ -314,7 +314,8 @@ func (n *generation) adoptTable(next *nextTable, t *l2Table) error {
 }
 
 // adoptLate settles what becomes of a table that a guest made after settle. Where the next generation has a table of its
-// own, that one is used and the guest's given up; else the guest's takes the place of the one that it was copied from.
+// own, that one is used and the guest's given up; else the guest's takes the place of the one that it was copied from. The barrier
+// that replaceTable has asked for is still due: finish has let no commit come between.
 func (n *generation) adoptLate(l lateTable) {
 	img := n.img
 	if n.tables[l.index] != nil {
@@ -326,7 +327,6 @@ func (n *generation) adoptLate(l lateTable) {
 	}
 	img.l1[l.index] = l1Entry(l.made) | flagCopied
 	img.l1Dirty.add(l.index * 8 / sectorSize)
-	img.barrier = true
 }
 
 // rowBytes returns the length of the snapshot table.

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"errors"
 	"flag"
 	"fmt"
@@ -322,6 +323,97 @@ func TestRedoLogFull(t *testing.T) {
 	h.note("many writes")
 	h.kill()
 	h.judge(h.kills[0])
+}
+
+// What a log held is void once it has been redone: whatever comes next, without any write that would empty the log, is not
+// taken back by the next process that finds it.
+func TestRedoOnce(t *testing.T) {
+	for name, c := range map[string]struct {
+		op   func(*Image) error
+		want byte
+	}{
+		"goto": {func(img *Image) error { return img.GotoSnapshot(ByName("old")) }, 1},
+		"drop": {(*Image).DropActive, 0},
+		"flush, goto": {func(img *Image) error {
+			_, err := img.WriteAt(bytes.Repeat([]byte{3}, 3*4096), 4096)
+			return errors.Join(err, img.Flush(), img.GotoSnapshot(ByName("old")))
+		}, 1},
+		"create":    {func(img *Image) error { _, err := img.CreateSnapshot("new", nil); return err }, 2},
+		"grow":      {func(img *Image) error { return img.Resize(2 << 20) }, 2},
+		"reclaim":   {func(img *Image) error { _, err := img.ReclaimLeaks(t.Context()); return err }, 2},
+		"no change": {func(*Image) error { return nil }, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, words := newMemFile("once"), make([]uint64, MinRedoLog)
+			p := modelParams{CreateOptions: CreateOptions{ClusterSize: 4096}}
+			must(t, Create(f, 1<<20, p.CreateOptions))
+			img := openRedo(t, f, p, words)
+			put := func(b byte) {
+				_, err := img.WriteAt(bytes.Repeat([]byte{b}, 3*4096), 4096)
+				must(t, err)
+			}
+			put(1)
+			_, err := img.CreateSnapshot("old", nil)
+			must(t, err)
+			put(2) // and the process dies
+
+			img = openRedo(t, f.clone(), p, words)
+			must(t, c.op(img)) // and the next one, too
+			f = img.f.File.(*memFile).clone()
+			img = openRedo(t, f, p, words)
+			got := make([]byte, 3*4096)
+			_, err = img.ReadAt(got, 4096)
+			must(t, err)
+			if !bytes.Equal(got, bytes.Repeat([]byte{c.want}, len(got))) {
+				t.Errorf("the disk holds %d, not %d", got[0], c.want)
+			}
+			must(t, img.Close())
+			if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.Corruptions > 0 {
+				t.Errorf("%+v, %v", r, err)
+			}
+		})
+	}
+}
+
+// An entry of a log is COPIED if its cluster is counted once, whatever the log says: nothing that a log can hold makes a guest
+// write to what a snapshot has.
+func TestRedoOfSharedCluster(t *testing.T) {
+	f, words := newMemFile("shared"), make([]uint64, MinRedoLog)
+	p := modelParams{CreateOptions: CreateOptions{ClusterSize: 16 << 10, ExtendedL2: true}}
+	must(t, Create(f, 1<<20, p.CreateOptions))
+	img := openRedo(t, f, p, words)
+	_, err := img.WriteAt(pattern(1, 512), 0)
+	must(t, err)
+	_, err = img.CreateSnapshot("s", nil)
+	must(t, err)
+	es, err := img.entries(chunk{off: 0, n: 512})
+	must(t, err)
+	e := es[0].withCopied(true)
+	e.sub = e.sub.with(img.g.subMask(0, img.g.clusterSize)) // else it is what is mapped already
+	must(t, img.alloc.endReservation())
+	l := img.redo
+	l.note(img.g, 0, []l2Entry{e}) // and the process dies
+
+	img = openRedo(t, f.clone(), p, words)
+	f = img.f.File.(*memFile)
+	if r, err := checkFile(t.Context(), f.clone()); err != nil || r.Corruptions > 0 {
+		t.Errorf("after it was redone: %+v, %v", r, err)
+	}
+	_, err = img.WriteAt(pattern(2, 16<<10), 0)
+	must(t, err)
+	v, err := img.OpenSnapshot(ByName("s"))
+	must(t, err)
+	got := make([]byte, 512)
+	_, err = v.ReadAt(got, 0)
+	must(t, err)
+	if difference(got, pattern(1, 512)) >= 0 {
+		t.Error("a write to the disk changes the snapshot")
+	}
+	must(t, v.Close())
+	must(t, img.Close())
+	if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.Corruptions > 0 {
+		t.Errorf("at the end: %+v, %v", r, err)
+	}
 }
 
 func TestBadRedoLog(t *testing.T) {
