@@ -59,7 +59,7 @@ func (img *Image) holdsNothing() (bool, error) {
 	note(h.l1Offset, h.l1Size*8)
 	note(h.snapshotsOffset, img.rowBytes)
 	for _, row := range img.rows {
-		l1, err := readL1(img.f, g, row.l1Offset, row.l1Size, img.readOnly)
+		l1, err := readL1(img.f, g, row.l1Offset, row.l1Size, false)
 		if err != nil || hasTable(l1) || row.l1Offset+row.l1Size*8 > length {
 			return false, err
 		}

@@ -189,13 +189,14 @@ func readHeader(f File, decode func([]byte) (header, error)) (header, error) {
 }
 
 // readL1 reads a table of entries L1 entries. What follows from it is bounded by the file, whatever the header claims. Some writers
-// leave a table of zeros out at the end of the file: then it can be read only, for a file that was cut short looks the same.
-func readL1(f File, g geometry, off, entries int64, readOnly bool) ([]l1Entry, error) {
+// leave the active table out at the end of the file if it is zeros. With missing set it may be so; else it is ErrCorrupt, for a file
+// that was cut short looks the same.
+func readL1(f File, g geometry, off, entries int64, missing bool) ([]l1Entry, error) {
 	length, err := f.Size()
 	if err != nil {
 		return nil, err
 	}
-	if !readOnly && entries > 0 && off+entries*8-length >= g.clusterSize { // the file's last cluster may be cut, or missing if it is zeros
+	if !missing && entries > 0 && off+entries*8-length >= g.clusterSize { // the file's last cluster may be cut, or missing if it is zeros
 		return nil, fmt.Errorf("%w: %d entries at file offset %#x reach beyond the end of the file", ErrCorrupt, entries, off)
 	}
 	b := make([]byte, entries*8)

@@ -208,7 +208,7 @@ func (img *Image) Resize(size int64) error {
 
 // snapshotL1 reads a snapshot's L1 table, COPIED flags cleared: QEMU leaves them set.
 func (img *Image) snapshotL1(row *snapshotRow) ([]l1Entry, error) {
-	l1, err := readL1(img.f, img.g, row.l1Offset, row.l1Size, img.readOnly)
+	l1, err := readL1(img.f, img.g, row.l1Offset, row.l1Size, false)
 	if err != nil {
 		return nil, fmt.Errorf("%s: L1 table of snapshot %q: %w", img.f.Name(), row.name, err)
 	}
