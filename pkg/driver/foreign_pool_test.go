@@ -37,9 +37,6 @@ func TestForeignPool(t *testing.T) {
 			r.startEngine()
 			r.startPlugin(Options{})
 
-			if ok[*csi.ProbeResponse](t)(r.Probe(ctx, &csi.ProbeRequest{})).GetReady().GetValue() {
-				t.Error("the plugin is ready")
-			}
 			health := ok[*csi.NodeGetStorageHealthResponse](t)(r.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{}))
 			if b := health.GetBackendHealth(); len(b) != 1 || b[0].GetReason() != "PoolNotReady" || !strings.Contains(b[0].GetMessage(), c.says) {
 				t.Errorf("health: %v", health)
