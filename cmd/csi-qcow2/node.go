@@ -53,6 +53,9 @@ file systems, so it must run as root and in the mount namespace where kubelet se
 	flags.StringVar(&engineEndpoint, "engine", "", "`endpoint` of the engine, unix:///path")
 	flags.Var(&reserve, "reserve", "space of the pool's file system that is promised to no volume")
 	flags.Float64Var(&o.Overcommit, "overcommit", driver.DefaultOvercommit, "`bytes` promised to volumes for each free byte")
+	flags.Int64Var(&o.SnapshotLimit, "snapshot-limit", driver.DefaultSnapshotLimit,
+		"`percent` of a volume's size that its snapshots may keep, if its StorageClass says nothing")
+	flags.Int64Var(&o.MaxVolumes, "max-volumes-per-node", 256, "`number` of volumes in use at once for which the scheduler takes the node; 0: any")
 	flags.BoolVar(&inCluster, "cluster", false, `take part in the Kubernetes cluster of this pod, with its service account: volumes made from a
 source and pre-provisioned snapshots are handled by the node that has their source`)
 	metrics.addFlag(cmd)

@@ -3,7 +3,9 @@ package driver
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
 	"sync"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -17,6 +19,11 @@ const (
 	DefaultReserve = 1 << 30
 	// DefaultOvercommit promises no more than there is: a pod whose pool is full gets I/O errors.
 	DefaultOvercommit = 1.0
+
+	// DefaultSnapshotLimit is how much a volume's snapshots may keep, in percent of its size.
+	DefaultSnapshotLimit = 200
+	// snapshotSlack is what a volume has beside that for metadata, in clusters.
+	snapshotSlack = 256
 
 	defaultVolumeSize = 1 << 30
 	// sizeUnit is the largest logical block of a disk: sizes are its multiples.
@@ -94,26 +101,27 @@ type capacity struct {
 	reserve    int64
 	overcommit float64
 
-	mu      sync.Mutex
-	pending map[string]int64 // sizes that volumes are about to have, by ID; guarded by mu
+	mu        sync.Mutex          // guards what follows
+	pending   map[string]int64    // sizes that volumes are about to have, by ID
+	snapshots map[string]struct{} // volumes of which a snapshot is being taken, by ID
 }
 
 // available returns how many bytes can be promised to new volumes.
 func (c *capacity) available(p *pool.Pool) (int64, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.availableLocked(p)
+	left, err := c.left(p)
+	return max(left, 0) &^ (sizeUnit - 1), err
 }
 
-// availableLocked: (free − reserve) × the overcommit ratio − what is promised and not yet written.
-func (c *capacity) availableLocked(p *pool.Pool) (int64, error) {
-	space, err := p.Space(c.pending)
+// left: (free − reserve) × the overcommit ratio − what is promised and not yet written; negative if too much is. mu is held.
+func (c *capacity) left(p *pool.Pool) (int64, error) {
+	space, err := p.Space(c.pending, slices.Collect(maps.Keys(c.snapshots))...)
 	if err != nil {
 		return 0, fmt.Errorf("space of the pool: %w", err)
 	}
 	usable := float64(max(space.Free-c.reserve, 0)) * c.overcommit
-	left := int64(min(usable, math.MaxInt64/2)) - space.Promised
-	return max(left, 0) &^ (sizeUnit - 1), nil
+	return int64(min(usable, math.MaxInt64/2)) - space.Promised, nil
 }
 
 // promise takes what a volume needs to grow from one size to another, a new one from 0, out of what is available.
@@ -122,11 +130,11 @@ func (c *capacity) availableLocked(p *pool.Pool) (int64, error) {
 func (c *capacity) promise(p *pool.Pool, id string, from, to int64) (done func(), err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	left, err := c.availableLocked(p)
+	left, err := c.left(p)
 	if err != nil {
 		return nil, err
 	}
-	if to-from > left {
+	if left = max(left, 0) &^ (sizeUnit - 1); to-from > left {
 		return nil, fmt.Errorf("%w: %d bytes do not fit in the pool, which can promise %d more", errExhausted, to-from, left)
 	}
 	c.pending[id] = to
@@ -134,6 +142,37 @@ func (c *capacity) promise(p *pool.Pool, id string, from, to int64) (done func()
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		delete(c.pending, id)
+	}, nil
+}
+
+// promiseSnapshot takes what a volume may overwrite after a snapshot, which keeps it, out of what is available. done says that
+// the pool sees the snapshot for itself, or that there will be none.
+// errExhausted if the pool cannot promise as much, or the volume's snapshots would keep more than limit percent of its size.
+func (c *capacity) promiseSnapshot(p *pool.Pool, id string, params volumeParameters, limit int64) (done func(), err error) {
+	allocated, size, err := p.Usage(id)
+	if err != nil {
+		return nil, err
+	}
+	if most := float64(size)/100*float64(limit) + float64(snapshotSlack*params.clusterSizeOrDefault()); float64(allocated) > most {
+		return nil, fmt.Errorf("%w: the volume occupies %d bytes, which its snapshots would keep; they may keep %.0f (%s %d%%): "+
+			"delete snapshots of it", errExhausted, allocated, most, paramSnapshotLimit, limit)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.snapshots[id] = struct{}{}
+	left, err := c.left(p)
+	if err == nil && left < 0 {
+		err = fmt.Errorf("%w: the volume may overwrite all of its %d bytes, and a snapshot would keep them; the pool lacks %d bytes "+
+			"for that: delete snapshots or volumes, or make the pool larger", errExhausted, size, -left)
+	}
+	if err != nil {
+		delete(c.snapshots, id)
+		return nil, err
+	}
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.snapshots, id)
 	}, nil
 }
 

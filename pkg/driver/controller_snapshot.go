@@ -101,6 +101,16 @@ func (c *controller) createSnapshot(
 	if err := p.KeepReserve(); err != nil { // else nobody could delete it from a full pool
 		return nil, fmt.Errorf("snapshot %q of volume %s: the pool's reserve: %w", name, id, err)
 	}
+	params := recordedParameters(v.Parameters)
+	limit, err := parsePercent(params.snapshotLimit)
+	if err != nil {
+		limit = c.snapshotLimit
+	}
+	done, err := c.capacity.promiseSnapshot(p, id, params, limit)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot %q of volume %s: %w", name, id, err)
+	}
+	defer done()
 	made := snapshot{volume: v}
 	err = wherever(func() (err error) {
 		made.Snapshot, err = c.snapshotAttached(ctx, id, name, freeze)

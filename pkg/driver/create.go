@@ -142,7 +142,7 @@ func (r volumeRequest) match(v pool.Volume) error {
 func (p volumeParameters) match(v pool.Volume) bool {
 	has := recordedParameters(v.Parameters)
 	return (p.clusterSize == 0 || p.clusterSize == has.clusterSize) && (p.fsType == "" || p.fsType == has.fsType) &&
-		p.preallocation == has.preallocation
+		(p.snapshotLimit == "" || p.snapshotLimit == has.snapshotLimit) && p.preallocation == has.preallocation
 }
 
 // createImage writes an empty image at path, which must not exist.

@@ -33,6 +33,11 @@ type Options struct {
 	Reserve int64
 	// Overcommit is how much may be promised for each free byte; 0 = DefaultOvercommit.
 	Overcommit float64
+	// SnapshotLimit is how much a volume's snapshots may keep, in percent of its size, if its StorageClass says nothing;
+	// 0 = DefaultSnapshotLimit.
+	SnapshotLimit int64
+	// MaxVolumes is how many volumes the scheduler may place on the node at once; 0: any number.
+	MaxVolumes int64
 	// Metrics, if not nil, gets the plugin's metrics.
 	Metrics prometheus.Registerer
 	// Cluster, if not nil, is how the API server of the plugin's Kubernetes cluster is reached.
@@ -41,7 +46,8 @@ type Options struct {
 
 // Driver is what the three services share.
 type Driver struct {
-	nodeID, segment, version string
+	nodeID, segment, version  string
+	snapshotLimit, maxVolumes int64 // see Options
 
 	engine   Engine
 	images   *images
@@ -71,8 +77,12 @@ func Run(ctx context.Context, o Options) error {
 	if o.Overcommit == 0 {
 		o.Overcommit = DefaultOvercommit
 	}
-	if o.Overcommit < 0 || o.Reserve < 0 {
-		return fmt.Errorf("%w: overcommit %v, reserve %d", errInvalid, o.Overcommit, o.Reserve)
+	if o.SnapshotLimit == 0 {
+		o.SnapshotLimit = DefaultSnapshotLimit
+	}
+	if o.Overcommit < 0 || o.Reserve < 0 || o.SnapshotLimit < 0 || o.MaxVolumes < 0 {
+		return fmt.Errorf("%w: overcommit %v, reserve %d, snapshot limit %d, volumes %d",
+			errInvalid, o.Overcommit, o.Reserve, o.SnapshotLimit, o.MaxVolumes)
 	}
 	ns, err := newNamespace()
 	if err != nil {
@@ -114,9 +124,10 @@ func Run(ctx context.Context, o Options) error {
 func newDriver(work context.Context, o Options, ns *namespace) *Driver {
 	return &Driver{
 		nodeID: o.NodeID, segment: topologySegment(o.NodeID), version: o.Version,
+		snapshotLimit: o.SnapshotLimit, maxVolumes: o.MaxVolumes,
 		engine:   o.Engine,
 		images:   newImages(),
-		capacity: &capacity{reserve: o.Reserve, overcommit: o.Overcommit, pending: map[string]int64{}},
+		capacity: &capacity{reserve: o.Reserve, overcommit: o.Overcommit, pending: map[string]int64{}, snapshots: map[string]struct{}{}},
 		creating: newCreations(work),
 		busy:     newKeyedLock(),
 		poolDir:  o.PoolDir,

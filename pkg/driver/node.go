@@ -44,7 +44,9 @@ func (n *node) NodeGetCapabilities(
 }
 
 func (n *node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
-	return &csi.NodeGetInfoResponse{NodeId: n.nodeID, AccessibleTopology: n.topology()}, nil
+	return &csi.NodeGetInfoResponse{
+		NodeId: n.nodeID, AccessibleTopology: n.topology(), MaxVolumesPerNode: n.maxVolumes,
+	}, nil
 }
 
 // hold returns a volume for an operation on its mounts, alone until release is called.

@@ -14,6 +14,7 @@ const (
 	paramClusterSize   = "clusterSize"
 	paramPreallocation = "preallocation"
 	paramFSType        = "fsType"
+	paramSnapshotLimit = "snapshotLimit"
 	paramFSFreeze      = "fsFreeze"
 )
 
@@ -29,6 +30,7 @@ type volumeParameters struct {
 	// preallocation of a new volume; a restored or cloned one is as thin as its origin.
 	preallocation qcow2.Preallocation
 	fsType        string // what a capability without a file system gets; "": not given
+	snapshotLimit string // a number with a percent sign, of the volume's size; "": not given
 }
 
 // parseVolumeParameters refuses keys that it does not know. Those that the sidecars add are ignored.
@@ -46,6 +48,9 @@ func parseVolumeParameters(in map[string]string) (volumeParameters, error) {
 			}
 		case strings.EqualFold(key, paramFSType), key == "csi.storage.k8s.io/fstype":
 			out.fsType, err = value, checkFSType(value)
+		case key == paramSnapshotLimit:
+			out.snapshotLimit = value
+			_, err = parsePercent(value)
 		case fromSidecar(key):
 		default:
 			err = invalid("unknown parameter %q", key)
@@ -70,6 +75,9 @@ func (p volumeParameters) record() map[string]string {
 	if p.fsType != "" {
 		out[paramFSType] = p.fsType
 	}
+	if p.snapshotLimit != "" {
+		out[paramSnapshotLimit] = p.snapshotLimit
+	}
 	if p.preallocation != qcow2.PreallocationOff {
 		out[paramPreallocation] = p.preallocation.String()
 	}
@@ -86,7 +94,17 @@ func recordedParameters(in map[string]string) volumeParameters {
 	if err != nil {
 		preallocation = qcow2.PreallocationOff
 	}
-	return volumeParameters{clusterSize: size, preallocation: preallocation, fsType: in[paramFSType]}
+	return volumeParameters{clusterSize: size, preallocation: preallocation, fsType: in[paramFSType], snapshotLimit: in[paramSnapshotLimit]}
+}
+
+// parsePercent reads a snapshotLimit.
+func parsePercent(s string) (int64, error) {
+	digits, ok := strings.CutSuffix(s, "%")
+	n, err := strconv.ParseUint(digits, 10, 31)
+	if err != nil || !ok {
+		return 0, invalid("parameter %s is %q; it takes a percentage of the volume's size, as in 200%%", paramSnapshotLimit, s)
+	}
+	return int64(n), nil
 }
 
 // parseSnapshotParameters returns whether a mounted file system is to be frozen.

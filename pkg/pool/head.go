@@ -21,6 +21,7 @@ type head struct {
 	size        int64 // virtual bytes
 	clusterBits uint32
 	extendedL2  bool
+	snapshots   bool // it has some
 }
 
 // readHead reads the size of a disk and its layout, which an attached image can be read for at any moment: its head is
@@ -34,5 +35,6 @@ func readHead(image io.ReaderAt) head {
 		size:        max(0, int64(binary.BigEndian.Uint64(b[24:]))),
 		clusterBits: binary.BigEndian.Uint32(b[20:]),
 		extendedL2:  binary.BigEndian.Uint32(b[4:]) >= 3 && binary.BigEndian.Uint64(b[72:])&(1<<4) != 0,
+		snapshots:   binary.BigEndian.Uint32(b[60:]) > 0,
 	}
 }

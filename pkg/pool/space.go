@@ -3,6 +3,7 @@ package pool
 import (
 	"math"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -11,16 +12,19 @@ import (
 type Space struct {
 	Total, Free int64 // bytes, of the file system, as far as it is not reserved for root
 	Used        int64 // bytes that the pool's volumes occupy
-	Promised    int64 // bytes that volumes may still come to occupy: sizes less what is allocated
+	Promised    int64 // bytes that volumes may still come to occupy
 }
 
 // Space adds up what the volumes occupy and may come to occupy, those in the making too. It costs a
 // few system calls and one small read for each of them. Nothing is locked: all of it is changing meanwhile.
 //
-// Promised is an estimate from below: a volume with snapshots, or one that shares blocks with another, can come
-// to occupy more than its size. sizes, by volume ID, are what the caller is about to give to volumes: the larger size
-// counts, and a volume that the pool does not know yet counts too.
-func (p *Pool) Space(sizes map[string]int64) (Space, error) {
+// A volume may come to occupy its size, less what it has; one with snapshots all of its size beside what it has, for they
+// keep what it overwrites. That is more than it can be when it has overwritten some since its last snapshot. It is less where
+// a volume shares blocks with another.
+//
+// sizes, by volume ID, are what the caller is about to give to volumes: the larger size counts, and a volume that the pool does
+// not know yet counts too. snapshots are the IDs of volumes of which a snapshot is about to be taken.
+func (p *Pool) Space(sizes map[string]int64, snapshots ...string) (Space, error) {
 	root, err := p.enter()
 	if err != nil {
 		return Space{}, err
@@ -42,7 +46,7 @@ func (p *Pool) Space(sizes map[string]int64) (Space, error) {
 		err = eachVolumeIn(root, part, fresh, func(id string, v Volume, _ error) {
 			seen[id] = true
 			v.Size = max(v.LeastSize(), sizes[id])
-			s.add(all, id, v)
+			s.add(all, id, v, slices.Contains(snapshots, id))
 		})
 		_ = all.Close()
 		if err != nil {
@@ -58,27 +62,44 @@ func (p *Pool) Space(sizes map[string]int64) (Space, error) {
 }
 
 // add counts one volume in. v is empty if its volume.json is unreadable.
-func (s *Space) add(all dir, id string, v Volume) {
-	allocated, size := measure(all, id+"/"+imageFile)
+func (s *Space) add(all dir, id string, v Volume, snapshotted bool) {
+	allocated, head := measure(all, id+"/"+imageFile)
 	s.Used += allocated
-	if !v.Tombstone { // to which nobody writes any more
-		s.promise(max(0, max(size, v.Size)-allocated))
+	size := max(head.size, v.Size)
+	_, notPending := all.Lstat(id + "/" + string(pending))
+	switch {
+	case v.Tombstone: // to which nobody writes any more
+	case snapshotted || head.snapshots || notPending == nil:
+		s.promise(size)
+	default:
+		s.promise(max(0, size-allocated))
 	}
+}
+
+// Usage returns how many bytes a volume's image occupies, and how many its disk has. ErrNotFound, ErrBadID.
+func (p *Pool) Usage(id string) (allocated, size int64, err error) {
+	d, err := p.openVolume(id)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer d.Close()
+	allocated, head := measure(d, imageFile)
+	return allocated, head.size, nil
 }
 
 // promise adds n bytes; of hostile sizes, no negative sum.
 func (s *Space) promise(n int64) { s.Promised += min(n, math.MaxInt64-s.Promised) }
 
-// measure returns how many bytes an image occupies, and its virtual size; zeros for what is not to be found out.
-func measure(d dir, image string) (allocated, size int64) {
+// measure returns how many bytes an image occupies, and its head; zeros for what is not to be found out.
+func measure(d dir, image string) (allocated int64, h head) {
 	f, err := openImage(d, image)
 	if err != nil {
-		return 0, 0
+		return 0, head{}
 	}
 	defer f.Close()
 	var st unix.Stat_t
 	if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
-		return 0, 0
+		return 0, head{}
 	}
-	return st.Blocks * 512, readHead(f).size
+	return st.Blocks * 512, readHead(f)
 }

@@ -11,8 +11,8 @@ import (
 
 // A claim that does not fit in the node's pool waits, and events say why. When a snapshot is deleted it fits.
 func fullPool(s *space, node string) {
-	// What is promised to a volume is taken, written or not.
-	const room = 3 << 30
+	// What is promised to a volume is taken, written or not; with a snapshot, once more what it may overwrite.
+	const room = 4 << 30
 	s.pvc("ballast", claim{size: fmt.Sprint(s.capacity(node, room) - room), tried: node})
 	s.bound("ballast")
 	s.pvc("data", claim{size: "2Gi"})
@@ -23,11 +23,11 @@ func fullPool(s *space, node string) {
 	s.deletePod("writer")
 	s.deletePVC("data") // its snapshot still has what was written
 
-	const size = "2300Mi"
+	const size = "3300Mi"
 	s.pvc("forced", claim{size: size, tried: node})
 	s.event("PersistentVolumeClaim", "forced", "ProvisioningFailed", "do not fit in the pool")
 	s.deletePVC("forced")
-	s.capacityBelow(node, 2300<<20)
+	s.capacityBelow(node, 3300<<20)
 	s.pvc("late", claim{size: size})
 	s.pod("late", on(node), "late")
 	s.event("Pod", "late", "FailedScheduling", "did not have enough free storage")
