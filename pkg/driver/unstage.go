@@ -57,8 +57,13 @@ func (n *node) thaw(device blockDevice, id string) error {
 		return err
 	}
 	defer dir.Close()
+	root, err := unix.Openat(int(dir.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) // a path takes no ioctl
+	if err != nil {
+		return fmt.Errorf("open the file system at %s: %w", at[0].path, err)
+	}
+	defer unix.Close(root)
 	for err == nil { // as often as it was frozen
-		err = unix.IoctlSetInt(int(dir.Fd()), fiThaw, 0)
+		err = unix.IoctlSetInt(root, fiThaw, 0)
 	}
 	if errors.Is(err, unix.EINVAL) { // it is not, any more
 		return nil

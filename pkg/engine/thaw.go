@@ -60,7 +60,7 @@ func thawRoot(root int, surely bool) error {
 		case errors.Is(err, unix.EBUSY):
 			<-time.After(refreezePause)
 		default:
-			return nil //nolint:nilerr // it cannot be frozen, so it is not
+			return nil // it cannot be frozen, so it is not
 		}
 	}
 }
