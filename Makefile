@@ -25,7 +25,7 @@ test: ## run every test: units, QEMU's tools as oracle, csi-sanity, kill and res
 	@hack/setup.sh test
 	@hack/test.sh
 
-crash: ## crash images at 200,000 moments and make every call of the file fail, in half an hour
+crash: ## crash images at 200,000 moments, make every call of the file fail, and cut the power under pools
 	@hack/setup.sh test
 	@hack/crash.sh
 

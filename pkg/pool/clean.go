@@ -6,7 +6,8 @@ import (
 	"io/fs"
 )
 
-// Clean removes what interrupted Creates and removals left, and nothing that another process is at work on.
+// Clean removes what interrupted Creates and removals left, and nothing that another process is at work on. What killed
+// processes did is durable before that: from now on, whoever asks is told of it.
 // Call it when a process starts. What it cannot remove is in the joined error, and does not stop the rest.
 func (p *Pool) Clean() error {
 	root, err := p.enter()
@@ -14,7 +15,7 @@ func (p *Pool) Clean() error {
 		return err
 	}
 	defer root.Close()
-	var failures []error
+	failures := []error{root.syncAll()}
 	for _, part := range []string{creatingDir, removingDir} {
 		failures = append(failures, cleanPart(root, part))
 	}
@@ -40,7 +41,7 @@ func cleanPart(root dir, part string) error {
 			failures = append(failures, fmt.Errorf("clean %s/%s: %w", part, id, err))
 		}
 	}
-	return errors.Join(append(failures, d.sync())...)
+	return errors.Join(failures...) // not synced: what comes back in a power cut is removed by the next Clean
 }
 
 // cleanOne removes a directory unless it is locked. Anything else of that name was not made by a pool, and

@@ -155,7 +155,7 @@ func (c *creation) publish() error {
 	if err := c.root.Rename(c.half(), c.whole()); err != nil {
 		return taken(err)
 	}
-	return errors.Join(syncSub(c.root, volumesDir), syncSub(c.root, creatingDir))
+	return syncSub(c.root, volumesDir) // a rename is atomic: with its new name, the loss of the old one is durable
 }
 
 // undo removes what is not in its place yet.

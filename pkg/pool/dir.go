@@ -200,6 +200,14 @@ func (d dir) sync() error {
 	return nil
 }
 
+// syncAll makes all of the directory's file system durable.
+func (d dir) syncAll() error {
+	if err := d.control(unix.Syncfs); err != nil {
+		return &fs.PathError{Op: "syncfs", Path: d.Name(), Err: err}
+	}
+	return nil
+}
+
 // control runs a system call on the directory's descriptor.
 func (d dir) control(call func(fd int) error) error {
 	f, err := d.Open(".")

@@ -32,20 +32,21 @@ func InitOn(path, node string) error {
 	}
 	defer lock.Close()
 
-	if _, err := root.Lstat(identityFile); !errors.Is(err, fs.ErrNotExist) {
-		return checkPool(path, err)
+	_, err = root.Lstat(identityFile)
+	switch {
+	case err == nil:
+		err = checkPool(path)
+	case errors.Is(err, fs.ErrNotExist):
+		err = initialise(root, node)
 	}
-	if err := refuseForeign(root); err != nil {
+	if err != nil {
 		return err
 	}
-	return initialise(root, node)
+	return root.syncAll() // the directory's own name too, and those of directories above it that were made
 }
 
 // checkPool tells whether what has a pool.json is a pool.
-func checkPool(path string, lstatErr error) error {
-	if lstatErr != nil {
-		return lstatErr
-	}
+func checkPool(path string) error {
 	root, _, err := enter(path)
 	if err != nil {
 		return err
@@ -73,6 +74,9 @@ func refuseForeign(root dir) error {
 
 // initialise creates everything before pool.json: with it, the pool is whole.
 func initialise(root dir, node string) error {
+	if err := refuseForeign(root); err != nil {
+		return err
+	}
 	f, err := root.openReserved(unfinishedFile)
 	if err != nil {
 		return err
@@ -96,8 +100,5 @@ func initialise(root dir, node string) error {
 	if err := root.sync(); err != nil {
 		return err
 	}
-	if err := root.Rename(unfinishedFile, identityFile); err != nil {
-		return err
-	}
-	return root.sync()
+	return root.Rename(unfinishedFile, identityFile)
 }

@@ -57,10 +57,8 @@ func (p *Pool) changePending(id string, change func([]PendingSnapshot) []Pending
 		return err
 	}
 	changed := change(all)
-	switch {
-	case slices.Equal(changed, all):
-		return nil
-	case len(changed) == 0:
+	// Also without a change: one that was killed may have made it, and not synced it.
+	if len(changed) == 0 {
 		return p.Unmark(id, pending)
 	}
 	note, err := json.Marshal(changed)

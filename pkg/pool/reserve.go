@@ -20,8 +20,7 @@ const (
 )
 
 // KeepReserve makes the reserve as large as the deletion of a snapshot of the pool's largest volume may need: nothing, if
-// there are no volumes.
-// qcow2.ErrNoSpace.
+// there are no volumes. Durable when it returns. qcow2.ErrNoSpace.
 func (p *Pool) KeepReserve() error {
 	return p.withReserve(func(root dir, f *os.File) error {
 		need, err := p.reserveNeed(root)
@@ -32,21 +31,26 @@ func (p *Pool) KeepReserve() error {
 		if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
 			return err
 		}
-		if st.Size == need && st.Blocks*512 >= need {
-			return nil
+		if st.Size != need || st.Blocks*512 < need {
+			if err := resizeReserve(f, need); err != nil {
+				return err
+			}
 		}
-		if need == 0 {
-			return f.Truncate(0)
-		}
-		err = control(f, func(fd int) error { return unix.Fallocate(fd, 0, 0, need) })
+		return errors.Join(f.Sync(), root.sync()) // also what somebody who was killed has not synced
+	})
+}
+
+func resizeReserve(f *os.File, need int64) error {
+	if need > 0 {
+		err := control(f, func(fd int) error { return unix.Fallocate(fd, 0, 0, need) })
 		switch {
 		case errors.Is(err, errors.ErrUnsupported):
 			return nil
 		case err != nil:
 			return noSpace(&fs.PathError{Op: "fallocate", Path: f.Name(), Err: err})
 		}
-		return f.Truncate(need)
-	})
+	}
+	return f.Truncate(need)
 }
 
 // GiveUpReserve gives the reserve's blocks back to the file system. Whoever calls it uses them at once, and calls

@@ -99,6 +99,13 @@ func Open(f File, o OpenOptions) (*Image, error) {
 
 func open(file File, o OpenOptions) (*Image, error) {
 	f := newSyncer(file)
+	if !o.ReadOnly {
+		// Who had the image before may have been killed. What it did last must not be lost in a power cut while what is
+		// written on top of it stays.
+		if err := f.Sync(); err != nil {
+			return nil, err
+		}
+	}
 	h, err := readHeader(f, decodeHeader)
 	if err != nil {
 		return nil, err
