@@ -39,6 +39,14 @@ type Options struct {
 	// logical block size it means that.
 	DiscardGranularity int
 	ReadOnly           bool
+	// Avoid are paths of loop devices that must not be used, though nothing is bound to them.
+	Avoid []string
+	// Keep, if not nil, has a copy of a descriptor of the loop device kept outside of this process: as long as somebody has it
+	// the kernel does not give the device's number away. -1: the copy is to be closed; it is when Keep returns nil.
+	Keep func(fd int) error
+	// Restore is called by Check: it runs the function of that name in a process that holds nothing but fd, and waits for it,
+	// but not for ever. A process of the caller's that were killed in there could not end, nor be followed. Nil: in this one.
+	Restore func(fd int, want []byte) error
 	// Journal keeps unanswered requests in memory of the Handle, as for a kernel that cannot hand them out again.
 	Journal bool
 	// Broken, if not nil, is called when the server cannot go on, nor say what became of the requests that it has in hand. The

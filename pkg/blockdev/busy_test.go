@@ -140,8 +140,9 @@ func TestNumberOfAnother(t *testing.T) {
 	differently.fileDev, differently.filePath = d.loop.fileDev, d.loop.filePath
 	same.fileDev = d.loop.fileDev // the same volume, attached again
 	for _, l := range []loopDevice{differently, same} {
-		must(t, l.release())
+		wantErr(t, "mark", l.markAutoclear(), errUnbound)
 		must(t, l.clear())
+		wantErr(t, "keep", l.keep(), errUnbound)
 		wantErr(t, "set capacity", l.setCapacity(1<<20), errUnbound)
 		if got := sysfs(t, other.Path(), "loop/autoclear"); got != "0" {
 			t.Error("somebody else's device was marked")

@@ -30,6 +30,7 @@ func connect(payload int) (*connection, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/fuse: %w", err)
 	}
+	dev = closeFirst(dev)
 	mount, err := mountDetached("fuse", map[string]string{
 		"source":   "csi-qcow2",
 		"fd":       strconv.Itoa(dev),
@@ -52,6 +53,19 @@ func connect(payload int) (*connection, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// closeFirst gives a descriptor a high number, if there is one: at the end of a process the kernel closes files from the highest
+// number down. The last close of a block device writes what is in its page cache; by then the connection must have ended, or
+// that waits for ever, and the process with it.
+func closeFirst(fd int) int {
+	const high = 512
+	moved, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, high)
+	if err != nil {
+		return fd
+	}
+	unix.Close(fd)
+	return moved
 }
 
 // identify finds the connection's number, which is that of the file system's device, without a

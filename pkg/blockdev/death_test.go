@@ -101,9 +101,9 @@ func TestServerKilled(t *testing.T) {
 	wantErr(t, "read from a dead server's device", err, unix.EIO)
 	wantErr(t, "fsync", f.Sync(), unix.EIO)
 
-	wantErr(t, "clear while open", Clear(path), ErrBusy)
+	wantErr(t, "clear while open", Clear(path, helperName(cmd)), ErrBusy)
 	must(t, f.Close()) // the last close removes it
-	must(t, Clear(path))
+	must(t, Clear(path, helperName(cmd)))
 	found, err = Find(prefix)
 	must(t, err)
 	if len(found) != 0 {
@@ -127,9 +127,9 @@ func TestServerKilledUnderFileSystem(t *testing.T) {
 		t.Error("a file was synced to a dead server's device")
 	}
 	f.Close()
-	wantErr(t, "clear while mounted", Clear(path), ErrBusy)
+	wantErr(t, "clear while mounted", Clear(path, helperName(cmd)), ErrBusy)
 	must(t, unix.Unmount(dir, 0))
-	must(t, Clear(path))
+	must(t, Clear(path, helperName(cmd)))
 }
 
 // TestClearUnused: nobody has the dead server's device open.
@@ -137,13 +137,13 @@ func TestClearUnused(t *testing.T) {
 	cmd, path := startHelper(t)
 	must(t, cmd.Process.Kill())
 	_ = cmd.Wait()
-	must(t, Clear(path))
+	must(t, Clear(path, helperName(cmd)))
 	if found, err := Find(testPrefix + strconv.Itoa(cmd.Process.Pid)); len(found) != 0 || err != nil {
 		t.Error(found, err)
 	}
-	must(t, Clear(path))
+	must(t, Clear(path, helperName(cmd)))
 	for _, bad := range []string{"", "/dev/loop", "/dev/loop-1", "/dev/sda", "loop0", "/tmp/loop0", "/dev/loop01"} {
-		if err := Clear(bad); err == nil || errors.Is(err, ErrBusy) {
+		if err := Clear(bad, "x"); err == nil || errors.Is(err, ErrBusy) {
 			t.Errorf("Clear(%q): %v", bad, err)
 		}
 	}
@@ -165,11 +165,7 @@ func TestAbort(t *testing.T) {
 			errs <- err
 		}()
 	}
-	waitFor(t, "requests in flight", func() bool {
-		n, err := d.Waiting()
-		must(t, err)
-		return n == stuck
-	})
+	waitFor(t, "requests in hand", func() bool { return d.Waiting() == serverThreads })
 	must(t, d.Abort())
 	for range stuck {
 		wantErr(t, "write in flight", <-errs, unix.EIO)
@@ -221,7 +217,7 @@ func TestAbortUnblocksDetach(t *testing.T) {
 	_, err := f.WriteAt(make([]byte, 4096), 0)
 	must(t, err)
 	closed := make(chan struct{})
-	go func() { f.Close(); close(closed) }() // writes the page cache back: hangs
+	go func() { _ = f.Sync(); f.Close(); close(closed) }() // writes the page cache back: hangs
 	<-stuck
 	detached := make(chan error)
 	go func() { detached <- d.Detach() }()
@@ -234,3 +230,6 @@ func TestAbortUnblocksDetach(t *testing.T) {
 	}
 	must(t, err)
 }
+
+// helperName is the name of a helper's device.
+func helperName(cmd *exec.Cmd) string { return fmt.Sprintf("%s%d:helper", testPrefix, cmd.Process.Pid) }

@@ -3,11 +3,11 @@ package blockdev
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 )
 
 // Device is an attached block device. Its methods may be called concurrently.
@@ -15,10 +15,13 @@ type Device struct {
 	conn    *connection
 	server  *server
 	backend Backend
-	loop    loopDevice
+	options Options // with defaults filled in
 
-	mu       sync.Mutex // guards released, and serialises what changes the loop device
-	released bool       // the loop device is no longer bound to our file
+	mu       sync.Mutex // guards what follows, and serialises what changes the loop device
+	loop     loopDevice // its number and file do not change
+	kept     bool       // also by others, see Options.Keep
+	aborted  bool
+	released bool // the loop device is no longer bound to our file
 
 	closing sync.Once // the end of Detach
 }
@@ -48,7 +51,7 @@ func Attach(b Backend, o Options) (*Device, error) {
 		s.close()
 		return nil, fmt.Errorf("attach %s: %w", o.Name, err)
 	}
-	d := &Device{conn: c, server: s, backend: b}
+	d := &Device{conn: c, server: s, backend: b, options: o}
 	if err := d.bind(o); err != nil {
 		return nil, fmt.Errorf("attach %s: %w", o.Name, errors.Join(err, d.end()))
 	}
@@ -64,28 +67,25 @@ func (d *Device) bind(o Options) error {
 	if err != nil {
 		return err
 	}
-	if err := l.verify(o.Name, d.backend.Size()); err != nil {
-		return errors.Join(err, l.clear())
-	}
 	d.loop = l
+	if err = d.loop.verify(o.Name, d.backend.Size()); err == nil && o.Keep != nil {
+		err = o.Keep(l.fd)
+		d.kept = true
+	}
+	if err != nil {
+		return errors.Join(err, d.release())
+	}
 	return nil
 }
 
 // Path returns the device's path, /dev/loopN.
 func (d *Device) Path() string { return loopPath(d.loop.number) }
 
-// Waiting returns how many requests of the device's users have no answer yet.
-func (d *Device) Waiting() (int, error) {
-	b, err := os.ReadFile(loopSysfs(d.loop.number, "inflight"))
-	if err != nil {
-		return 0, fmt.Errorf("requests of %s: %w", d.Path(), err)
-	}
-	var reads, writes int
-	if _, err := fmt.Sscan(string(b), &reads, &writes); err != nil {
-		return 0, fmt.Errorf("requests of %s: %q: %w", d.Path(), b, err)
-	}
-	return reads + writes, nil
-}
+// File returns the identity of the served file, by which LOOP_GET_STATUS64 tells what a loop device is bound to.
+func (d *Device) File() (dev, inode uint64) { return d.loop.fileDev, d.loop.fileInode }
+
+// Waiting returns how many requests the server has in hand. (What the kernel counts as in flight has no flushes.)
+func (d *Device) Waiting() int { return int(d.server.waiting.Load()) }
 
 // Resize tells the kernel that the backend's size has changed. The device works meanwhile, and must be able
 // to: the kernel asks the server, which has no thread to answer when the backend blocks them all.
@@ -123,17 +123,52 @@ func (d *Device) Detach() error {
 	return d.end()
 }
 
+// release unbinds the loop device if nobody else has it open, ErrBusy otherwise.
+//
+// LOOP_CLR_FD cannot say which of the two it did, and drops what is still in the page cache when its caller is
+// the last user. So: mark the device to be unbound at its last close, close what keeps it, everywhere, see if that was the last
+// one, and if not, keep it again and take the mark away.
 func (d *Device) release() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.released {
 		return nil
 	}
-	if err := d.loop.release(); err != nil {
+	err := d.loop.markAutoclear()
+	if err != nil && !errors.Is(err, errUnbound) {
 		return err
+	}
+	d.letGo()
+	if err == nil && !waitUntil(d.loop.gone) {
+		if err := d.takeBack(); !errors.Is(err, errUnbound) {
+			return errors.Join(fmt.Errorf("%s: %w", d.Path(), ErrBusy), err)
+		}
 	}
 	d.released = true
 	return nil
+}
+
+// takeBack keeps a device that could not be released. One whose connection has ended goes at its last close.
+func (d *Device) takeBack() error {
+	if d.aborted {
+		return nil
+	}
+	if err := d.loop.keep(); err != nil {
+		return err
+	}
+	d.keepElsewhere()
+	return d.loop.unmarkAutoclear()
+}
+
+// letGo closes what keeps the loop device bound, here and elsewhere.
+func (d *Device) letGo() {
+	if d.options.Keep != nil {
+		if err := d.options.Keep(-1); err != nil { // if it is kept nevertheless that is seen
+			klog.ErrorS(err, "The device may still be kept", "device", d.Path())
+		}
+		d.kept = false
+	}
+	d.loop.close()
 }
 
 // end ends the connection and the server.
@@ -161,6 +196,8 @@ func (d *Device) Abort() error {
 	if d.released {
 		return nil
 	}
+	d.aborted = true
+	d.letGo()
 	return d.loop.clear()
 }
 

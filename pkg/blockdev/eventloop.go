@@ -216,6 +216,7 @@ func (l *eventLoop) receive() error {
 		return nil
 	}
 	l.used = true
+	l.server.waiting.Add(1)
 	i := l.idle[len(l.idle)-1]
 	l.idle = l.idle[:len(l.idle)-1]
 	l.hold(i, r)
@@ -262,6 +263,7 @@ func (l *eventLoop) land() {
 
 // free ends request i, which was answered.
 func (l *eventLoop) free(i int) {
+	l.server.waiting.Add(-1)
 	l.idle = append(l.idle, i)
 	if l.held[i] >= smallMessages {
 		l.large = append(l.large, l.held[i])

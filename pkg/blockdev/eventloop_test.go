@@ -124,6 +124,7 @@ func leave(t *testing.T, d *Device) Handle {
 	d.Leave()
 	h := copyHandle(t, d)
 	d.conn.close() // as the end of the process would
+	d.loop.close()
 	d.server.close()
 	return h
 }
@@ -137,6 +138,8 @@ func copyHandle(t *testing.T, d *Device) Handle {
 		h.FDs[i], err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 		must(t, err)
 	}
+	h.Loop, err = unix.FcntlInt(uintptr(d.loop.fd), unix.F_DUPFD_CLOEXEC, 0)
+	must(t, err)
 	return h
 }
 
@@ -273,6 +276,7 @@ func TestBrokenRing(t *testing.T) {
 	default:
 	}
 	d.conn.close()
+	d.loop.close()
 	if d, err = Resume(b, o, h); err != nil {
 		t.Fatal(err)
 	}

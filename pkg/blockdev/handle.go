@@ -17,6 +17,8 @@ type Handle struct {
 	State []byte
 	// FDs are the FUSE connection, the root of its mount, the served file, and the memory of the journal if there is one.
 	FDs []int
+	// Loop is a copy of the descriptor that Options.Keep was given; 0: none.
+	Loop int
 }
 
 // handleState is what State holds, in JSON.
@@ -56,6 +58,9 @@ func (h Handle) Close() {
 	for _, fd := range h.FDs {
 		unix.Close(fd)
 	}
+	if h.Loop > 0 {
+		unix.Close(h.Loop)
+	}
 }
 
 // Abort ends the device's connection, whoever else has the descriptors: all requests fail, those that wait too.
@@ -86,7 +91,7 @@ func (h Handle) open() (handleState, *connection, error) {
 
 // Resume goes on serving a device whose server is dead, or has left it, with a backend of the same content: requests that
 // were not answered are answered now. The options are those of Attach. The descriptors are the device's when Resume
-// succeeds. ErrGone if there is no such device any more.
+// succeeds. ErrGone if there is no such device any more. Call Check soon.
 //
 // The server before must have ended: what it still did would happen behind what this one does.
 func Resume(b Backend, o Options, h Handle) (*Device, error) {
@@ -120,6 +125,8 @@ func resume(b Backend, o Options, h Handle) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.dev = closeFirst(c.dev)
+	h.FDs[0] = c.dev // the caller's, if this fails
 	s := newServer(b, o, ms)
 	if err := s.takeUp(c); err != nil {
 		s.close()
@@ -128,7 +135,8 @@ func resume(b Backend, o Options, h Handle) (*Device, error) {
 	if len(h.FDs) > 3 {
 		unix.Close(h.FDs[3]) // the server has its own
 	}
-	return &Device{conn: c, server: s, backend: b, loop: l}, nil
+	l.fd = h.Loop
+	return &Device{conn: c, server: s, backend: b, options: o, loop: l, kept: h.Loop > 0}, nil
 }
 
 // messages returns the memory of the server's messages: the earlier server's, if that is where unanswered requests are.
@@ -152,8 +160,9 @@ func (s *server) takeUp(c *connection) error {
 	return s.start(c)
 }
 
-// findBound returns loop device number if it is bound to the file of c. It does not open the device: that may have to wait
-// for requests that nobody answers yet.
+// findBound returns loop device number if it is bound to the file of c. It does not open the device, nor ask it: that may have
+// to wait for requests that nobody answers yet. A number that was not kept may have been given to somebody who uses the same
+// name: Check tells.
 func findBound(number int, name string, c *connection) (loopDevice, error) {
 	path, err := backingFile(number)
 	if err != nil {

@@ -52,7 +52,7 @@ func clearLeftovers(match func(pid int) bool) error {
 		for _, dir := range mountsOf(d.Path) {
 			_ = unix.Unmount(dir, unix.MNT_DETACH)
 		}
-		if err := Clear(d.Path); err != nil {
+		if err := Clear(d.Path, d.Name); err != nil {
 			return err
 		}
 	}

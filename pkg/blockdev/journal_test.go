@@ -73,6 +73,7 @@ func TestJournal(t *testing.T) {
 				c.die(d.server, b, m)
 				h := copyHandle(t, d)
 				d.conn.close()
+				d.loop.close()
 				d.server.close()
 
 				var next Backend = b

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,11 +26,17 @@ const (
 var errUnbound = errors.New("loop device is not bound")
 
 // loopDevice is a loop device that is bound to a file of ours.
+//
+// Whoever can open a loop device may unbind it, even for reading and without any privilege; the kernel then gives the number
+// to somebody else, while pods still have the device node. But it only notes that (LO_FLAGS_AUTOCLEAR) while others have the
+// device open: so we keep it open, and take the note back (restore.go).
 type loopDevice struct {
 	number int
 	// What identifies the file: when it is unbound the kernel gives the number to somebody else.
 	fileDev, fileInode uint64
 	filePath           string // in its own file system
+
+	fd int // keeps it bound; open for reading, so that it keeps nobody from mounting the device. 0: not kept
 }
 
 func loopPath(number int) string { return fmt.Sprintf("/dev/loop%d", number) }
@@ -38,9 +45,7 @@ func loopSysfs(number int, name string) string {
 	return fmt.Sprintf("/sys/block/loop%d/%s", number, name)
 }
 
-// bindLoop binds a free loop device to file. It is not left to the kernel to unbind it when the last
-// user, or this process, is gone (LO_FLAGS_AUTOCLEAR): the kernel would give the number to another
-// volume while a pod still has the device node.
+// bindLoop binds a free loop device to file, with nothing left of what it was before.
 func bindLoop(file int, o Options) (loopDevice, error) {
 	config := unix.LoopConfig{Fd: uint32(file), Size: uint32(o.LogicalBlockSize)}
 	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
@@ -56,7 +61,7 @@ func bindLoop(file int, o Options) (loopDevice, error) {
 	defer unix.Close(ctl)
 	for attempt := range attachAttempts {
 		var number int
-		number, err = unix.IoctlRetInt(ctl, unix.LOOP_CTL_GET_FREE)
+		number, err = freeLoop(ctl, o.Avoid)
 		if err != nil {
 			return loopDevice{}, fmt.Errorf("find a free loop device: %w", err)
 		}
@@ -74,9 +79,35 @@ func bindLoop(file int, o Options) (loopDevice, error) {
 	return loopDevice{}, fmt.Errorf("no free loop device after %d attempts: %w", attachAttempts, err)
 }
 
+// freeLoop returns the number of a loop device that is not bound and that nobody says to avoid.
+func freeLoop(ctl int, avoid []string) (int, error) {
+	number, err := unix.IoctlRetInt(ctl, unix.LOOP_CTL_GET_FREE)
+	if err != nil || !slices.Contains(avoid, loopPath(number)) {
+		return number, err
+	}
+	// The kernel knows one free device only.
+	found := -1
+	err = eachLoop(func(number int) error {
+		path, err := backingFile(number)
+		if found < 0 && path == "" && !slices.Contains(avoid, loopPath(number)) {
+			found = number
+		}
+		return err
+	})
+	if err != nil || found >= 0 {
+		return found, err
+	}
+	made, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(ctl), unix.LOOP_CTL_ADD, ^uintptr(0))
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(made), nil
+}
+
 func configureLoop(number int, config *unix.LoopConfig) (loopDevice, error) {
+	readOnly := config.Info.Flags&unix.LO_FLAGS_READ_ONLY != 0
 	flags := unix.O_RDWR
-	if config.Info.Flags&unix.LO_FLAGS_READ_ONLY != 0 {
+	if readOnly {
 		flags = unix.O_RDONLY
 	}
 	fd, err := openLoop(number, flags)
@@ -88,6 +119,12 @@ func configureLoop(number int, config *unix.LoopConfig) (loopDevice, error) {
 		return loopDevice{}, fmt.Errorf("configure %s: %w", loopPath(number), err)
 	}
 	l, err := identify(fd, number)
+	if err == nil && !readOnly { // a mark of BLKROSET outlives what was bound before
+		err = unix.IoctlSetPointerInt(fd, unix.BLKROSET, 0)
+	}
+	if err == nil {
+		l.fd, err = openLoop(number, unix.O_RDONLY)
+	}
 	if err != nil {
 		_ = unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0)
 		return loopDevice{}, err
@@ -131,13 +168,8 @@ func openLoop(number, flags int) (int, error) {
 }
 
 // verify checks that the kernel has done what it was asked for.
-func (l loopDevice) verify(name string, size int64) error {
-	fd, err := openLoop(l.number, unix.O_RDONLY)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	info, err := l.status(fd)
+func (l *loopDevice) verify(name string, size int64) error {
+	info, err := l.status(l.fd)
 	if err != nil {
 		return err
 	}
@@ -150,7 +182,7 @@ func (l loopDevice) verify(name string, size int64) error {
 	if info.Flags&unix.LO_FLAGS_DIRECT_IO == 0 {
 		return fmt.Errorf("%s does no direct I/O: kernel refused it", loopPath(l.number))
 	}
-	return checkSize(fd, l.number, size)
+	return checkSize(l.fd, l.number, size)
 }
 
 func checkSize(fd, number int, size int64) error {
@@ -165,7 +197,7 @@ func checkSize(fd, number int, size int64) error {
 }
 
 // status returns the device's state, errUnbound if it is not bound to our file.
-func (l loopDevice) status(fd int) (*unix.LoopInfo64, error) {
+func (l *loopDevice) status(fd int) (*unix.LoopInfo64, error) {
 	info, err := unix.IoctlLoopGetStatus64(fd)
 	switch {
 	case errors.Is(err, unix.ENXIO):
@@ -179,49 +211,27 @@ func (l loopDevice) status(fd int) (*unix.LoopInfo64, error) {
 }
 
 // setCapacity makes the kernel take over the file's size.
-func (l loopDevice) setCapacity(size int64) error {
-	fd, err := openLoop(l.number, unix.O_RDONLY)
-	if err != nil {
+func (l *loopDevice) setCapacity(size int64) error {
+	if _, err := l.status(l.fd); err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	if _, err := l.status(fd); err != nil {
-		return err
-	}
-	if err := unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
+	if err := unix.IoctlSetInt(l.fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
 		return fmt.Errorf("set capacity of %s: %w", loopPath(l.number), err)
 	}
-	return checkSize(fd, l.number, size)
+	return checkSize(l.fd, l.number, size)
 }
 
-// release unbinds the device if nobody has it open, ErrBusy otherwise.
-//
-// LOOP_CLR_FD cannot say which of the two it did, and drops what is still in the page cache when its caller is
-// the last user. So: mark the device to be unbound at its last close, close it, see if that was the last
-// one, and if not, take the mark away again. A mark that cannot be taken away, because somebody has
-// claimed the device in this very moment, is ErrBusy too: the device works on, and goes at its last close.
-func (l loopDevice) release() error {
-	err := l.setAutoclear(true)
-	if errors.Is(err, errUnbound) {
-		return nil
+// close gives up the descriptor that keeps the device.
+func (l *loopDevice) close() {
+	if l.fd > 0 {
+		unix.Close(l.fd)
+		l.fd = 0
 	}
-	if err != nil {
-		return err
-	}
-	if waitUntil(l.gone) {
-		return nil
-	}
-	if err := l.setAutoclear(false); errors.Is(err, errUnbound) {
-		return nil
-	} else if err != nil && !errors.Is(err, ErrBusy) {
-		return err
-	}
-	return fmt.Errorf("%s: %w", loopPath(l.number), ErrBusy)
 }
 
-// setAutoclear sets or clears the mark that makes the kernel unbind the device at its last close, which may
-// be the one in here. The exclusive open fails while a file system or a stacked device is on it.
-func (l loopDevice) setAutoclear(on bool) error {
+// markAutoclear makes the kernel unbind the device at its last close, which may be the one in here. The exclusive open fails
+// while a file system or a stacked device is on it.
+func (l *loopDevice) markAutoclear() error {
 	fd, err := openLoop(l.number, unix.O_RDONLY|unix.O_EXCL)
 	switch {
 	case errors.Is(err, unix.EBUSY):
@@ -236,27 +246,46 @@ func (l loopDevice) setAutoclear(on bool) error {
 	if err != nil {
 		return err
 	}
-	info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
-	if on {
-		info.Flags |= unix.LO_FLAGS_AUTOCLEAR
-	}
+	info.Flags |= unix.LO_FLAGS_AUTOCLEAR
 	if err := unix.IoctlLoopSetStatus64(fd, info); err != nil {
 		return fmt.Errorf("set status of %s: %w", loopPath(l.number), err)
 	}
 	return nil
 }
 
-// clear unbinds the device at its last close, which may be the one in here.
-func (l loopDevice) clear() error {
-	return clearLoop(l.number, func(fd int) error {
-		_, err := l.status(fd)
+// unmarkAutoclear takes the mark away. It may stay while somebody has claimed the device in this very moment: Check goes on.
+func (l *loopDevice) unmarkAutoclear() error {
+	info, err := l.status(l.fd)
+	if err != nil {
 		return err
-	})
+	}
+	info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
+	if err := unix.IoctlLoopSetStatus64(l.fd, info); err != nil && !errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("set status of %s: %w", loopPath(l.number), err)
+	}
+	return nil
 }
 
-// clearLoop unbinds a loop device at its last close, which may be the one in here, if check agrees.
-func clearLoop(number int, check func(fd int) error) error {
-	fd, err := openLoop(number, unix.O_RDONLY)
+// keep opens the device again, if it is still ours, so that it stays bound. errUnbound.
+func (l *loopDevice) keep() error {
+	fd, err := openLoop(l.number, unix.O_RDONLY)
+	if errors.Is(err, unix.ENXIO) { // being unbound right now
+		return errUnbound
+	}
+	if err == nil {
+		if _, err = l.status(fd); err != nil {
+			unix.Close(fd)
+		}
+	}
+	if err == nil {
+		l.fd = fd
+	}
+	return err
+}
+
+// clear unbinds the device at its last close, which may be the one in here.
+func (l *loopDevice) clear() error {
+	fd, err := openLoop(l.number, unix.O_RDONLY)
 	if errors.Is(err, unix.ENXIO) { // being unbound right now
 		return nil
 	}
@@ -264,20 +293,20 @@ func clearLoop(number int, check func(fd int) error) error {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := check(fd); errors.Is(err, errUnbound) {
+	if _, err := l.status(fd); errors.Is(err, errUnbound) {
 		return nil
 	} else if err != nil {
 		return err
 	}
 	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil && !errors.Is(err, unix.ENXIO) {
-		return fmt.Errorf("clear %s: %w", loopPath(number), err)
+		return fmt.Errorf("clear %s: %w", loopPath(l.number), err)
 	}
 	return nil
 }
 
 // gone tells if the device is no longer bound to our file. It does not open the device: that would make
 // it the user that it looks for. In doubt the answer is no.
-func (l loopDevice) gone() bool {
+func (l *loopDevice) gone() bool {
 	path, err := backingFile(l.number)
 	return err == nil && path != l.filePath
 }

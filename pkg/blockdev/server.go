@@ -29,6 +29,7 @@ type server struct {
 
 	messages *messages
 	working  sync.RWMutex  // held shared while a request is worked on, exclusively for ever by who has left the device
+	waiting  atomic.Int64  // requests that were read and have no answer yet
 	running  atomic.Int32  // threads
 	loop     *eventLoop    // nil: threads
 	done     chan struct{} // closed when nothing calls the backend any more
@@ -150,6 +151,8 @@ func (s *server) serveOne(m message) error {
 	if !r.valid() {
 		return fmt.Errorf("malformed FUSE request of %d bytes", len(r))
 	}
+	s.waiting.Add(1)
+	defer s.waiting.Add(-1)
 	s.working.RLock()
 	defer s.working.RUnlock()
 	return s.answer(m)

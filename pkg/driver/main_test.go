@@ -114,7 +114,7 @@ func cleanUnder(dir string) {
 	}
 	for _, d := range devices {
 		if poolErr == nil && p.Owns(strings.TrimPrefix(d.Name, "csiq:")) {
-			_ = blockdev.Clear(d.Path)
+			_ = blockdev.Clear(d.Path, d.Name)
 		}
 	}
 }

@@ -34,6 +34,9 @@ type Attachment struct {
 	Failure   string // why State is not Served
 	Corrupt   bool   // the image is: it is read, and not written
 	Deaths    int    // workers that died, and were replaced, since it was attached or the engine started
+	// FileDevice and FileInode are the identity of the file that the device is bound to, by which LOOP_GET_STATUS64 tells it from
+	// another's with the same number. 0: not known.
+	FileDevice, FileInode uint64
 }
 
 // State is how an attached volume is served.
@@ -121,6 +124,7 @@ func (c *Client) List(ctx context.Context) ([]Attachment, error) {
 		out = append(out, Attachment{
 			VolumeID: a.GetVolumeId(), Device: a.GetDevice(), Size: a.GetSize(), WorkerPID: int(a.GetWorkerPid()),
 			State: state, Failure: a.GetFailure(), Corrupt: a.GetCorrupt(), Deaths: int(a.GetDeaths()),
+			FileDevice: a.GetFileDevice(), FileInode: a.GetFileInode(),
 		})
 	}
 	return out, nil

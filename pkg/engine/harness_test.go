@@ -244,7 +244,7 @@ func (r *rig) cleanUp() {
 		if id := strings.TrimPrefix(d.Name, devicePrefix); pool.ValidID(id) && r.pool.Owns(id) {
 			t.Errorf("%s of %s is left", d.Path, id)
 			unmountAll(d.Path)
-			_ = blockdev.Clear(d.Path)
+			_ = blockdev.Clear(d.Path, d.Name)
 		}
 	}
 	r.checkVolumes()

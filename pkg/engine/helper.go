@@ -31,6 +31,8 @@ const (
 	// helperThawDevice thaws the file system that is mounted from Device, wherever that is.
 	helperThawDevice = "thaw-device"
 	helperClear      = "clear" // remove the dead devices of the name Device
+	// helperRestore gives the loop device that it has instead of a directory the settings in Device, see blockdev.Restore.
+	helperRestore = "restore"
 )
 
 type helperRequest struct {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 )
 
 const (
@@ -73,6 +75,8 @@ func (p *helperProcess) do(r helperRequest) (reply helperReply, err error) {
 		return reply, thawDevice(r.Device, r.Surely)
 	case helperClear:
 		return reply, clearNamed(r.Device)
+	case helperRestore:
+		return reply, blockdev.Restore(helperDirFD, []byte(r.Device))
 	}
 	return reply, fmt.Errorf("unknown operation %q", r.Op)
 }

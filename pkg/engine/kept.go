@@ -42,6 +42,36 @@ func keep(ctx context.Context, at holder.Client, volume string, dev *blockdev.De
 	return at.Hold(ctx, volume, holder.Entry{State: state, FDs: append([]int{log.fd}, h.FDs...)})
 }
 
+// loopEntry is the holder's name for the descriptor that keeps a volume's loop device bound. It is an entry of its own so that it
+// can be given up when the device is to go, and for engines of before that did not keep it: they go on with the rest. (They
+// cannot detach such a volume.)
+func loopEntry(volume string) string { return volume + "/loop" }
+
+// keepLoop has the holder keep the loop device's descriptor; -1: give it up.
+func keepLoop(ctx context.Context, at holder.Client, volume string, fd int) error {
+	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	defer cancel()
+	if fd < 0 {
+		return at.Drop(ctx, loopEntry(volume))
+	}
+	e := holder.Entry{FDs: []int{fd}, Last: true}
+	if at.Hold(ctx, loopEntry(volume), e) == nil {
+		return nil
+	}
+	// It may have that of an earlier device.
+	if err := at.Drop(ctx, loopEntry(volume)); err != nil {
+		return err
+	}
+	return at.Hold(ctx, loopEntry(volume), e)
+}
+
+// drop makes the holder give up all that it has of a volume.
+func drop(ctx context.Context, at holder.Client, volume string) error {
+	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	defer cancel()
+	return errors.Join(at.Drop(ctx, volume), at.Drop(ctx, loopEntry(volume)))
+}
+
 // kept is what an earlier worker has left.
 type kept struct {
 	device blockdev.Handle
@@ -63,6 +93,17 @@ func getKept(ctx context.Context, at holder.Client, volume string) (*kept, error
 	if err != nil {
 		e.Close()
 		return nil, fmt.Errorf("what is held of %s: %w", volume, err)
+	}
+	loop, err := at.Get(ctx, loopEntry(volume))
+	switch {
+	case errors.Is(err, holder.ErrNotHeld): // an engine of before has attached it
+	case err != nil:
+		k.close()
+		return nil, err
+	case len(loop.FDs) == 1:
+		k.device.Loop = loop.FDs[0]
+	default:
+		loop.Close()
 	}
 	return k, nil
 }
@@ -94,9 +135,7 @@ func discard(ctx context.Context, at holder.Client, volume string) error {
 		err = k.device.Abort()
 		k.close()
 	}
-	ctx, cancel := context.WithTimeout(ctx, holderPatience)
-	defer cancel()
-	return errors.Join(err, at.Drop(ctx, volume))
+	return errors.Join(err, drop(ctx, at, volume))
 }
 
 // redoMemory is the memory of an image's redo log, shared by all who have its descriptor.

@@ -244,7 +244,7 @@ func TestKillSupervisor(t *testing.T) {
 		r.eventually("the worker ends", func() bool { return unix.Kill(pid, 0) != nil })
 	}
 	r.start()
-	if a := r.find(busy); a != nil {
+	if a := r.find(busy); a == nil || a.State != Failed || a.Device != device { // its users still have the device's node
 		t.Errorf("listed: %+v", a)
 	}
 	w.check(t, r.attach(busy))
@@ -310,7 +310,7 @@ func TestOrphanEnds(t *testing.T) {
 	}
 	release()
 	r.awaitProbe(nil)
-	if a := r.find(id); a != nil {
+	if a := r.find(id); a == nil || a.State != Failed {
 		t.Errorf("listed as %+v", a)
 	}
 	wantDevice(t, r.attach(id), 0, mib, 1)

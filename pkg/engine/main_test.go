@@ -163,7 +163,7 @@ func removeLeftovers() {
 		}
 		_ = thawDevice(d.Path, false)
 		unmountAll(d.Path)
-		_ = blockdev.Clear(d.Path)
+		_ = blockdev.Clear(d.Path, d.Name)
 	}
 }
 

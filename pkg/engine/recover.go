@@ -41,11 +41,12 @@ func devicesLeft(p *pool.Pool) map[string]string {
 
 // recoverPool takes up what an earlier engine has left: volumes that are held get a worker, file systems that it had frozen are
 // thawed, devices that nobody serves any more are removed. Only for the last it waits; those that stay are listed with the
-// reason.
+// reason, and so are those that users of their volume may still have.
 func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[string]bool, patience time.Duration) {
 	left := devicesLeft(p)
 	waiting, dead := map[string]*attachment{}, map[string]string{}
 	for id, device := range left {
+		device = s.given.present(id, device)
 		if held[id] {
 			waiting[id] = &attachment{device: device, failure: "an earlier engine has ended", waiting: true}
 			s.set(id, waiting[id])
@@ -54,6 +55,10 @@ func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[str
 			dead[id] = device
 		}
 	}
+	for id, device := range s.given.without(left) {
+		klog.ErrorS(errUnbound, "Volume failed", "volume", id, "device", device)
+		s.set(id, &attachment{device: device, failure: errUnbound.Error()})
+	}
 	s.resume(waiting)
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
@@ -61,7 +66,12 @@ func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[str
 	for id, device := range dead {
 		clearing.Go(func() {
 			err := waitForOrphan(ctx, p, id)
-			if err == nil {
+			switch {
+			case err != nil:
+			case s.given.count(id) > 0:
+				s.thawDead(ctx, p, id, device)
+				err = errServerDied
+			default:
 				err = s.clearDevices(ctx, p, id)
 			}
 			if err != nil {
@@ -75,6 +85,11 @@ func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[str
 	clearing.Wait()
 	removeMarkers(p, left)
 }
+
+var (
+	errServerDied = errors.New("all that served its device has died: the volume must be staged again")
+	errUnbound    = errors.New("all that served its device has died, and somebody has unbound it: the volume must be staged again")
+)
 
 // waitForOrphan waits until no worker of a dead engine holds the volume.
 func waitForOrphan(ctx context.Context, p *pool.Pool, id string) error {
@@ -109,6 +124,14 @@ func (s *supervisor) clearDevices(ctx context.Context, p *pool.Pool, id string) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, clearPatience)
 	defer cancel()
+	s.thawDead(ctx, p, id, s.given.present(id, device))
+	return askHelper(ctx, helperRequest{Op: helperClear, Device: devicePrefix + id})
+}
+
+// thawDead thaws the file system on a device that nobody serves any more, if an earlier engine had frozen it.
+func (s *supervisor) thawDead(ctx context.Context, p *pool.Pool, id, device string) {
+	ctx, cancel := context.WithTimeout(ctx, clearPatience)
+	defer cancel()
 	marked, err := frozenBefore(p, id)
 	if err == nil && marked == device {
 		if err = askHelper(ctx, helperRequest{Op: helperThawDevice, Device: device, Surely: true}); err == nil {
@@ -119,7 +142,6 @@ func (s *supervisor) clearDevices(ctx context.Context, p *pool.Pool, id string) 
 	if err != nil {
 		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", device)
 	}
-	return askHelper(ctx, helperRequest{Op: helperClear, Device: devicePrefix + id})
 }
 
 // clearNamed is what a helper does for clearDevices.
@@ -133,7 +155,7 @@ func clearNamed(name string) error {
 		if d.Name != name {
 			continue
 		}
-		err := blockdev.Clear(d.Path)
+		err := blockdev.Clear(d.Path, d.Name)
 		if errors.Is(err, blockdev.ErrBusy) {
 			err = fmt.Errorf("%w: the engine that served it is dead: %w", ErrInUse, err)
 		}

@@ -27,6 +27,9 @@ type served struct {
 	holder  holder.Client
 	broken  chan<- error
 
+	look     look // at the loop device
+	restorer restorer
+
 	// leaky: the image may have leaks of an earlier, unclean stop.
 	leaky atomic.Bool
 
@@ -41,7 +44,7 @@ type served struct {
 
 // serve takes a volume and makes a device of it, or goes on with the one that an earlier worker has left. Its tasks end
 // with ctx. The process must end when there is something in broken.
-func serve(ctx context.Context, o WorkerOptions, broken chan<- error) (*served, error) {
+func serve(ctx context.Context, o WorkerOptions, avoid []string, broken chan<- error) (*served, error) {
 	p, err := pool.Open(o.PoolDir)
 	if err != nil {
 		return nil, err
@@ -60,7 +63,7 @@ func serve(ctx context.Context, o WorkerOptions, broken chan<- error) (*served, 
 	lease, err := outwait(ctx, k != nil, func() (*pool.Lease, error) { return p.Lock(o.Volume) })
 	if err == nil {
 		s := &served{options: o, lease: lease, holder: at, broken: broken}
-		if err = s.begin(ctx, k); err == nil {
+		if err = s.begin(ctx, k, avoid); err == nil {
 			return s, nil
 		}
 		err = errors.Join(err, lease.Unlock())
@@ -90,7 +93,7 @@ func outwait[T any](ctx context.Context, patient bool, try func() (T, error)) (T
 
 // begin opens the image of the leased volume and serves it. k, if not nil, is what an earlier worker has left; the caller
 // closes it when begin fails.
-func (s *served) begin(ctx context.Context, k *kept) error {
+func (s *served) begin(ctx context.Context, k *kept, avoid []string) error {
 	volume := s.lease.Volume().ID
 	if s.lease.Volume().Tombstone {
 		return fmt.Errorf("%s: %w", volume, ErrTombstone)
@@ -105,7 +108,7 @@ func (s *served) begin(ctx context.Context, k *kept) error {
 	if err := s.openImage(ctx, k); err != nil {
 		return err
 	}
-	if err := s.openDevice(ctx, k); err != nil {
+	if err := s.openDevice(ctx, k, avoid); err != nil {
 		return errors.Join(fmt.Errorf("attach %s: %w", volume, err), s.img.Close())
 	}
 	if err := s.recordSize(); err != nil {
@@ -158,19 +161,21 @@ func (s *served) openImage(ctx context.Context, k *kept) error {
 	return nil
 }
 
-// openDevice goes on with the kept device, or makes one that is kept from now on.
-func (s *served) openDevice(ctx context.Context, k *kept) (err error) {
+// openDevice goes on with the kept device, or makes one that is kept from now on, and is none of those to avoid.
+func (s *served) openDevice(ctx context.Context, k *kept, avoid []string) (err error) {
 	volume := s.lease.Volume().ID
 	o := blockdev.Options{
 		Name: devicePrefix + volume, DiscardGranularity: int(s.img.ClusterSize()), Errno: errno,
-		Journal: s.options.Journal, Broken: func(err error) { s.broken <- err },
+		Journal: s.options.Journal, Broken: func(err error) { s.broken <- err }, Avoid: avoid,
+		Restore: func(fd int, want []byte) error { return s.restorer.restore(context.WithoutCancel(ctx), fd, want) },
+		Keep: func(fd int) error { return keepLoop(context.WithoutCancel(ctx), s.holder, volume, fd) },
 	}
 	if k != nil {
 		s.dev, err = blockdev.Resume(s.backend, o, k.device)
 		if !errors.Is(err, blockdev.ErrGone) {
 			return err
 		}
-		if err := s.holder.Drop(ctx, volume); err != nil {
+		if err := drop(ctx, s.holder, volume); err != nil {
 			return err
 		}
 		k.device.Close()
@@ -190,9 +195,7 @@ func (s *served) endDevice(ctx context.Context) error {
 	if errors.Is(err, blockdev.ErrBusy) {
 		return fmt.Errorf("%w: %s: %w", ErrInUse, s.dev.Path(), err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, holderPatience)
-	defer cancel()
-	return errors.Join(err, s.holder.Drop(ctx, s.lease.Volume().ID))
+	return errors.Join(err, drop(ctx, s.holder, s.lease.Volume().ID))
 }
 
 // close ends what reads the image, flushes and closes the image, and lets go of the volume. The device
@@ -222,6 +225,9 @@ func (s *served) closeImage() error {
 func (s *served) failure() error {
 	if err := s.backend.failed.Load(); err != nil {
 		return *err
+	}
+	if err := s.look.failure(); err != nil {
+		return err
 	}
 	select {
 	case <-s.dev.Done():

@@ -60,10 +60,8 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 	if err != nil {
 		return nil, err
 	}
-	if held[id] { // the new worker goes on with it
-	} else if err := s.clearDevices(ctx, p, id); err != nil {
-		// Whoever has it open keeps a dead device, which goes with its last user.
-		klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
+	if before := s.given.present(id, ""); before != "" && !held[id] { // it stays until the volume is detached
+		s.thawDead(ctx, p, id, before)
 	}
 	ctx, cancel := s.outlive(ctx)
 	defer cancel()
@@ -134,6 +132,7 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 		}
 		s.set(id, nil)
 	}
+	s.ended(ctx, p, id)
 	return &api.DetachResponse{}, nil
 }
 

@@ -38,6 +38,7 @@ type supervisor struct {
 	workers keyLock
 	opening sync.Mutex     // held while the pool is opened; taken before mu
 	tasks   sync.WaitGroup // watchers of workers, clones and snapshot calls
+	given   given
 	holder  holder.Client
 	// ownHolder: the holder is part of this engine and ends with it.
 	ownHolder bool
@@ -121,6 +122,7 @@ func (s *supervisor) open(ctx context.Context) error {
 		lock.Close()
 		return err
 	}
+	s.given.read(p)
 	s.mu.Lock()
 	s.pool, s.lockFile = p, lock
 	s.mu.Unlock()
@@ -249,7 +251,7 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attac
 			return nil, err
 		}
 	}
-	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id})
+	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id, Avoid: s.given.others(id)})
 	if err != nil {
 		if ctx.Err() != nil { // it hangs
 			_ = w.cmd.Process.Kill()
@@ -258,6 +260,7 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attac
 		return nil, w.explain(err)
 	}
 	a.worker, a.device = w, r.GetDevice()
+	s.given.add(p, id, a.device)
 	if err := s.watch(id, a); err != nil {
 		w.stopWithin(leavePatience)
 		return nil, err
@@ -347,6 +350,17 @@ func leave(id string, a *attachment) {
 	klog.InfoS("Left to the next engine", "volume", id, "device", a.device, "duration", time.Since(start))
 }
 
+// ended puts away what there was of a volume that has been detached.
+func (s *supervisor) ended(ctx context.Context, p *pool.Pool, id string) {
+	if s.given.count(id) > 1 {
+		if err := s.clearDevices(ctx, p, id); err != nil {
+			// Whoever has it open keeps a dead device, which goes with its last user.
+			klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
+		}
+	}
+	s.given.forget(p, id)
+}
+
 func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
 	start := time.Now()
 	patience, cancel := context.WithTimeout(ctx, stopPatience)
@@ -376,5 +390,6 @@ func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
 			"device", a.device, "duration", time.Since(start))
 		return
 	}
+	s.ended(ctx, s.openedPool(), id)
 	klog.InfoS("Detached", "volume", id, "device", a.device, "duration", time.Since(start))
 }

@@ -3,8 +3,6 @@ package engine
 import (
 	"runtime/debug"
 	"time"
-
-	"k8s.io/klog/v2"
 )
 
 const (
@@ -20,6 +18,7 @@ const (
 func (s *served) watch() {
 	tick := time.NewTicker(watchPeriod)
 	defer tick.Stop()
+	s.checkDevice(0) // one that was resumed may have changed meanwhile
 	var count int64
 	busy := time.Now() // when requests were last answered
 	tidied, rested := false, false
@@ -29,17 +28,14 @@ func (s *served) watch() {
 			return
 		case <-tick.C:
 		}
+		s.checkDevice(0)
 		now := time.Now()
 		if n := s.backend.count(); n != count {
 			count, busy, tidied, rested = n, now, false, false
 			s.lastAnswer.Store(now.UnixNano())
 			continue
 		}
-		waiting, err := s.dev.Waiting()
-		if err != nil {
-			klog.V(2).InfoS("Cannot tell whether requests wait", "reason", err)
-		}
-		if waiting == 0 {
+		if s.dev.Waiting() == 0 {
 			s.lastAnswer.Store(now.UnixNano())
 		}
 		if rested {

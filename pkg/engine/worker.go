@@ -112,7 +112,7 @@ func (w *worker) attached() (*served, error) {
 	return nil, fmt.Errorf("%s: %w", w.options.Volume, ErrNotAttached)
 }
 
-func (w *worker) Attach(ctx context.Context, _ *api.AttachRequest) (*api.AttachResponse, error) {
+func (w *worker) Attach(ctx context.Context, r *api.AttachRequest) (*api.AttachResponse, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s := w.current.Load()
@@ -121,7 +121,7 @@ func (w *worker) Attach(ctx context.Context, _ *api.AttachRequest) (*api.AttachR
 			return nil, errSupervisorGone
 		}
 		var err error
-		if s, err = serve(context.WithoutCancel(ctx), w.options, w.broken); err != nil {
+		if s, err = serve(context.WithoutCancel(ctx), w.options, r.GetAvoid(), w.broken); err != nil {
 			return nil, err
 		}
 		w.current.Store(s)
@@ -156,6 +156,8 @@ func (w *worker) List(context.Context, *api.ListRequest) (*api.ListResponse, err
 		VolumeId: w.options.Volume, Device: s.dev.Path(), Size: s.img.Size(), WorkerPid: int32(os.Getpid()),
 		Operations: s.backend.operations(), Corrupt: s.backend.corrupted.Load(),
 	}
+	s.checkDevice(checkPatience)
+	a.FileDevice, a.FileInode = s.dev.File()
 	if err := s.failure(); err != nil {
 		a.State, a.Failure = api.State_FAILED, err.Error()
 	} else if waited := s.stalled(); waited > 0 {

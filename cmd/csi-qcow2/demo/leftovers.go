@@ -47,8 +47,8 @@ func (w *world) force() error {
 	for _, pid := range processesWith(w.mark()) {
 		failures = append(failures, unix.Kill(pid, unix.SIGKILL))
 	}
-	for _, device := range w.loopDevices() {
-		failures = append(failures, blockdev.Clear(device))
+	for device, name := range w.loopDevices() {
+		failures = append(failures, blockdev.Clear(device, name))
 	}
 	return errors.Join(failures...)
 }
@@ -58,7 +58,7 @@ func (w *world) left() error {
 	for _, point := range mountsBelow(w.dir) {
 		left = append(left, fmt.Errorf("left behind: mount %s", point))
 	}
-	for _, device := range w.loopDevices() {
+	for device := range w.loopDevices() {
 		left = append(left, fmt.Errorf("left behind: %s", device))
 	}
 	for _, pid := range processesWith(w.mark()) {
@@ -94,8 +94,8 @@ func unmountBelow(dir string) error {
 }
 
 // loopDevices returns the loop devices of this pool's volumes: the name of their file holds a volume ID,
-// which holds the pool's UUID.
-func (w *world) loopDevices() []string {
+// which holds the pool's UUID. It returns their names by path.
+func (w *world) loopDevices() map[string]string {
 	if w.pool == nil {
 		return nil
 	}
@@ -103,11 +103,11 @@ func (w *world) loopDevices() []string {
 	if err != nil {
 		return nil
 	}
-	var devices []string
+	devices := map[string]string{}
 	for _, file := range files {
 		name, err := os.ReadFile(file)
 		if err == nil && strings.Contains(string(name), "-"+w.pool.UUID()[:8]+"-") {
-			devices = append(devices, "/dev/"+strings.Split(file, "/")[3])
+			devices["/dev/"+strings.Split(file, "/")[3]] = strings.Trim(string(name), "/\n")
 		}
 	}
 	return devices

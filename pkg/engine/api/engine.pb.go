@@ -159,8 +159,10 @@ func (x *ProbeResponse) GetVersion() string {
 }
 
 type AttachRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	// Paths of devices that users of other volumes may still have, and so must not be used. From the supervisor to a worker.
+	Avoid         []string `protobuf:"bytes,2,rep,name=avoid,proto3" json:"avoid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -200,6 +202,13 @@ func (x *AttachRequest) GetVolumeId() string {
 		return x.VolumeId
 	}
 	return ""
+}
+
+func (x *AttachRequest) GetAvoid() []string {
+	if x != nil {
+		return x.Avoid
+	}
+	return nil
 }
 
 type AttachResponse struct {
@@ -407,16 +416,19 @@ func (x *ListResponse) GetAttachments() []*Attachment {
 }
 
 type Attachment struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
-	Device        string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
-	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"` // virtual bytes
-	WorkerPid     int32                  `protobuf:"varint,4,opt,name=worker_pid,json=workerPid,proto3" json:"worker_pid,omitempty"`
-	Failure       string                 `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"` // why the state is not SERVED
-	Operations    []*Operations          `protobuf:"bytes,6,rep,name=operations,proto3" json:"operations,omitempty"`
-	State         State                  `protobuf:"varint,7,opt,name=state,proto3,enum=csi_qcow2.engine.v1.State" json:"state,omitempty"`
-	Corrupt       bool                   `protobuf:"varint,8,opt,name=corrupt,proto3" json:"corrupt,omitempty"` // the image is: it is read, and not written
-	Deaths        int32                  `protobuf:"varint,9,opt,name=deaths,proto3" json:"deaths,omitempty"`   // workers that died, and were replaced, since it was attached or the engine started
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId   string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Device     string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
+	Size       int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"` // virtual bytes
+	WorkerPid  int32                  `protobuf:"varint,4,opt,name=worker_pid,json=workerPid,proto3" json:"worker_pid,omitempty"`
+	Failure    string                 `protobuf:"bytes,5,opt,name=failure,proto3" json:"failure,omitempty"` // why the state is not SERVED
+	Operations []*Operations          `protobuf:"bytes,6,rep,name=operations,proto3" json:"operations,omitempty"`
+	State      State                  `protobuf:"varint,7,opt,name=state,proto3,enum=csi_qcow2.engine.v1.State" json:"state,omitempty"`
+	Corrupt    bool                   `protobuf:"varint,8,opt,name=corrupt,proto3" json:"corrupt,omitempty"` // the image is: it is read, and not written
+	Deaths     int32                  `protobuf:"varint,9,opt,name=deaths,proto3" json:"deaths,omitempty"`   // workers that died, and were replaced, since it was attached or the engine started
+	// The identity of the file that the device is bound to, as LOOP_GET_STATUS64 tells it. 0: it is not known.
+	FileDevice    uint64 `protobuf:"varint,10,opt,name=file_device,json=fileDevice,proto3" json:"file_device,omitempty"`
+	FileInode     uint64 `protobuf:"varint,11,opt,name=file_inode,json=fileInode,proto3" json:"file_inode,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -510,6 +522,20 @@ func (x *Attachment) GetCorrupt() bool {
 func (x *Attachment) GetDeaths() int32 {
 	if x != nil {
 		return x.Deaths
+	}
+	return 0
+}
+
+func (x *Attachment) GetFileDevice() uint64 {
+	if x != nil {
+		return x.FileDevice
+	}
+	return 0
+}
+
+func (x *Attachment) GetFileInode() uint64 {
+	if x != nil {
+		return x.FileInode
 	}
 	return 0
 }
@@ -1244,9 +1270,10 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x1bpkg/engine/api/engine.proto\x12\x13csi_qcow2.engine.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0e\n" +
 	"\fProbeRequest\")\n" +
 	"\rProbeResponse\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion\",\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\"B\n" +
 	"\rAttachRequest\x12\x1b\n" +
-	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"(\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x14\n" +
+	"\x05avoid\x18\x02 \x03(\tR\x05avoid\"(\n" +
 	"\x0eAttachResponse\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\",\n" +
 	"\rDetachRequest\x12\x1b\n" +
@@ -1254,7 +1281,7 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x0eDetachResponse\"\r\n" +
 	"\vListRequest\"Q\n" +
 	"\fListResponse\x12A\n" +
-	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\xb3\x02\n" +
+	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\xf3\x02\n" +
 	"\n" +
 	"Attachment\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x16\n" +
@@ -1268,7 +1295,12 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"operations\x120\n" +
 	"\x05state\x18\a \x01(\x0e2\x1a.csi_qcow2.engine.v1.StateR\x05state\x12\x18\n" +
 	"\acorrupt\x18\b \x01(\bR\acorrupt\x12\x16\n" +
-	"\x06deaths\x18\t \x01(\x05R\x06deaths\"\x86\x01\n" +
+	"\x06deaths\x18\t \x01(\x05R\x06deaths\x12\x1f\n" +
+	"\vfile_device\x18\n" +
+	" \x01(\x04R\n" +
+	"fileDevice\x12\x1d\n" +
+	"\n" +
+	"file_inode\x18\v \x01(\x04R\tfileInode\"\x86\x01\n" +
 	"\n" +
 	"Operations\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +

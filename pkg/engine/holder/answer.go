@@ -54,7 +54,9 @@ func (h *holder) converse(c *net.UnixConn) error {
 			guards++
 		}
 		reply, copies := h.answer(m, fds)
-		if err := send(c, reply, copies); err != nil {
+		err = send(c, reply, copies.FDs)
+		copies.Close()
+		if err != nil {
 			return err
 		}
 	}
@@ -67,40 +69,40 @@ func (h *holder) guard(delta int) {
 	h.note()
 }
 
-// answer carries out a request. It takes over fds, or closes them. The descriptors that it returns are the holder's.
-func (h *holder) answer(m message, fds []int) (reply message, copies []int) {
+// answer carries out a request. It takes over fds, or closes them. The descriptors that it returns are the caller's.
+func (h *holder) answer(m message, fds []int) (reply message, copies Entry) {
+	unwanted := fds
+	defer func() { Entry{FDs: unwanted}.Close() }() // when others need not wait for it
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	defer h.note()
-	keep := false
-	defer func() {
-		if !keep {
-			Entry{FDs: fds}.Close()
-		}
-	}()
 	if h.leaving {
-		return message{Leaving: true}, nil
+		return message{Leaving: true}, copies
 	}
 	e, held := h.entries[m.Name]
 	switch m.Op {
 	case opHold:
 		if held || m.Name == "" {
-			return message{Error: fmt.Sprintf("%q is held already", m.Name)}, nil
+			return message{Error: fmt.Sprintf("%q is held already", m.Name)}, copies
 		}
-		h.entries[m.Name] = Entry{State: m.State, FDs: fds}
-		keep = true
+		h.entries[m.Name] = Entry{State: m.State, FDs: fds, Last: m.Last}.settled()
+		unwanted = nil
 	case opGet:
 		if held {
-			return message{Name: m.Name, State: e.State}, e.FDs
+			copies, err := e.duplicate() // the entry may be dropped before they are sent
+			if err != nil {
+				return message{Error: err.Error()}, copies
+			}
+			return message{Name: m.Name, State: e.State, Last: e.Last}, copies
 		}
 	case opDrop:
-		e.Close()
+		unwanted = append(unwanted, e.FDs...)
 		delete(h.entries, m.Name)
 	case opList:
-		return message{Names: slices.Sorted(maps.Keys(h.entries))}, nil
+		return message{Names: slices.Sorted(maps.Keys(h.entries))}, copies
 	case opGuard:
 	default:
-		return message{Error: fmt.Sprintf("unknown operation %q", m.Op)}, nil
+		return message{Error: fmt.Sprintf("unknown operation %q", m.Op)}, copies
 	}
-	return message{}, nil
+	return message{}, copies
 }

@@ -21,7 +21,7 @@ type Client struct{ Path string }
 
 // Hold gives the holder copies of an entry's descriptors. It fails if the name is taken.
 func (c Client) Hold(ctx context.Context, name string, e Entry) error {
-	_, fds, err := c.call(ctx, message{Op: opHold, Name: name, State: e.State}, e.FDs)
+	_, fds, err := c.call(ctx, message{Op: opHold, Name: name, State: e.State, Last: e.Last}, e.FDs)
 	Entry{FDs: fds}.Close()
 	return err
 }
@@ -32,7 +32,7 @@ func (c Client) Get(ctx context.Context, name string) (Entry, error) {
 	if err == nil && m.Name == "" {
 		err = fmt.Errorf("%s: %w", name, ErrNotHeld)
 	}
-	return Entry{State: m.State, FDs: fds}, err
+	return Entry{State: m.State, FDs: fds, Last: m.Last}, err
 }
 
 // Drop makes the holder close what it has under a name, if anything.

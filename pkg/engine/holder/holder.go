@@ -36,6 +36,56 @@ type Options struct {
 type Entry struct {
 	State []byte // whatever the descriptors' owner needs to know of them
 	FDs   []int
+	// Last: they are closed after those of entries without this mark when the holder ends, however it ends. The last close of a
+	// block device waits for I/O, which must have an end by then.
+	Last bool
+}
+
+// highFDs is where the numbers of descriptors begin that are not to be closed last: at the end of a process the kernel closes
+// files from the highest number down.
+const highFDs = 1 << 12
+
+// settled returns the entry with descriptors in the right range, as far as there is room.
+func (e Entry) settled() Entry {
+	if e.Last {
+		return e
+	}
+	for i, fd := range e.FDs {
+		if fd >= highFDs {
+			continue
+		}
+		if moved, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, highFDs); err == nil {
+			unix.Close(fd)
+			e.FDs[i] = moved
+		}
+	}
+	return e
+}
+
+// duplicate returns an entry with descriptors of its own.
+func (e Entry) duplicate() (Entry, error) {
+	all := e.FDs
+	e.FDs = nil
+	for _, fd := range all {
+		own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			e.Close()
+			return Entry{}, fmt.Errorf("copy a descriptor: %w", err)
+		}
+		e.FDs = append(e.FDs, own)
+	}
+	return e, nil
+}
+
+// closeAll closes entries in the right order.
+func closeAll(entries map[string]Entry) {
+	for _, last := range []bool{false, true} {
+		for _, e := range entries {
+			if e.Last == last {
+				e.Close()
+			}
+		}
+	}
 }
 
 // Close closes the descriptors.
@@ -125,10 +175,10 @@ func (h *holder) abandon() {
 	if h.guards > 0 {
 		return
 	}
-	for name, e := range h.entries {
+	for name := range h.entries {
 		klog.ErrorS(nil, "No engine has come: giving up the device, its users get I/O errors", "name", name, "after", h.options.Patience)
-		e.Close()
 	}
+	closeAll(h.entries)
 	clear(h.entries)
 }
 
@@ -141,9 +191,7 @@ func (h *holder) end() {
 	}
 	h.mu.Unlock()
 	h.serving.Wait()
-	for _, e := range h.entries {
-		e.Close()
-	}
+	closeAll(h.entries)
 }
 
 func (h *holder) names() []string {

@@ -26,6 +26,7 @@ type message struct {
 	Op    string   `json:"op,omitempty"`
 	Name  string   `json:"name,omitempty"`
 	State []byte   `json:"state,omitempty"`
+	Last  bool     `json:"last,omitempty"` // see Entry; a holder of before that does not know it
 	Names []string `json:"names,omitempty"`
 	Done  bool     `json:"done,omitempty"`
 	Error string   `json:"error,omitempty"`

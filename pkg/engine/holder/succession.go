@@ -52,7 +52,7 @@ func (h *holder) sendAll(c *net.UnixConn) error {
 		return err
 	}
 	for name, e := range h.entries {
-		if err := send(c, message{Name: name, State: e.State}, e.FDs); err != nil {
+		if err := send(c, message{Name: name, State: e.State, Last: e.Last}, e.FDs); err != nil {
 			return err
 		}
 	}
@@ -85,10 +85,8 @@ func (h *holder) succeed(ctx context.Context) error {
 		if err == nil {
 			return nil
 		}
-		for name, e := range h.entries {
-			e.Close()
-			delete(h.entries, name)
-		}
+		closeAll(h.entries)
+		clear(h.entries)
 		klog.V(2).InfoS("The holder before has ended without a word", "reason", err)
 	}
 	return nil
@@ -108,7 +106,7 @@ func (h *holder) inherit(c *net.UnixConn) error {
 		if m.Done {
 			return send(c, message{Done: true}, nil)
 		}
-		h.entries[m.Name] = Entry{State: m.State, FDs: fds}
+		h.entries[m.Name] = Entry{State: m.State, FDs: fds, Last: m.Last}.settled()
 	}
 }
 
