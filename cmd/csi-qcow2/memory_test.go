@@ -94,7 +94,9 @@ func attachWith(t *testing.T, size int64) attached {
 	t.Cleanup(func() { client.Close() })
 	var a attached
 	await(t, "the volume is attached", func() bool {
-		a.device, err = client.Attach(t.Context(), v.ID)
+		var device engine.Device
+		device, err = client.Attach(t.Context(), v.ID)
+		a.device = device.Path
 		return err == nil
 	})
 	list, err := client.List(t.Context())

@@ -46,8 +46,8 @@ func (b *bench) attach(ctx context.Context, parent string, size int64, makeImage
 	if err != nil {
 		return nil, errors.Join(err, server.stop())
 	}
-	device := ""
-	for deadline := time.Now().Add(30 * time.Second); device == "" && time.Now().Before(deadline); {
+	var device engine.Device
+	for deadline := time.Now().Add(30 * time.Second); device.Path == "" && time.Now().Before(deadline); {
 		if device, err = client.Attach(ctx, v.ID); err != nil {
 			<-time.After(50 * time.Millisecond)
 		}
@@ -58,5 +58,5 @@ func (b *bench) attach(ctx context.Context, parent string, size int64, makeImage
 	if err != nil {
 		return nil, errors.Join(err, end())
 	}
-	return &volume{v.ID, device, client, p, end}, nil
+	return &volume{v.ID, device.Path, client, p, end}, nil
 }

@@ -11,7 +11,7 @@ import (
 // Engine is what the plugin uses of an engine.Client, and where each method is described.
 type Engine interface {
 	Probe(ctx context.Context) (version string, err error)
-	Attach(ctx context.Context, volumeID string) (device string, err error)
+	Attach(ctx context.Context, volumeID string) (engine.Device, error)
 	Detach(ctx context.Context, volumeID string) error
 	List(ctx context.Context) ([]engine.Attachment, error)
 	Resize(ctx context.Context, volumeID string, size int64) (int64, error)

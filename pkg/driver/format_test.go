@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -174,7 +175,7 @@ func TestFormatted(t *testing.T) {
 	for _, script := range []string{"true", `mkfs.ext4 -q -F "$1" && dd if=/dev/urandom of="$1" bs=1M count=4 seek=1 conv=notrunc status=none`} {
 		half := r.create("half", 16*mib, mountCapability(fsExt4))
 		must(t, p.Mark(half.id, pool.Unformatted, []byte(fsExt4)))
-		device := ok[string](t)(r.client.Attach(t.Context(), half.id))
+		device := ok[engine.Device](t)(r.client.Attach(t.Context(), half.id)).Path
 		run(t, "bash", "-c", script, "write", device)
 		eventually(t, "it is detached", func() bool { return r.client.Detach(t.Context(), half.id) == nil })
 		usable(half)

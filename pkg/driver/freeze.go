@@ -25,10 +25,11 @@ func (d *Driver) mountedFileSystem(ctx context.Context, id string) (*os.File, er
 	if err := a.Err(); err != nil {
 		return nil, err
 	}
-	device, err := newBlockDevice(a.Device)
+	device, err := servedDevice(a)
 	if err != nil {
 		return nil, err
 	}
+	defer device.close()
 	at, err := device.fileSystemMounts()
 	if err != nil {
 		return nil, err

@@ -78,7 +78,15 @@ func (n *node) NodeGetVolumeHealth(
 	if err != nil {
 		return nil, err
 	}
-	if device, err := newBlockDevice(a.Device); err == nil {
+	if a.Device == "" || a.State != engine.Served {
+		return &csi.NodeGetVolumeHealthResponse{VolumeHealth: health}, nil
+	}
+	device, err := servedDevice(a)
+	if err != nil {
+		health.HealthStatuses = append(health.HealthStatuses,
+			condition(csi.VolumeHealthErrorType_INACCESSIBLE, "DeviceLost", err.Error()))
+	} else {
+		defer device.close()
 		at, err := device.fileSystemMounts()
 		if err != nil {
 			return nil, err

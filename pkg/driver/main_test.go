@@ -18,6 +18,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -26,7 +27,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		run := map[string]func(context.Context, []string) error{
 			"worker": runTestWorker, "helper": runTestHelper, "engine": runTestEngine, "plugin": runTestPlugin,
-			"stalled": runStalled,
+			"stalled": runStalled, "tenant": runTenant, "holder": runTestHolder,
 		}[os.Args[1]]
 		if run != nil {
 			os.Exit(exitCode(run))
@@ -64,8 +65,13 @@ func runTestEngine(ctx context.Context, args []string) error {
 	flags.StringVar(&o.Listen, "listen", "", "")
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	flags.StringVar(&o.NodeID, "node-id", "", "")
+	flags.StringVar(&o.Holder, "holder", "", "")
 	_ = flags.Parse(args)
 	return engine.Run(ctx, o)
+}
+
+func runTestHolder(ctx context.Context, args []string) error {
+	return holder.Run(ctx, holder.Options{Socket: args[0]})
 }
 
 func runTestPlugin(ctx context.Context, args []string) error {

@@ -21,7 +21,8 @@ import (
 type blockDevice struct {
 	path string // /dev/loopN
 	rdev uint64
-	on   uint64 // the device of the file system that its node is on
+	on   uint64   // the device of the file system that its node is on
+	file *os.File // nil unless it was opened
 }
 
 func newBlockDevice(path string) (blockDevice, error) {
@@ -35,15 +36,38 @@ func newBlockDevice(path string) (blockDevice, error) {
 	return blockDevice{path: path, rdev: st.Rdev, on: st.Dev}, nil
 }
 
-// size returns the device's length in bytes.
-func (b blockDevice) size() (int64, error) {
-	file, err := os.Open(b.path)
+// openDevice opens the device of an attached volume, and makes sure that it is this volume's. A number that is free goes to
+// whoever wants one, but as long as the device is open it stays what it is. The caller closes it.
+func openDevice(d engine.Device) (blockDevice, error) {
+	b, err := newBlockDevice(d.Path)
 	if err != nil {
-		return 0, err
+		return b, err
 	}
-	size, err := file.Seek(0, io.SeekEnd)
-	return size, errors.Join(err, file.Close())
+	if b.file, err = os.Open(d.Path); err != nil {
+		return b, err
+	}
+	if d.FileInode == 0 {
+		return b, nil // an engine that does not tell
+	}
+	info, err := unix.IoctlLoopGetStatus64(int(b.file.Fd()))
+	if err == nil && (info.Device != d.FileDevice || info.Inode != d.FileInode) {
+		err = errors.New("it is bound to another file")
+	}
+	if err != nil {
+		b.close()
+		return b, fmt.Errorf("%w: %s is no longer the volume's, which must be staged again: %w", errPrecondition, d.Path, err)
+	}
+	return b, nil
 }
+
+func (b blockDevice) close() {
+	if b.file != nil {
+		_ = b.file.Close()
+	}
+}
+
+// size returns the length in bytes of a device that was opened.
+func (b blockDevice) size() (int64, error) { return b.file.Seek(0, io.SeekEnd) }
 
 // mountPoint is a line of mountinfo.
 type mountPoint struct {

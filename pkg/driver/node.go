@@ -84,6 +84,7 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 	if err != nil {
 		return nil, err
 	}
+	defer device.close()
 	n.keepSize(ctx, device, v)
 	if capability.GetBlock() != nil {
 		err = n.stageBlock(device, v)
@@ -92,6 +93,7 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 	}
 	if err != nil {
 		if attachedNow {
+			device.close()
 			n.detachAfterFailure(ctx, id)
 		}
 		return nil, fmt.Errorf("stage volume %s: %w", id, err)
@@ -129,7 +131,7 @@ func (n *node) keepSize(ctx context.Context, device blockDevice, v pool.Volume) 
 }
 
 // attach has the engine serve a volume, whose image nobody in this process has open meanwhile. now is false if
-// the volume was attached before.
+// the volume was attached before. The caller closes the device.
 func (n *node) attach(ctx context.Context, id string) (device blockDevice, now bool, err error) {
 	letGo, err := n.images.claim(ctx, id)
 	if err != nil {
@@ -140,11 +142,11 @@ func (n *node) attach(ctx context.Context, id string) (device blockDevice, now b
 	if err != nil {
 		return device, false, err
 	}
-	path, err := n.engine.Attach(ctx, id)
+	attached, err := n.engine.Attach(ctx, id)
 	if err != nil {
 		return device, false, fmt.Errorf("attach volume %s: %w", id, err)
 	}
-	device, err = newBlockDevice(path)
+	device, err = openDevice(attached)
 	_, was := before[id]
 	return device, !was, err
 }
@@ -273,6 +275,7 @@ func (n *node) NodeUnstageVolume(
 	device, err := n.attachedDevice(ctx, id)
 	attached := err == nil
 	if attached {
+		device.close() // what follows looks at mounts only
 		if err := n.prepareUnmount(device, path, id); err != nil {
 			return nil, fmt.Errorf("unstage volume %s: %w", id, err)
 		}

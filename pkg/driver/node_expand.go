@@ -37,6 +37,7 @@ func (n *node) NodeExpandVolume(
 	if err != nil {
 		return nil, err
 	}
+	defer at.device.close()
 	size, err := n.expandDevice(ctx, v, at.device, want)
 	if err != nil {
 		return nil, fmt.Errorf("expand volume %s: %w", id, err)

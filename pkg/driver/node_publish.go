@@ -42,6 +42,7 @@ func (n *node) NodePublishVolume(
 	if err != nil {
 		return nil, err
 	}
+	defer device.close() // when it is bound
 	target, err := followLink(req.GetTargetPath())
 	if err != nil {
 		return nil, err
@@ -61,22 +62,29 @@ func (n *node) NodePublishVolume(
 	return &csi.NodePublishVolumeResponse{}, nil
 }
 
-// attachedDevice returns the device of a volume that was staged. errPrecondition if it is not attached.
+// attachedDevice opens the device of a volume that was staged, see openDevice. errPrecondition if it is not attached.
 func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, error) {
 	attached, err := n.attachments(ctx)
 	if err != nil {
 		return blockDevice{}, err
 	}
 	a, ok := attached[id]
-	switch {
-	case !ok:
+	if !ok {
 		return blockDevice{}, fmt.Errorf("%w: volume %s is not staged: %w", errPrecondition, id, engine.ErrNotAttached)
+	}
+	return servedDevice(a)
+}
+
+// servedDevice opens the device of a volume that is well, see openDevice. That of a volume that has failed may be another's by
+// now, and any other makes wait whoever opens it.
+func servedDevice(a engine.Attachment) (blockDevice, error) {
+	switch {
 	case a.State == engine.Failed:
-		return blockDevice{}, fmt.Errorf("%w: volume %s has failed, it must be staged again: %s", errPrecondition, id, a.Failure)
+		return blockDevice{}, fmt.Errorf("%w: volume %s has failed, it must be staged again: %s", errPrecondition, a.VolumeID, a.Failure)
 	case a.State != engine.Served:
 		return blockDevice{}, a.Err()
 	}
-	return newBlockDevice(a.Device)
+	return openDevice(engine.Device{Path: a.Device, FileDevice: a.FileDevice, FileInode: a.FileInode})
 }
 
 // publication is a volume at a pod's path.
@@ -196,19 +204,14 @@ func protect(device blockDevice) error {
 	for _, m := range all {
 		readOnly = readOnly && m.readOnly
 	}
-	file, err := os.Open(device.path)
-	if err != nil {
-		return err
-	}
 	flag := 0
 	if readOnly {
 		flag = 1
 	}
-	err = unix.IoctlSetPointerInt(int(file.Fd()), unix.BLKROSET, flag)
-	if err != nil {
-		err = fmt.Errorf("make %s read-only %v: %w", device.path, readOnly, err)
+	if err := unix.IoctlSetPointerInt(int(device.file.Fd()), unix.BLKROSET, flag); err != nil {
+		return fmt.Errorf("make %s read-only %v: %w", device.path, readOnly, err)
 	}
-	return errors.Join(err, file.Close())
+	return nil
 }
 
 // NodeUnpublishVolume takes a volume away from a pod's path, which it removes. The volume need not exist
@@ -233,6 +236,7 @@ func (n *node) NodeUnpublishVolume(
 		return nil, err
 	}
 	if device, err := n.attachedDevice(ctx, id); err == nil {
+		defer device.close()
 		return &csi.NodeUnpublishVolumeResponse{}, protect(device)
 	}
 	return &csi.NodeUnpublishVolumeResponse{}, nil
@@ -253,7 +257,9 @@ func (n *node) unpublish(ctx context.Context, id, target string) error {
 		if err != nil || m == nil {
 			return err
 		}
-		if device, err := n.attachedDevice(ctx, id); err != nil || m.dev != device.rdev && !m.isNodeOf(device) {
+		device, err := n.attachedDevice(ctx, id)
+		device.close()
+		if err != nil || m.dev != device.rdev && !m.isNodeOf(device) {
 			return n.unmountStale(ctx, *m)
 		}
 		if err := n.unmount(*m); err != nil {

@@ -23,6 +23,7 @@ func (n *node) NodeGetVolumeStats(
 	if err != nil {
 		return nil, err
 	}
+	defer at.device.close()
 	if at.block {
 		size, err := at.device.size()
 		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: size}}}, err
@@ -57,7 +58,7 @@ type located struct {
 	block  bool
 }
 
-// volumeAt finds a volume at a path. errNotFound if it is not there.
+// volumeAt finds a volume at a path. errNotFound if it is not there. The caller closes the device.
 func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 	p, err := n.pool()
 	if err != nil {
@@ -78,7 +79,7 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 	if !ok {
 		return located{}, missing
 	}
-	device, err := newBlockDevice(a.Device)
+	device, err := servedDevice(a)
 	if err != nil {
 		return located{}, err
 	}
@@ -88,13 +89,15 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 	at, err := mountAt(path)
 	switch {
 	case err != nil:
-		return located{}, err
 	case at == nil:
-		return located{}, missing
+		err = missing
 	case at.isNodeOf(device):
 		return located{device: device, block: true}, nil
 	case at.dev == device.rdev:
 		return located{device: device}, nil
+	default:
+		err = missing
 	}
-	return located{}, missing
+	device.close()
+	return located{}, err
 }

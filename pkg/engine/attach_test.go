@@ -132,7 +132,7 @@ func TestConcurrentAttach(t *testing.T) {
 				if err != nil {
 					t.Errorf("attach %d: %v", v, err)
 				}
-				answers[v][c] = device
+				answers[v][c] = device.Path
 			})
 		}
 	}

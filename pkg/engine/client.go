@@ -24,6 +24,14 @@ type Client struct {
 	path string // of the engine's socket
 }
 
+// Device is an attached volume's.
+type Device struct {
+	Path string // /dev/loopN
+	// FileDevice and FileInode are the identity of the file that it is bound to, by which LOOP_GET_STATUS64 tells it from
+	// another's with the same number. 0: not known.
+	FileDevice, FileInode uint64
+}
+
 // Attachment is a volume that the engine serves, or served until it failed.
 type Attachment struct {
 	VolumeID  string
@@ -34,8 +42,7 @@ type Attachment struct {
 	Failure   string // why State is not Served
 	Corrupt   bool   // the image is: it is read, and not written
 	Deaths    int    // workers that died, and were replaced, since it was attached or the engine started
-	// FileDevice and FileInode are the identity of the file that the device is bound to, by which LOOP_GET_STATUS64 tells it from
-	// another's with the same number. 0: not known.
+	// FileDevice and FileInode are those of Device.
 	FileDevice, FileInode uint64
 }
 
@@ -95,11 +102,11 @@ func (c *Client) Probe(ctx context.Context) (version string, err error) {
 	return r.GetVersion(), err
 }
 
-// Attach serves a volume as a block device and returns the device's path; the same one if it is
-// attached already. An attachment that failed is replaced.
-func (c *Client) Attach(ctx context.Context, volumeID string) (device string, err error) {
+// Attach serves a volume as a block device and returns that; the same one if it is attached already. An attachment that
+// failed is replaced.
+func (c *Client) Attach(ctx context.Context, volumeID string) (Device, error) {
 	r, err := c.api.Attach(ctx, &api.AttachRequest{VolumeId: volumeID})
-	return r.GetDevice(), err
+	return Device{Path: r.GetDevice(), FileDevice: r.GetFileDevice(), FileInode: r.GetFileInode()}, err
 }
 
 // Detach ends a volume's device and closes its image; nil if it is not attached. ErrInUse while

@@ -282,9 +282,9 @@ func (r *rig) newVolume(name string, size int64) string {
 // attach attaches a volume.
 func (r *rig) attach(id string) (device string) {
 	r.t.Helper()
-	device, err := r.client.Attach(testContext(r.t), id)
+	d, err := r.client.Attach(testContext(r.t), id)
 	must(r.t, err)
-	return device
+	return d.Path
 }
 
 func (r *rig) detach(id string) {

@@ -168,7 +168,7 @@ func (s *served) openDevice(ctx context.Context, k *kept, avoid []string) (err e
 		Name: devicePrefix + volume, DiscardGranularity: int(s.img.ClusterSize()), Errno: errno,
 		Journal: s.options.Journal, Broken: func(err error) { s.broken <- err }, Avoid: avoid,
 		Restore: func(fd int, want []byte) error { return s.restorer.restore(context.WithoutCancel(ctx), fd, want) },
-		Keep: func(fd int) error { return keepLoop(context.WithoutCancel(ctx), s.holder, volume, fd) },
+		Keep:    func(fd int) error { return keepLoop(context.WithoutCancel(ctx), s.holder, volume, fd) },
 	}
 	if k != nil {
 		s.dev, err = blockdev.Resume(s.backend, o, k.device)

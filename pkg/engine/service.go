@@ -52,9 +52,12 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 	if v.Tombstone {
 		return nil, fmt.Errorf("%s: %w", id, ErrTombstone)
 	}
-	device, err := s.reuse(ctx, id)
-	if err != nil || device != "" {
-		return &api.AttachResponse{Device: device}, err
+	a, err := s.reuse(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	if a != nil {
+		return a.response(), nil
 	}
 	held, err := s.held(ctx, p)
 	if err != nil {
@@ -65,21 +68,21 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 	}
 	ctx, cancel := s.outlive(ctx)
 	defer cancel()
-	a, err := s.start(ctx, p, id)
+	a, err = s.start(ctx, p, id)
 	if err != nil {
 		return nil, err
 	}
-	return &api.AttachResponse{Device: a.device}, nil
+	return a.response(), nil
 }
 
-// reuse returns the device of a volume that is attached and well, or "" when it needs a new worker.
-func (s *service) reuse(ctx context.Context, id string) (device string, err error) {
+// reuse returns the attachment of a volume that is attached and well, nil when it needs a new worker.
+func (s *service) reuse(ctx context.Context, id string) (*attachment, error) {
 	a := s.find(id)
 	if a != nil && a.waiting {
-		return "", fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
+		return nil, fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
 	}
 	if a == nil || a.worker == nil {
-		return "", nil
+		return nil, nil //nolint:nilnil // see above
 	}
 	status, err := a.worker.status(ctx)
 	err = a.worker.explain(err)
@@ -87,9 +90,9 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 	case a.worker.death() != nil:
 		klog.ErrorS(err, "Replacing a dead worker", "volume", id)
 	case err != nil:
-		return "", err
+		return nil, err
 	case status.GetState() != api.State_FAILED:
-		return a.device, nil
+		return a, nil
 	default:
 		klog.ErrorS(nil, "Replacing a failed worker", "volume", id, "failure", status.GetFailure())
 	}
@@ -98,7 +101,7 @@ func (s *service) reuse(ctx context.Context, id string) (device string, err erro
 	defer cancel()
 	err = discard(ctx, s.holder, id)
 	a.worker.stop()
-	return "", err
+	return nil, err
 }
 
 func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.DetachResponse, error) {

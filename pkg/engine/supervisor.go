@@ -78,8 +78,16 @@ type attachment struct {
 	started time.Time
 	waiting bool // another worker is being started
 	device  string
+	file    fileID
 	failure string
 	deaths  int // of workers
+}
+
+// fileID is the identity of the file that a device is bound to.
+type fileID struct{ device, inode uint64 }
+
+func (a *attachment) response() *api.AttachResponse {
+	return &api.AttachResponse{Device: a.device, FileDevice: a.file.device, FileInode: a.file.inode}
 }
 
 func newSupervisor(ctx context.Context, o Options) *supervisor {
@@ -259,7 +267,7 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attac
 		w.stop()
 		return nil, w.explain(err)
 	}
-	a.worker, a.device = w, r.GetDevice()
+	a.worker, a.device, a.file = w, r.GetDevice(), fileID{r.GetFileDevice(), r.GetFileInode()}
 	s.given.add(p, id, a.device)
 	if err := s.watch(id, a); err != nil {
 		w.stopWithin(leavePatience)

@@ -126,7 +126,8 @@ func (w *worker) Attach(ctx context.Context, r *api.AttachRequest) (*api.AttachR
 		}
 		w.current.Store(s)
 	}
-	return &api.AttachResponse{Device: s.dev.Path()}, nil
+	dev, inode := s.dev.File()
+	return &api.AttachResponse{Device: s.dev.Path(), FileDevice: dev, FileInode: inode}, nil
 }
 
 func (w *worker) Detach(ctx context.Context, _ *api.DetachRequest) (*api.DetachResponse, error) {

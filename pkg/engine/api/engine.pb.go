@@ -212,8 +212,11 @@ func (x *AttachRequest) GetAvoid() []string {
 }
 
 type AttachResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Device        string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"` // absolute path, /dev/loopN
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Device string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"` // absolute path, /dev/loopN
+	// See Attachment.
+	FileDevice    uint64 `protobuf:"varint,2,opt,name=file_device,json=fileDevice,proto3" json:"file_device,omitempty"`
+	FileInode     uint64 `protobuf:"varint,3,opt,name=file_inode,json=fileInode,proto3" json:"file_inode,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -253,6 +256,20 @@ func (x *AttachResponse) GetDevice() string {
 		return x.Device
 	}
 	return ""
+}
+
+func (x *AttachResponse) GetFileDevice() uint64 {
+	if x != nil {
+		return x.FileDevice
+	}
+	return 0
+}
+
+func (x *AttachResponse) GetFileInode() uint64 {
+	if x != nil {
+		return x.FileInode
+	}
+	return 0
 }
 
 type DetachRequest struct {
@@ -1273,9 +1290,13 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\aversion\x18\x01 \x01(\tR\aversion\"B\n" +
 	"\rAttachRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x14\n" +
-	"\x05avoid\x18\x02 \x03(\tR\x05avoid\"(\n" +
+	"\x05avoid\x18\x02 \x03(\tR\x05avoid\"h\n" +
 	"\x0eAttachResponse\x12\x16\n" +
-	"\x06device\x18\x01 \x01(\tR\x06device\",\n" +
+	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1f\n" +
+	"\vfile_device\x18\x02 \x01(\x04R\n" +
+	"fileDevice\x12\x1d\n" +
+	"\n" +
+	"file_inode\x18\x03 \x01(\x04R\tfileInode\",\n" +
 	"\rDetachRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"\x10\n" +
 	"\x0eDetachResponse\"\r\n" +
