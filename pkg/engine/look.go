@@ -76,8 +76,13 @@ func (s *served) deviceLost(err error) {
 	s.look.mu.Lock()
 	s.look.err = err
 	s.look.mu.Unlock()
-	if err := s.dev.Abort(); err != nil {
-		klog.ErrorS(err, "Device of a failed volume stays", "device", s.dev.Path())
+	// It stays bound: nobody else is to get its number before the volume is detached.
+	h, err := s.dev.Handle()
+	if err == nil {
+		err = h.Abort()
+	}
+	if err != nil {
+		klog.ErrorS(err, "The connection of a failed volume has not ended", "device", s.dev.Path())
 	}
 }
 
