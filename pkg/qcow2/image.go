@@ -99,32 +99,9 @@ func Open(f File, o OpenOptions) (*Image, error) {
 
 func open(file File, o OpenOptions) (*Image, error) {
 	f := newSyncer(file)
-	if !o.ReadOnly {
-		// Who had the image before may have been killed. What it did last must not be lost in a power cut while what is
-		// written on top of it stays.
-		if err := f.Sync(); err != nil {
-			return nil, err
-		}
-	}
-	h, err := readHeader(f, decodeHeader)
+	h, err := openHeader(f, o)
 	if err != nil {
 		return nil, err
-	}
-	switch sound := vouched(file) || o.Redo.used(); {
-	case o.ReadOnly:
-	case h.incompatible&incompatCorrupt != 0:
-		return nil, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, errRepair)
-	case h.incompatible&incompatDirty != 0:
-		if err := recount(f, h); err != nil {
-			return nil, err
-		}
-		if h, err = readHeader(f, decodeHeader); err != nil {
-			return nil, err
-		}
-	case !sound:
-		if err := verify(file, h); err != nil {
-			return nil, err
-		}
 	}
 	g := h.geometry()
 	if d, ok := file.(*directFile); ok && d.block > g.clusterSize {
@@ -169,6 +146,35 @@ func open(file File, o OpenOptions) (*Image, error) {
 		err = img.replay(o.Redo)
 	}
 	return img, err
+}
+
+// openHeader returns the header of an image that can be used as o says. One that is to be written is sound then: its counts are
+// vouched for, or have been verified.
+func openHeader(f *syncer, o OpenOptions) (header, error) {
+	if o.ReadOnly {
+		return readHeader(f, decodeHeader)
+	}
+	// Who had the image before may have been killed. What it did last must not be lost in a power cut while what is
+	// written on top of it stays.
+	if err := f.Sync(); err != nil {
+		return header{}, err
+	}
+	h, err := readHeader(f, decodeHeader)
+	if err != nil {
+		return header{}, err
+	}
+	switch {
+	case h.incompatible&incompatCorrupt != 0:
+		return header{}, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, errRepair)
+	case h.incompatible&incompatDirty != 0:
+		if err := recount(f, h); err != nil {
+			return header{}, err
+		}
+		return readHeader(f, decodeHeader)
+	case !vouched(f.File) && !o.Redo.used():
+		return h, verify(f.File, h)
+	}
+	return h, nil
 }
 
 // clearFeatures says before the first write that we maintain none of the features that an autoclear bit stands for. The header
