@@ -8,5 +8,5 @@ cd "$(dirname "$0")/.."
 run() { GOGC=400 go test -count 1 -v -timeout 5h "$@" | grep --line-buffered -vE '^ *(===|--- PASS)'; }
 
 run ./pkg/qcow2 -run '^Test(Crash|CrashOnline|Order.*|Faults.*)$' \
-	-crash-states "${1:-200000}" -online-histories 200 -order-random 2000 -order-share 2
+	-crash-states "${1:-200000}" -online-histories 200 -order-random 2000 -order-step 1 -order-share 2
 run ./pkg/pool -run '^TestPowerCut$' -power-states "${2:-20000}"

@@ -21,7 +21,8 @@ import (
 // hold what the disk was at its instant, and nothing may be corrupt.
 
 var (
-	orderRandom = flag.Int("order-random", 30, "random orders for TestOrderRandom")
+	orderStep   = flag.Int("order-step", 6, "TestOrder holds an operation at one in so many of its calls")
+	orderRandom = flag.Int("order-random", 8, "random orders for TestOrderRandom")
 	orderShare  = flag.Int("order-share", 10, "one in so many moments is crashed in TestOrder and TestOrderRandom")
 )
 
@@ -525,7 +526,7 @@ func TestOrder(t *testing.T) {
 		t.Run(o.name, func(t *testing.T) {
 			runs := 0
 			for fail := range o.fails + 1 {
-				for hold := 1; hold < maxHeld; hold++ {
+				for hold := 1; hold < maxHeld; hold += *orderStep {
 					runs++
 					if !o.try(t, hold, fail) {
 						break
