@@ -38,6 +38,7 @@ type rig struct {
 	t         *testing.T
 	base, dir string // dir is the pool
 	engine    *process
+	holder    string // the socket of a holder; empty: the engine is its own
 	client    *engine.Client
 	stop      func() // ends the plugin in this process
 	atEnd     func() // when the images have been checked
@@ -76,7 +77,8 @@ func (r *rig) endpoint(name string) string { return "unix://" + filepath.Join(r.
 // startEngine starts an engine and waits until it answers, whatever it answers.
 func (r *rig) startEngine() {
 	r.t.Helper()
-	r.engine = startProcess(r.t, "engine", "--listen", r.endpoint("engine.sock"), "--pool", r.dir, "--node-id", testNode)
+	r.engine = startProcess(r.t, "engine", "--listen", r.endpoint("engine.sock"), "--pool", r.dir, "--node-id", testNode,
+		"--holder", r.holder)
 	client, err := engine.NewClient(r.endpoint("engine.sock"))
 	must(r.t, err)
 	r.client = client

@@ -67,7 +67,7 @@ func TestWriteToNewClusterHoldsUpNobody(t *testing.T) {
 	must(t, err)
 	defer checkImage(t, path)
 	defer img.Close()
-	block := aligned(t, 4096)
+	block := aligned(4096)
 	_, err = img.WriteAt(block, 0)
 	must(t, err)
 
@@ -79,7 +79,7 @@ func TestWriteToNewClusterHoldsUpNobody(t *testing.T) {
 	release := sync.OnceFunc(func() { close(disk.release) })
 	defer release()
 	written, read := make(chan error, 1), make(chan error, 1)
-	slow := aligned(t, 4096)
+	slow := aligned(4096)
 	copy(slow, disk.marker)
 	go func() {
 		_, err := img.WriteAt(slow, 8*mib)

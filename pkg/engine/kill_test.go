@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -12,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -33,8 +35,9 @@ const writerBlock = 4096
 func startWriter(t *testing.T, device string, size int64) *flushingWriter {
 	t.Helper()
 	w := &flushingWriter{}
+	t.Cleanup(w.stop) // it meets an error at the latest when the engine ends
 	f := openDirect(t, device)
-	buf := aligned(t, writerBlock)
+	buf := aligned(writerBlock)
 	w.done.Go(func() {
 		defer f.Close()
 		for block := int64(0); w.err == nil && !w.ending.Load(); block++ {
@@ -186,7 +189,7 @@ func TestIOTimeout(t *testing.T) {
 	unix.Sync()
 	release := r.lose(id)
 	defer release()
-	_, err := openDirect(t, device).ReadAt(aligned(t, 4096), 32*mib) // waits
+	_, err := openDirect(t, device).ReadAt(aligned(4096), 32*mib) // waits
 	wantErr(t, err, unix.EIO)
 	fillDevice(t, other, 0, 4096, 9)
 	r.eventually("the failure is listed", func() bool { a := r.find(id); return a != nil && a.Failure != "" })
@@ -374,4 +377,34 @@ func TestStop(t *testing.T) {
 	wantImage(t, r.pool.ImagePath(free), 0, mib, 3)
 	r.start()
 	w.check(t, r.attach(busy))
+}
+
+// A device that is given up ends for its users at once, though a worker that hangs still has its descriptors.
+func TestDiscardOfHungWorker(t *testing.T) {
+	r := newHeldRig(t)
+	id := r.newVolume("a", 8*mib)
+	f := openDirect(t, r.attach(id))
+	pid := r.stopWorker(id)
+	r.eventually("all of it has stopped", func() bool {
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		must(t, err)
+		return !slices.ContainsFunc(threads, func(e os.DirEntry) bool { return threadState(pid, e.Name()) != "T" })
+	})
+	resume := sync.OnceFunc(func() { _ = unix.Kill(pid, unix.SIGCONT) })
+	defer resume()
+	read := make(chan error, 1)
+	go func() {
+		_, err := f.ReadAt(aligned(4096), 0)
+		read <- err
+	}()
+	must(t, discard(testContext(t), holder.Client{Path: r.holderSocket()}, id))
+	select {
+	case err := <-read:
+		wantErr(t, err, unix.EIO)
+	case <-time.After(patience / 4):
+		t.Error("its user waits")
+	}
+	resume()
+	must(t, f.Close())
+	r.eventually("it is detached", func() bool { return r.client.Detach(testContext(t), id) == nil })
 }

@@ -50,7 +50,7 @@ func startLoad(t *testing.T, device string, size int64, writers int) *load {
 	for i := range int64(writers) {
 		w := &loadWriter{load: l, rng: rand.New(rand.NewPCG(uint64(i), 7)), first: i * blocks, latest: make([]int64, blocks)}
 		l.writers = append(l.writers, w)
-		f, buf := openDirect(t, device), aligned(t, loadRequest*loadBlock)
+		f, buf := openDirect(t, device), aligned(loadRequest*loadBlock)
 		l.running.Go(func() { w.err = w.run(f, buf) })
 	}
 	t.Cleanup(func() { l.end(t) })
@@ -89,7 +89,7 @@ func (l *load) failed() bool { return l.failures.Load() > 0 }
 // verify reads all that was written, from a device whose users have ended.
 func (l *load) verify(t *testing.T, device string) {
 	t.Helper()
-	f, buf := openDirect(t, device), aligned(t, loadRequest*loadBlock)
+	f, buf := openDirect(t, device), aligned(loadRequest*loadBlock)
 	defer f.Close()
 	for _, w := range l.writers {
 		for i := int64(0); i < int64(len(w.latest)); i += loadRequest {

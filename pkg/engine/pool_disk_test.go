@@ -96,7 +96,7 @@ func TestPoolDiskHangs(t *testing.T) {
 	defer func() { _ = thaw() }()
 	r.eventually("the volume is listed as stalled", func() bool {
 		a := r.find(id)
-		return a.State == Stalled && a.Failure != ""
+		return a != nil && a.State == Stalled && a.Failure != ""
 	})
 	must(t, thaw())
 	r.eventually("it is well", func() bool { return r.find(id).State == Served })
@@ -118,7 +118,7 @@ func TestPoolDiskFull(t *testing.T) {
 	must(t, err)
 	must(t, unix.Fallocate(int(ballast.Fd()), 0, 0, 64*mib))
 	must(t, ballast.Close())
-	f, buf := openDirect(t, device), aligned(t, mib)
+	f, buf := openDirect(t, device), aligned(mib)
 	var off int64
 	for off = 0; err == nil && off < size; off += mib {
 		for i := range buf {

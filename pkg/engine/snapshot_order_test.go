@@ -31,7 +31,7 @@ func TestSnapshotsWhileWriting(t *testing.T) {
 	var quit atomic.Bool
 	var work sync.WaitGroup
 	for w := range int64(writers) {
-		f, buf := openDirect(t, device), aligned(t, stampedBlock)
+		f, buf := openDirect(t, device), aligned(stampedBlock)
 		work.Go(func() { h.write(f, buf, w*perWriter, perWriter, &quit); f.Close() })
 	}
 	stopFio := startFio(t, device, stamped, size-stamped)

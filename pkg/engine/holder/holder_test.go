@@ -204,3 +204,109 @@ func must(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+// A holder that gives all to its successor answers nobody any more: what it then took, or gave, the other would not know of.
+func TestAnswersNobodyWhileItLeaves(t *testing.T) {
+	path := socket(t)
+	ctx := t.Context()
+	c := Client{path}
+	stop := start(t, Options{Socket: path})
+	e, _ := pipe(t)
+	must(t, c.Hold(ctx, "a", e))
+	e.Close()
+	early, err := dial(ctx, path) // its requests come in while the holder leaves
+	must(t, err)
+	defer early.Close()
+	must(t, send(early, message{Op: opList}, nil))
+	_, _, err = receive(early)
+	must(t, err)
+
+	// A successor that takes its time.
+	heir, err := dial(ctx, path)
+	must(t, err)
+	defer heir.Close()
+	must(t, send(heir, message{Op: opSucceed}, nil))
+	ended := make(chan struct{})
+	go func() { defer close(ended); stop() }()
+	var got []Entry
+	for {
+		m, fds, err := receive(heir)
+		must(t, err)
+		if m.Done {
+			break
+		}
+		got = append(got, Entry{FDs: fds})
+	}
+	if len(got) != 1 {
+		t.Fatalf("it was given %d entries", len(got))
+	}
+	late, _ := pipe(t)
+	must(t, send(early, message{Op: opHold, Name: "late"}, late.FDs))
+	late.Close()
+	must(t, send(heir, message{Done: true}, nil))
+	if m, _, err := receive(early); err == nil && !m.Leaving {
+		t.Errorf("it has answered %+v", m)
+	}
+	<-ended
+	for _, e := range got {
+		e.Close()
+	}
+}
+
+// What is guarded is not given up, though it was decided a moment before.
+func TestGuardComesLate(t *testing.T) {
+	e, read := pipe(t)
+	h := &holder{entries: map[string]Entry{"a": e}, guards: 1}
+	h.abandon()
+	if ended(t, read) || len(h.entries) != 1 {
+		t.Error("it was given up")
+	}
+	h.guards = 0
+	h.abandon()
+	if !ended(t, read) || len(h.entries) != 0 {
+		t.Error("it was kept")
+	}
+}
+
+// An entry of which some descriptors do not fit a message is not held without them.
+func TestTruncatedEntry(t *testing.T) {
+	path := socket(t)
+	c, ctx := Client{path}, t.Context()
+	stop := start(t, Options{Socket: path})
+	e, read := pipe(t)
+	many := Entry{FDs: slices.Repeat(e.FDs, maxFDs+1)}
+	if err := c.Hold(ctx, "a", many); err == nil {
+		t.Error("it was held")
+	}
+	if names, err := c.List(ctx); err != nil || len(names) > 0 {
+		t.Errorf("listed %q, %v", names, err)
+	}
+	e.Close()
+	eventually(t, "the holder has closed what it got", func() bool { return ended(t, read) })
+	stop()
+}
+
+// Descriptors that are to be closed last when a holder is killed have lower numbers than all others: the kernel begins with the
+// highest.
+func TestLastIsLast(t *testing.T) {
+	path := socket(t)
+	c, ctx := Client{path}, t.Context()
+	stop := start(t, Options{Socket: path})
+	for _, last := range []bool{false, true} {
+		e, _ := pipe(t)
+		e.Last = last
+		must(t, c.Hold(ctx, "a", e))
+		if e = e.settled(); (e.FDs[0] < highFDs) != last {
+			t.Errorf("last %t has number %d", last, e.FDs[0])
+		}
+		e.Close()
+		got, err := c.Get(ctx, "a")
+		must(t, err)
+		if got.Last != last {
+			t.Errorf("last is %t", got.Last)
+		}
+		got.Close()
+		must(t, c.Drop(ctx, "a"))
+	}
+	stop()
+}
