@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if file := os.Getenv(helperEnv); file != "" {
 		os.Exit(helper(file))
 	}
+	if what := os.Getenv(cutEnv); what != "" {
+		os.Exit(cutProcess(what))
+	}
 	if err := clearLeftovers(func(pid int) bool { return pid != os.Getpid() && unix.Kill(pid, 0) == unix.ESRCH }); err != nil {
 		fmt.Fprintln(os.Stderr, "clear what an earlier run left:", err)
 		os.Exit(1)

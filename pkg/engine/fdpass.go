@@ -120,12 +120,13 @@ func (s *fdStore) take(token string) (*helper, error) {
 // closeAll forgets every descriptor.
 func (s *fdStore) closeAll() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, h := range s.held {
+	held := s.held
+	s.held = map[string]heldFD{}
+	s.mu.Unlock()
+	for _, h := range held {
 		h.expiry.Stop()
 		h.helper.leave()
 	}
-	clear(s.held)
 }
 
 // serve receives descriptors until the listener is closed, and waits for the senders.

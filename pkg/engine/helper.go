@@ -56,7 +56,11 @@ type helper struct {
 	conn *net.UnixConn
 	done chan struct{} // closed when the process has ended; one that waits for I/O may never
 	exit error         // nil: nothing is frozen by it; read after done
+	idle bool          // it has answered all that it was asked
 }
+
+// helperPatience is how long leave waits for a helper that has nothing to do any more.
+const helperPatience = time.Second
 
 // startHelper starts a helper, which gets a copy of dir, if that is not nil. The caller ends it with leave.
 func startHelper(dir *os.File) (*helper, error) {
@@ -80,7 +84,7 @@ func startHelper(dir *os.File) (*helper, error) {
 		ours.Close()
 		return nil, fmt.Errorf("start a helper: %w", err)
 	}
-	h := &helper{pid: cmd.Process.Pid, conn: ours.(*net.UnixConn), done: make(chan struct{})}
+	h := &helper{pid: cmd.Process.Pid, conn: ours.(*net.UnixConn), done: make(chan struct{}), idle: true}
 	go func() { // ends with the process: nobody can do more than wait for that
 		defer close(h.done)
 		h.exit = cmd.Wait()
@@ -93,6 +97,7 @@ func startHelper(dir *os.File) (*helper, error) {
 func (h *helper) call(ctx context.Context, r helperRequest) (helperReply, error) {
 	stop := context.AfterFunc(ctx, func() { _ = h.conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
+	h.idle = false
 	b, err := json.Marshal(r)
 	if err == nil {
 		_, err = h.conn.Write(b)
@@ -105,6 +110,7 @@ func (h *helper) call(ctx context.Context, r helperRequest) (helperReply, error)
 			err = json.Unmarshal(b[:n], &reply)
 		}
 	}
+	h.idle = err == nil
 	switch {
 	case ctx.Err() != nil:
 		return reply, fmt.Errorf("%s: not done in time: %w", r.Op, context.Cause(ctx))
@@ -118,8 +124,18 @@ func (h *helper) call(ctx context.Context, r helperRequest) (helperReply, error)
 	return reply, nil
 }
 
-// leave tells the helper that nothing more will come: it thaws what it has frozen, and ends. It does not wait.
-func (h *helper) leave() { _ = h.conn.CloseWrite() }
+// leave tells the helper that nothing more will come: it thaws what it has frozen, and ends. An idle one is waited for, since
+// nobody can unmount the file system while it has its directory; one that still waits for a volume is not.
+func (h *helper) leave() {
+	_ = h.conn.CloseWrite()
+	if !h.idle {
+		return
+	}
+	select {
+	case <-h.done:
+	case <-time.After(helperPatience):
+	}
+}
 
 // askHelper has a helper of its own do one thing without a directory.
 func askHelper(ctx context.Context, r helperRequest) error {
