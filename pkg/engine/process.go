@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -44,6 +45,8 @@ type process struct {
 	api    api.EngineClient
 	done   chan struct{} // closed when the process has been reaped
 	exit   error         // how it ended; read after done
+
+	leaving atomic.Bool // it was told to end
 }
 
 // startProcess starts a worker for one volume. The caller stops it.
@@ -181,6 +184,7 @@ func (p *process) createSnapshot(ctx context.Context, name string, cut func(*api
 func (p *process) stop() { p.stopWithin(stopPatience) }
 
 func (p *process) stopWithin(patience time.Duration) {
+	p.leaving.Store(true)
 	p.conn.Close()
 	if p.gone(patience) {
 		return
@@ -218,19 +222,24 @@ func (p *process) snapshot(ctx context.Context, name string) (*api.Snapshot, err
 	return nil, nil //nolint:nilnil // no such snapshot is not an error
 }
 
-// explain adds to a call's error how the worker died, if it did.
+// explain adds to a call's error how the worker ended, if it did.
 func (p *process) explain(err error) error {
 	// Which of the two it is depends on whether the connection broke during the call or before.
 	if !errors.Is(err, ErrUnavailable) && !errors.Is(err, context.Canceled) {
 		return err
 	}
-	// The connection may break a moment before the process is reaped.
-	patience := time.NewTimer(time.Second)
-	defer patience.Stop()
-	select {
-	case <-p.done:
+	// The connection may break a moment before the process is reaped, and while it closes its image.
+	patience := time.Second
+	leaving := p.leaving.Load()
+	if leaving {
+		patience = statusPatience
+	}
+	switch {
+	case p.gone(patience):
 		return fmt.Errorf("%w: %w", p.death(), err)
-	case <-patience.C:
+	case leaving:
+		return fmt.Errorf("%w: the worker of %s is ending: %w", ErrUnavailable, p.volume, err)
+	default:
 		return err
 	}
 }
