@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -17,6 +18,8 @@ import (
 // under any other, and the same command succeeds afterwards.
 func TestKilledHalfway(t *testing.T) {
 	t.Parallel()
+	// A test that was started by nohup would pass on that the hangup is ignored.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 	dir := t.TempDir()
 	raw, image := filepath.Join(dir, "in.raw"), filepath.Join(dir, "in.qcow2")
 	content := bytes.Repeat([]byte("not zeros"), 96<<20/9)

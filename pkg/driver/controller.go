@@ -8,6 +8,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -103,17 +104,16 @@ func (c *controller) holdUnstaged(ctx context.Context, id string) (release func(
 		return nil, err
 	}
 	release = func() { releaseNode(); releaseVolume() }
-	attached, err := c.attachments(ctx)
-	if err == nil {
-		if a, ok := attached[id]; ok {
-			err = fmt.Errorf("%w: volume %s is in use as %s", errPrecondition, id, a.Device)
-		}
-	}
-	if err != nil {
+	switch a, err := c.engine.Attachment(ctx, id); {
+	case errors.Is(err, engine.ErrNotAttached):
+		return release, nil
+	case err == nil:
+		err = fmt.Errorf("%w: volume %s is in use as %s", errPrecondition, id, a.Device)
+		fallthrough
+	default:
 		release()
 		return nil, err
 	}
-	return release, nil
 }
 
 // deleteVolume removes a volume, or makes it a tombstone. The mark comes first: from then on nobody uses the
@@ -226,6 +226,10 @@ func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 	if err != nil {
 		return nil, err
 	}
+	attached, err := c.attachments(ctx)
+	if err != nil { // what there is does not depend on the engine
+		klog.FromContext(ctx).V(4).Info("Volumes in use are listed with their last known sizes", "err", err)
+	}
 	resp := &csi.ListVolumesResponse{}
 	last := ""
 	for _, v := range volumes {
@@ -236,11 +240,13 @@ func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 			resp.NextToken = token(volumeTokens, last)
 			break
 		}
-		size, err := c.volumeSize(ctx, p, v)
-		if err != nil { // one that is busy, or broken, hides no other
-			klog.FromContext(ctx).V(4).Info("Volume is listed with its last known size", "volume", v.ID, "err", err)
-			size = v.LeastSize()
+		size := attached[v.ID].Size
+		if size == 0 {
+			if size, err = c.detachedSize(ctx, p, v); err != nil { // one that is busy, or broken, hides no other
+				klog.FromContext(ctx).V(4).Info("Volume is listed with its last known size", "volume", v.ID, "err", err)
+			}
 		}
+		size = max(size, v.LeastSize())
 		resp.Entries = append(resp.Entries, &csi.ListVolumesResponse_Entry{
 			Volume: c.volumeMessage(v, size),
 			Status: &csi.ListVolumesResponse_VolumeStatus{},
@@ -270,12 +276,19 @@ func (d *Driver) volumeSize(ctx context.Context, p *pool.Pool, v pool.Volume) (s
 		size, err = d.attachedSize(ctx, v.ID)
 		return err
 	}, func() error {
-		return d.images.read(ctx, p, v.ID, func(image *qcow2.Image) error {
-			size = image.Size()
-			return nil
-		})
+		size, err = d.detachedSize(ctx, p, v)
+		return err
 	})
 	return max(size, v.LeastSize()), err
+}
+
+// detachedSize returns the size that the image of a volume has which is not attached. pool.ErrInUse.
+func (d *Driver) detachedSize(ctx context.Context, p *pool.Pool, v pool.Volume) (size int64, err error) {
+	err = d.images.read(ctx, p, v.ID, func(image *qcow2.Image) error {
+		size = image.Size()
+		return nil
+	})
+	return size, err
 }
 
 func (c *controller) volumeMessage(v pool.Volume, size int64) *csi.Volume {

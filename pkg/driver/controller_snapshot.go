@@ -64,26 +64,30 @@ func (c *controller) snapshotByName(ctx context.Context, p *pool.Pool, name, vol
 	if err != nil {
 		return nil, err
 	}
-	attached, err := c.attachments(ctx)
+	named := func(s snapshot) bool { return s.Name == name }
+	if at := slices.IndexFunc(volumes, func(v pool.Volume) bool { return v.ID == volumeID }); at >= 0 {
+		all, err := c.snapshotsOf(ctx, p, volumes[at])
+		if err != nil {
+			return nil, err
+		}
+		if at := slices.IndexFunc(all, named); at >= 0 {
+			return &all[at], nil
+		}
+		volumes = slices.Delete(volumes, at, at+1)
+	}
+	others, err := c.others(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var other error
 	for _, v := range volumes {
-		all, err := c.snapshotsOf(ctx, p, v, attached)
-		if err != nil && v.ID == volumeID {
-			return nil, err
+		if others.attached[v.ID].Silent {
+			continue
 		}
-		at := slices.IndexFunc(all, func(s snapshot) bool { return s.Name == name })
-		switch {
-		case at < 0:
-		case v.ID == volumeID:
-			return &all[at], nil
-		default:
-			other = fmt.Errorf("snapshot %q %w: of volume %s", name, errExists, v.ID)
+		if all, _ := c.snapshotsAmong(ctx, p, v, others); slices.ContainsFunc(all, named) {
+			return nil, fmt.Errorf("snapshot %q %w: of volume %s", name, errExists, v.ID)
 		}
 	}
-	return nil, other
+	return nil, nil //nolint:nilnil // no such snapshot is not an error
 }
 
 func (c *controller) createSnapshot(
@@ -181,7 +185,7 @@ func (c *controller) deleteSnapshot(ctx context.Context, p *pool.Pool, id, volum
 	if err != nil {
 		return err
 	}
-	all, err := c.volumeSnapshots(ctx, p, v)
+	all, err := c.snapshotsOf(ctx, p, v)
 	if err != nil {
 		return err
 	}
@@ -285,7 +289,7 @@ func (c *controller) filterSnapshots(ctx context.Context, p *pool.Pool, id, volu
 	} else {
 		var v pool.Volume
 		if v, err = ownVolume(p, volumeID); err == nil {
-			all, err = c.volumeSnapshots(ctx, p, v)
+			all, err = c.snapshotsOf(ctx, p, v)
 		}
 	}
 	if isNotFound(err) || errors.Is(err, errOtherPool) {

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"fmt"
 	"os"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
@@ -14,6 +13,7 @@ type Engine interface {
 	Attach(ctx context.Context, volumeID string) (engine.Device, error)
 	Detach(ctx context.Context, volumeID string) error
 	List(ctx context.Context) ([]engine.Attachment, error)
+	Attachment(ctx context.Context, volumeID string) (engine.Attachment, error)
 	Resize(ctx context.Context, volumeID string, size int64) (int64, error)
 	CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (engine.Snapshot, error)
 	DeleteSnapshot(ctx context.Context, volumeID, name string) error
@@ -24,7 +24,8 @@ type Engine interface {
 
 var _ Engine = (*engine.Client)(nil)
 
-// attachments returns the engine's attachments by volume ID, the failed ones included.
+// attachments returns the engine's attachments by volume ID, the failed ones included. Whoever needs to know of one volume
+// asks for that alone, and waits for no other's worker.
 func (d *Driver) attachments(ctx context.Context) (map[string]engine.Attachment, error) {
 	list, err := d.engine.List(ctx)
 	if err != nil {
@@ -39,13 +40,9 @@ func (d *Driver) attachments(ctx context.Context) (map[string]engine.Attachment,
 
 // attachedSize returns the size of an attached volume in bytes. engine.ErrNotAttached.
 func (d *Driver) attachedSize(ctx context.Context, id string) (int64, error) {
-	attached, err := d.attachments(ctx)
+	a, err := d.engine.Attachment(ctx, id)
 	if err != nil {
 		return 0, err
-	}
-	a, ok := attached[id]
-	if !ok {
-		return 0, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
 	}
 	return a.Size, a.Err()
 }

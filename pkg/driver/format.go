@@ -97,12 +97,12 @@ func (n *node) knownBlank(ctx context.Context, device blockDevice, v pool.Volume
 		return nil
 	}
 	unreadable := device.readEnds()
-	attached, err := n.attachments(ctx) // after it: what has been met is told
+	attached, err := n.engine.Attachment(ctx, v.ID) // after it: what has been met is told
 	if err != nil {
 		return err
 	}
 	switch {
-	case attached[v.ID].Corrupt:
+	case attached.Corrupt:
 		return errors.Join(fmt.Errorf("no file system is recognised on the volume, and it is not formatted: %w: "+
 			"`csi-qcow2 image check` tells what is wrong", qcow2.ErrCorrupt), unreadable)
 	case unreadable != nil:

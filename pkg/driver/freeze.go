@@ -7,20 +7,14 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 )
 
 // mountedFileSystem opens a directory of the file system that is mounted here from an attached volume, for
 // the engine to freeze it by; nil if there is none that can be written. engine.ErrNotAttached.
 func (d *Driver) mountedFileSystem(ctx context.Context, id string) (*os.File, error) {
-	attached, err := d.attachments(ctx)
+	a, err := d.engine.Attachment(ctx, id)
 	if err != nil {
 		return nil, err
-	}
-	a, ok := attached[id]
-	if !ok {
-		return nil, fmt.Errorf("volume %s: %w", id, engine.ErrNotAttached)
 	}
 	if err := a.Err(); err != nil {
 		return nil, err

@@ -50,7 +50,7 @@ func (c *controller) ControllerListVolumeHealth(
 		if v.Tombstone || v.ID <= page.after {
 			continue
 		}
-		conditions := conditionsOf(p, v.ID, attached)
+		conditions := conditionsOf(p, v.ID, attached[v.ID])
 		if len(conditions) == 0 {
 			continue
 		}
@@ -118,17 +118,16 @@ func (d *Driver) volumeHealth(ctx context.Context, id string) (*csi.VolumeHealth
 	if _, err := liveVolume(p, id); err != nil {
 		return nil, engine.Attachment{}, err
 	}
-	attached, err := d.attachments(ctx)
-	if err != nil {
+	a, err := d.engine.Attachment(ctx, id)
+	if err != nil && !errors.Is(err, engine.ErrNotAttached) {
 		return nil, engine.Attachment{}, err
 	}
-	return &csi.VolumeHealth{VolumeId: id, HealthStatuses: conditionsOf(p, id, attached)}, attached[id], nil
+	return &csi.VolumeHealth{VolumeId: id, HealthStatuses: conditionsOf(p, id, a)}, a, nil
 }
 
-// conditionsOf returns what is wrong with a volume.
-func conditionsOf(p *pool.Pool, id string, attached map[string]engine.Attachment) []*csi.VolumeHealth_VolumeHealthEntry {
+// conditionsOf returns what is wrong with a volume, whose attachment is a if it has one.
+func conditionsOf(p *pool.Pool, id string, a engine.Attachment) []*csi.VolumeHealth_VolumeHealthEntry {
 	var out []*csi.VolumeHealth_VolumeHealthEntry
-	a := attached[id]
 	switch a.State {
 	case engine.Served:
 	case engine.Failed:
@@ -167,7 +166,7 @@ func (d *Driver) attachedVolumes(ctx context.Context) ([]cluster.Volume, error) 
 			continue // it is being deleted
 		}
 		volume := cluster.Volume{Name: v.Name, Handle: id, Deaths: a.Deaths}
-		if conditions := conditionsOf(p, id, attached); len(conditions) > 0 {
+		if conditions := conditionsOf(p, id, a); len(conditions) > 0 {
 			volume.Reason, volume.Message = conditions[0].GetReason(), conditions[0].GetMessage()
 		}
 		out = append(out, volume)

@@ -158,7 +158,7 @@ func TestConditions(t *testing.T) {
 	} {
 		want := append(c.want, csi.VolumeHealthErrorType_DATA_LOSS) // there is no image
 		var got []csi.VolumeHealthErrorType
-		for _, e := range conditionsOf(p, "v", map[string]engine.Attachment{"v": c.a}) {
+		for _, e := range conditionsOf(p, "v", c.a) {
 			got = append(got, e.GetStatus())
 		}
 		if !slices.Equal(got, want) {

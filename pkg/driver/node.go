@@ -138,8 +138,9 @@ func (n *node) attach(ctx context.Context, id string) (device blockDevice, now b
 		return device, false, err
 	}
 	defer letGo()
-	before, err := n.attachments(ctx)
-	if err != nil {
+	_, err = n.engine.Attachment(ctx, id)
+	was := err == nil
+	if err != nil && !errors.Is(err, engine.ErrNotAttached) {
 		return device, false, err
 	}
 	attached, err := n.engine.Attach(ctx, id)
@@ -147,7 +148,6 @@ func (n *node) attach(ctx context.Context, id string) (device blockDevice, now b
 		return device, false, fmt.Errorf("attach volume %s: %w", id, err)
 	}
 	device, err = openDevice(attached)
-	_, was := before[id]
 	return device, !was, err
 }
 

@@ -64,13 +64,12 @@ func (n *node) NodePublishVolume(
 
 // attachedDevice opens the device of a volume that was staged, see openDevice. errPrecondition if it is not attached.
 func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, error) {
-	attached, err := n.attachments(ctx)
-	if err != nil {
+	a, err := n.engine.Attachment(ctx, id)
+	switch {
+	case errors.Is(err, engine.ErrNotAttached):
+		return blockDevice{}, fmt.Errorf("%w: it is not staged: %w", errPrecondition, err)
+	case err != nil:
 		return blockDevice{}, err
-	}
-	a, ok := attached[id]
-	if !ok {
-		return blockDevice{}, fmt.Errorf("%w: volume %s is not staged: %w", errPrecondition, id, engine.ErrNotAttached)
 	}
 	return servedDevice(a)
 }

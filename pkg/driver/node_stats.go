@@ -3,12 +3,15 @@ package driver
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 )
 
 // NodeGetVolumeStats returns what a file system has of bytes and inodes, or the size of a block volume.
@@ -71,13 +74,12 @@ func (n *node) volumeAt(ctx context.Context, id, path string) (located, error) {
 	if !filepath.IsAbs(path) {
 		return located{}, missing
 	}
-	attached, err := n.attachments(ctx)
-	if err != nil {
-		return located{}, err
-	}
-	a, ok := attached[id]
-	if !ok {
+	a, err := n.engine.Attachment(ctx, id)
+	switch {
+	case errors.Is(err, engine.ErrNotAttached):
 		return located{}, missing
+	case err != nil:
+		return located{}, err
 	}
 	device, err := servedDevice(a)
 	if err != nil {

@@ -30,7 +30,9 @@ func TestKilledPlugin(t *testing.T) {
 	initPool(t, r.dir)
 	r.startEngine()
 	plugin := r.startPluginProcess()
-	v := r.create("disk", 64*mib, blockCapability(writer))
+	req := r.createRequest("disk", 64*mib, blockCapability(writer))
+	req.Parameters = map[string]string{"snapshotLimit": "1000%"} // all is overwritten between the snapshots
+	v := r.createFrom(req)
 	path := v.publish("vm")
 	fio := exec.Command("fio", "--name=verify", "--verify_state_save=0", "--filename="+path, "--rw=randwrite", "--bs=4k", "--size=64m", "--io_size=256m",
 		"--direct=1", "--ioengine=libaio", "--iodepth=8", "--fsync=64", "--verify=crc32c", "--time_based", "--runtime=4")

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -44,17 +45,10 @@ func listed(rows []engine.Snapshot) []engine.Snapshot {
 	})
 }
 
-// snapshotsOf returns the snapshots of one volume, sorted by ID. attached is what the engine serves.
-func (c *controller) snapshotsOf(
-	ctx context.Context, p *pool.Pool, v pool.Volume, attached map[string]engine.Attachment,
-) ([]snapshot, error) {
+// snapshotsOf returns the snapshots of one volume, sorted by ID.
+func (c *controller) snapshotsOf(ctx context.Context, p *pool.Pool, v pool.Volume) ([]snapshot, error) {
 	var rows []engine.Snapshot
-	first := true
 	err := wherever(func() (err error) {
-		if _, ok := attached[v.ID]; !ok && first {
-			first = false
-			return engine.ErrNotAttached // most are not: that is not worth a question each
-		}
 		rows, err = c.engine.ListSnapshots(ctx, v.ID)
 		if errors.Is(err, engine.ErrUnavailable) { // perhaps only the worker, because the volume was detached just now
 			rows, err = c.engine.ListSnapshots(ctx, v.ID)
@@ -77,13 +71,40 @@ func (c *controller) snapshotsOf(
 	return out, nil
 }
 
-// volumeSnapshots is snapshotsOf for a single volume.
-func (c *controller) volumeSnapshots(ctx context.Context, p *pool.Pool, v pool.Volume) ([]snapshot, error) {
+// othersPatience is how long the volumes that a call is not about may keep it waiting, together: it takes a while until the
+// engine knows that one does not answer.
+const othersPatience = 5 * time.Second
+
+// errSilent: a volume does not answer.
+var errSilent = errors.New("volume does not answer")
+
+// others are the volumes that a call is not about, or not alone.
+type others struct {
+	attached map[string]engine.Attachment
+	until    time.Time
+}
+
+func (c *controller) others(ctx context.Context) (others, error) {
 	attached, err := c.attachments(ctx)
-	if err != nil {
-		return nil, err
+	return others{attached, time.Now().Add(othersPatience)}, err
+}
+
+// snapshotsAmong is snapshotsOf for a volume that must not hold up the call. errSilent.
+func (c *controller) snapshotsAmong(ctx context.Context, p *pool.Pool, v pool.Volume, o others) ([]snapshot, error) {
+	a, ok := o.attached[v.ID]
+	if !ok {
+		return c.snapshotsOf(ctx, p, v)
 	}
-	return c.snapshotsOf(ctx, p, v, attached)
+	if a.State == engine.Stalled {
+		return nil, fmt.Errorf("%w: %s", errSilent, a.Failure)
+	}
+	limited, cancel := context.WithDeadline(ctx, o.until)
+	defer cancel()
+	all, err := c.snapshotsOf(limited, p, v)
+	if err != nil && limited.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", errSilent, err)
+	}
+	return all, err
 }
 
 // findSnapshot returns the snapshot of an ID that may have come from anywhere. errNotFound if the ID is
@@ -98,7 +119,7 @@ func (c *controller) findSnapshot(ctx context.Context, p *pool.Pool, id string) 
 	if err != nil {
 		return snapshot{}, fmt.Errorf("snapshot %q: %w", id, err)
 	}
-	all, err := c.volumeSnapshots(ctx, p, v)
+	all, err := c.snapshotsOf(ctx, p, v)
 	if err != nil {
 		return snapshot{}, err
 	}
@@ -122,13 +143,13 @@ func lostSnapshot(p *pool.Pool, v pool.Volume, id string) (name string, err erro
 }
 
 // eachVolumesSnapshots calls fn with the snapshots of each volume in the order of their IDs, tombstones
-// included, until it returns false. A volume that cannot be read for good hides no other.
+// included, until it returns false. A volume that cannot be read for good, or does not answer, hides no other.
 func (c *controller) eachVolumesSnapshots(ctx context.Context, p *pool.Pool, from string, fn func([]snapshot) bool) error {
 	volumes, err := c.volumes(ctx, p)
 	if err != nil {
 		return err
 	}
-	attached, err := c.attachments(ctx)
+	others, err := c.others(ctx)
 	if err != nil {
 		return err
 	}
@@ -136,10 +157,10 @@ func (c *controller) eachVolumesSnapshots(ctx context.Context, p *pool.Pool, fro
 		if v.ID < from {
 			continue
 		}
-		snapshots, err := c.snapshotsOf(ctx, p, v, attached)
+		snapshots, err := c.snapshotsAmong(ctx, p, v, others)
 		switch {
 		case err == nil:
-		case unreadable(err):
+		case unreadable(err), errors.Is(err, errSilent):
 			klog.FromContext(ctx).Error(err, "A volume's snapshots are left out", "volume", v.ID)
 		default:
 			return err

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -44,6 +45,7 @@ type Attachment struct {
 	Deaths    int    // workers that died, and were replaced, since it was attached or the engine started
 	// FileDevice and FileInode are those of Device.
 	FileDevice, FileInode uint64
+	Silent                bool // its worker has not answered yet: this is what it said before
 }
 
 // State is how an attached volume is served.
@@ -116,13 +118,31 @@ func (c *Client) Detach(ctx context.Context, volumeID string) error {
 	return err
 }
 
-// List returns the attached volumes, the failed ones too, sorted by volume ID.
+// List returns the attached volumes, the failed ones too, sorted by volume ID. It does not wait for a volume that does not
+// answer: then it has what was known before.
 func (c *Client) List(ctx context.Context) ([]Attachment, error) {
-	r, err := c.api.List(ctx, &api.ListRequest{})
+	return c.list(ctx, "")
+}
+
+// Attachment returns a volume's attachment. No other volume is asked. ErrNotAttached if it has none, not if it has failed.
+func (c *Client) Attachment(ctx context.Context, volumeID string) (Attachment, error) {
+	list, err := c.list(ctx, volumeID)
+	if err != nil {
+		return Attachment{}, err
+	}
+	at := slices.IndexFunc(list, func(a Attachment) bool { return a.VolumeID == volumeID }) // an older engine tells of all
+	if at < 0 {
+		return Attachment{}, fmt.Errorf("volume %s: %w", volumeID, ErrNotAttached)
+	}
+	return list[at], nil
+}
+
+func (c *Client) list(ctx context.Context, volumeID string) ([]Attachment, error) {
+	r, err := c.api.List(ctx, &api.ListRequest{VolumeId: volumeID})
 	if err != nil {
 		return nil, err
 	}
-	var out []Attachment
+	out := make([]Attachment, 0, len(r.GetAttachments()))
 	for _, a := range r.GetAttachments() {
 		state := State(a.GetState())
 		if state == Served && a.GetFailure() != "" { // an engine that knows no states
@@ -131,7 +151,7 @@ func (c *Client) List(ctx context.Context) ([]Attachment, error) {
 		out = append(out, Attachment{
 			VolumeID: a.GetVolumeId(), Device: a.GetDevice(), Size: a.GetSize(), WorkerPID: int(a.GetWorkerPid()),
 			State: state, Failure: a.GetFailure(), Corrupt: a.GetCorrupt(), Deaths: int(a.GetDeaths()),
-			FileDevice: a.GetFileDevice(), FileInode: a.GetFileInode(),
+			FileDevice: a.GetFileDevice(), FileInode: a.GetFileInode(), Silent: a.GetSilent(),
 		})
 	}
 	return out, nil

@@ -30,8 +30,6 @@ const (
 	leavePatience = 10 * time.Second
 	// killPatience is how long a killed process may take to end. One that waits for a disk may take for ever.
 	killPatience = 5 * time.Second
-	// statusPatience is how long a worker may take to say how it is.
-	statusPatience = 5 * time.Second
 	// maxMessage bounds a gRPC message: the list of the 65,536 snapshots that an image can have is longer
 	// than the default of 4 MiB.
 	maxMessage = 64 << 20
@@ -47,6 +45,7 @@ type process struct {
 	exit   error         // how it ended; read after done
 
 	leaving atomic.Bool // it was told to end
+	asked   asked
 }
 
 // startProcess starts a worker for one volume. The caller stops it.
@@ -129,20 +128,6 @@ func workerConn(c net.Conn) (*grpc.ClientConn, error) {
 		return nil, fmt.Errorf("worker connection: %w", err)
 	}
 	return conn, nil
-}
-
-// status asks the worker what it serves.
-func (p *process) status(ctx context.Context) (*api.Attachment, error) {
-	ctx, cancel := context.WithTimeout(ctx, statusPatience)
-	defer cancel()
-	r, err := p.api.List(ctx, &api.ListRequest{})
-	if err != nil {
-		return nil, fmt.Errorf("%w: the worker of %s does not answer: %w", ErrUnavailable, p.volume, err)
-	}
-	if len(r.GetAttachments()) != 1 {
-		return nil, fmt.Errorf("%w: the worker of %s serves nothing", ErrUnavailable, p.volume)
-	}
-	return r.GetAttachments()[0], nil
 }
 
 // createSnapshot is the call of that name; cut is called once at the instant whose state the snapshot holds, with what

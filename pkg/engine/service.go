@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
@@ -168,34 +169,41 @@ func (s *service) detachServed(ctx context.Context, id string, a *attachment) er
 	return err
 }
 
-func (s *service) List(ctx context.Context, _ *api.ListRequest) (*api.ListResponse, error) {
+func (s *service) List(ctx context.Context, r *api.ListRequest) (*api.ListResponse, error) {
 	if _, err := s.ready(ctx); err != nil {
 		return nil, err
 	}
+	if id := r.GetVolumeId(); id != "" {
+		a := s.find(id)
+		if a == nil {
+			return &api.ListResponse{}, nil
+		}
+		return &api.ListResponse{Attachments: []*api.Attachment{a.describe(ctx, id, (*process).status)}}, nil
+	}
+	return s.listAll(ctx)
+}
+
+// listAll does not wait for long for a worker that does not answer.
+func (s *service) listAll(ctx context.Context) (*api.ListResponse, error) {
 	attached := s.attachments()
 	ids := slices.Sorted(maps.Keys(attached))
 	r := &api.ListResponse{Attachments: make([]*api.Attachment, len(ids))}
 	var questions sync.WaitGroup
 	for i, id := range ids {
-		questions.Go(func() { r.Attachments[i] = attached[id].describe(ctx, id) })
+		questions.Go(func() { r.Attachments[i] = attached[id].describe(ctx, id, (*process).lastStatus) })
 	}
 	questions.Wait()
 	return r, nil
 }
 
-func (a *attachment) describe(ctx context.Context, id string) *api.Attachment {
+// describe says how a volume is served; ask is how its worker is asked.
+func (a *attachment) describe(
+	ctx context.Context, id string, ask func(*process, context.Context) (*api.Attachment, error),
+) *api.Attachment {
 	r := &api.Attachment{VolumeId: id, Device: a.device, Failure: a.failure}
 	switch {
 	case a.worker != nil:
-		status, err := a.worker.status(ctx)
-		if err == nil {
-			r = status
-			break
-		}
-		r.State, r.Failure = api.State_STALLED, a.worker.explain(err).Error()
-		if a.worker.death() != nil {
-			r.State = api.State_REPLACING
-		}
+		r = a.worker.describe(ctx, r, ask)
 	case a.waiting:
 		r.State = api.State_REPLACING
 	default:
@@ -203,6 +211,28 @@ func (a *attachment) describe(ctx context.Context, id string) *api.Attachment {
 	}
 	r.Deaths = int32(a.deaths)
 	return r
+}
+
+// describe returns what a worker says of itself; of one that does not, what it last said, or what else is known.
+func (p *process) describe(
+	ctx context.Context, known *api.Attachment, ask func(*process, context.Context) (*api.Attachment, error),
+) *api.Attachment {
+	status, err := ask(p, ctx)
+	if err == nil {
+		return proto.CloneOf(status)
+	}
+	if last := p.said(); last != nil {
+		known = proto.CloneOf(last)
+	}
+	known.Silent = true
+	if !errors.Is(err, context.DeadlineExceeded) { // else there is nothing to wait for
+		err = p.explain(err)
+	}
+	known.State, known.Failure = api.State_STALLED, err.Error()
+	if p.death() != nil {
+		known.State = api.State_REPLACING
+	}
+	return known
 }
 
 // locked returns a volume's worker and device while nothing else changes the volume.

@@ -354,6 +354,7 @@ func (*DetachResponse) Descriptor() ([]byte, []int) {
 
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"` // of this volume alone; empty: of all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -386,6 +387,13 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
 	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ListRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
 }
 
 type ListResponse struct {
@@ -446,6 +454,7 @@ type Attachment struct {
 	// The identity of the file that the device is bound to, as LOOP_GET_STATUS64 tells it. 0: it is not known.
 	FileDevice    uint64 `protobuf:"varint,10,opt,name=file_device,json=fileDevice,proto3" json:"file_device,omitempty"`
 	FileInode     uint64 `protobuf:"varint,11,opt,name=file_inode,json=fileInode,proto3" json:"file_inode,omitempty"`
+	Silent        bool   `protobuf:"varint,12,opt,name=silent,proto3" json:"silent,omitempty"` // its worker has not answered yet: this is what it said before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -555,6 +564,13 @@ func (x *Attachment) GetFileInode() uint64 {
 		return x.FileInode
 	}
 	return 0
+}
+
+func (x *Attachment) GetSilent() bool {
+	if x != nil {
+		return x.Silent
+	}
+	return false
 }
 
 // Operations are the device's requests of one kind since its worker started.
@@ -1299,10 +1315,11 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"file_inode\x18\x03 \x01(\x04R\tfileInode\",\n" +
 	"\rDetachRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"\x10\n" +
-	"\x0eDetachResponse\"\r\n" +
-	"\vListRequest\"Q\n" +
+	"\x0eDetachResponse\"*\n" +
+	"\vListRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"Q\n" +
 	"\fListResponse\x12A\n" +
-	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\xf3\x02\n" +
+	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\x8b\x03\n" +
 	"\n" +
 	"Attachment\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x16\n" +
@@ -1321,7 +1338,8 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	" \x01(\x04R\n" +
 	"fileDevice\x12\x1d\n" +
 	"\n" +
-	"file_inode\x18\v \x01(\x04R\tfileInode\"\x86\x01\n" +
+	"file_inode\x18\v \x01(\x04R\tfileInode\x12\x16\n" +
+	"\x06silent\x18\f \x01(\bR\x06silent\"\x86\x01\n" +
 	"\n" +
 	"Operations\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +

@@ -45,7 +45,8 @@ type EngineClient interface {
 	// Detach flushes, ends the device and closes the image; finished when it answers. A volume
 	// that is not attached is fine. FAILED_PRECONDITION while something has the device open.
 	Detach(ctx context.Context, in *DetachRequest, opts ...grpc.CallOption) (*DetachResponse, error)
-	// List returns the attached volumes, the failed ones included.
+	// List returns the attached volumes, the failed ones included. Of a worker that does not answer at once it says what that
+	// said before, unless the list is of that volume alone.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// Resize makes an attached volume's image and device larger; smaller is a no-op.
 	Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error)
@@ -185,7 +186,8 @@ type EngineServer interface {
 	// Detach flushes, ends the device and closes the image; finished when it answers. A volume
 	// that is not attached is fine. FAILED_PRECONDITION while something has the device open.
 	Detach(context.Context, *DetachRequest) (*DetachResponse, error)
-	// List returns the attached volumes, the failed ones included.
+	// List returns the attached volumes, the failed ones included. Of a worker that does not answer at once it says what that
+	// said before, unless the list is of that volume alone.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// Resize makes an attached volume's image and device larger; smaller is a no-op.
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)

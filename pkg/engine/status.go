@@ -1,0 +1,108 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+)
+
+const (
+	// statusPatience is how long a worker may take to say how it is, before it counts as stalled.
+	statusPatience = 5 * time.Second
+	// listPatience is how long a list of all volumes waits for any of their workers, once: what a worker said before is
+	// listed until it is stalled.
+	listPatience = 250 * time.Millisecond
+)
+
+// asked is what a worker was asked and has said of itself. There is one question at a time: whoever asks while it is not
+// answered waits for the same answer.
+type asked struct {
+	mu      sync.Mutex      // guards the below
+	pending *question       // nil: none
+	last    *api.Attachment // the last answer, nil: none yet; not changed any more
+}
+
+type question struct {
+	since  time.Time
+	done   chan struct{} // closed when it is answered
+	answer *api.Attachment
+	err    error
+}
+
+// ask returns the unanswered question, or asks. The question ends with the connection to the worker at the latest.
+func (p *process) ask(ctx context.Context) *question {
+	p.asked.mu.Lock()
+	defer p.asked.mu.Unlock()
+	if p.asked.pending != nil {
+		return p.asked.pending
+	}
+	q := &question{since: time.Now(), done: make(chan struct{})}
+	p.asked.pending = q
+	go func() {
+		q.answer, q.err = p.question(context.WithoutCancel(ctx))
+		p.asked.mu.Lock()
+		defer p.asked.mu.Unlock()
+		p.asked.pending = nil
+		if q.err == nil {
+			p.asked.last = q.answer
+		}
+		close(q.done)
+	}()
+	return q
+}
+
+// said returns the worker's last answer, nil if there was none.
+func (p *process) said() *api.Attachment {
+	p.asked.mu.Lock()
+	defer p.asked.mu.Unlock()
+	return p.asked.last
+}
+
+func (p *process) question(ctx context.Context) (*api.Attachment, error) {
+	r, err := p.api.List(ctx, &api.ListRequest{})
+	if err != nil {
+		return nil, fmt.Errorf("%w: the worker of %s does not answer: %w", ErrUnavailable, p.volume, err)
+	}
+	if len(r.GetAttachments()) != 1 {
+		return nil, fmt.Errorf("%w: the worker of %s serves nothing", ErrUnavailable, p.volume)
+	}
+	return r.GetAttachments()[0], nil
+}
+
+// status asks the worker what it serves. Nobody changes the answer, which others have, too.
+func (p *process) status(ctx context.Context) (*api.Attachment, error) {
+	return p.await(ctx, p.ask(ctx), statusPatience)
+}
+
+// lastStatus is status for those who ask many: without an answer soon, it returns the last one until it is too old.
+func (p *process) lastStatus(ctx context.Context) (*api.Attachment, error) {
+	q, last := p.ask(ctx), p.said()
+	if last == nil {
+		return p.await(ctx, q, statusPatience)
+	}
+	a, err := p.await(ctx, q, listPatience)
+	if err != nil && ctx.Err() == nil && time.Since(q.since) < statusPatience && p.death() == nil {
+		last = proto.CloneOf(last)
+		last.Silent = true
+		return last, nil
+	}
+	return a, err
+}
+
+// await waits for the answer of a question until that is older than patience.
+func (p *process) await(ctx context.Context, q *question, patience time.Duration) (*api.Attachment, error) {
+	ctx, cancel := context.WithDeadline(ctx, q.since.Add(patience))
+	defer cancel()
+	select {
+	case <-q.done:
+		return q.answer, q.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%w: the worker of %s has not answered for %s: %w",
+			ErrUnavailable, p.volume, time.Since(q.since).Round(time.Millisecond), ctx.Err())
+	}
+}
