@@ -43,6 +43,13 @@ func (k *keyLock) lock(ctx context.Context, key string) (unlock func(), err erro
 	}
 }
 
+// idle tells whether nobody has or waits for a lock.
+func (k *keyLock) idle() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.slots) == 0
+}
+
 func (k *keyLock) leave(key string, slot *lockSlot) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

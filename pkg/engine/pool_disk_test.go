@@ -87,6 +87,56 @@ func TestPoolDiskFails(t *testing.T) {
 	r.detach(id)
 }
 
+// The pool's disk fails, or somebody takes its file system away: as soon as no volume is attached the engine keeps neither
+// busy, and it serves the pool when it comes back on another device.
+func TestPoolLost(t *testing.T) {
+	for name, lose := range map[string]func(t *testing.T, r *rig){
+		"failed": func(t *testing.T, r *rig) {
+			run(t, "xfs_io", "-x", "-c", "shutdown", r.dir)
+			r.eventually("the file system can be unmounted", func() bool { return unix.Unmount(r.dir, 0) == nil })
+		},
+		"unmounted": func(t *testing.T, r *rig) { must(t, unix.Unmount(r.dir, unix.MNT_DETACH)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newDiskRig(t, 512*mib)
+			id := r.newVolume("a", mib)
+			fillDevice(t, r.attach(id), 0, 4096, 7)
+			r.detach(id)
+			lose(t, r)
+			r.eventually("the disk is free", func() bool { return run(t, "losetup", "--associated", r.disk) == "" })
+			run(t, "mount", "-o", "loop", r.disk, r.dir)
+			var device string
+			r.eventually("the pool is served again", func() bool {
+				d, err := r.client.Attach(testContext(t), id)
+				device = d.Path
+				return err == nil
+			})
+			wantDevice(t, device, 0, 4096, 7)
+			r.detach(id)
+		})
+	}
+}
+
+// While volumes of a lost pool are attached, it is kept, and it is said which.
+func TestPoolLostInUse(t *testing.T) {
+	r, id, _, w := newWrittenRig(t)
+	run(t, "xfs_io", "-x", "-c", "shutdown", r.dir)
+	w.done.Wait()
+	r.eventually("it says what uses the pool", func() bool {
+		_, err := r.client.Probe(testContext(t))
+		return errors.Is(err, ErrUnavailable) && strings.Contains(err.Error(), id)
+	})
+	wantErr(t, unix.Unmount(r.dir, 0), unix.EBUSY)
+	r.eventually("it is detached", func() bool { return r.client.Detach(testContext(t), id) == nil })
+	r.eventually("the file system can be unmounted", func() bool { return unix.Unmount(r.dir, 0) == nil })
+	run(t, "mount", "-o", "loop", r.disk, r.dir)
+	r.eventually("the pool is served again", func() bool {
+		_, err := r.client.Attach(testContext(t), id)
+		return err == nil
+	})
+	r.detach(id)
+}
+
 // The pool's disk hangs: its users wait, which is reported, and go on when it answers again.
 func TestPoolDiskHangs(t *testing.T) {
 	r, id, device, w := newWrittenRig(t)

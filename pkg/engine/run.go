@@ -107,7 +107,8 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 	return context.Cause(ctx)
 }
 
-// awaitPool opens the pool as soon as it is there. It returns when ctx ends or the pool cannot be served.
+// awaitPool opens the pool as soon as it is there, also when it was lost. It returns when ctx ends or the pool cannot be
+// served.
 func (s *supervisor) awaitPool(ctx context.Context) error {
 	tick := time.NewTicker(poolPoll)
 	defer tick.Stop()
@@ -115,8 +116,10 @@ func (s *supervisor) awaitPool(ctx context.Context) error {
 		err := s.open(ctx)
 		if err == nil {
 			s.options.ready()
-			<-ctx.Done()
-			return nil
+			if s.awaitLoss(ctx) != nil {
+				return nil //nolint:nilerr // ctx has ended
+			}
+			continue
 		}
 		if !errors.Is(err, pool.ErrNotReady) {
 			return err

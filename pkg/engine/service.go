@@ -29,7 +29,10 @@ func (s *service) Probe(ctx context.Context, _ *api.ProbeRequest) (*api.ProbeRes
 	if err != nil {
 		return nil, err
 	}
-	if err := p.Ready(); err != nil {
+	s.mu.Lock()
+	lost := s.lostPool
+	s.mu.Unlock()
+	if err := cmp.Or(lost, p.Ready()); err != nil {
 		return nil, err
 	}
 	return &api.ProbeResponse{Version: s.options.Version}, nil

@@ -49,6 +49,7 @@ type supervisor struct {
 	mu        sync.Mutex // guards what follows
 	pool      *pool.Pool // nil until its lock is held
 	recovered bool       // what an earlier engine left has been taken up: calls may begin
+	lostPool  error      // the pool is open, and not to be used: see awaitLoss
 	lockFile  *os.File
 	closing   bool
 	attached  map[string]*attachment
@@ -197,10 +198,14 @@ func (s *supervisor) ready(ctx context.Context) (*pool.Pool, error) {
 	if recovered {
 		return p, nil
 	}
-	if err := s.open(ctx); err != nil {
+	err := s.open(ctx)
+	if p = s.openedPool(); err == nil && p == nil {
+		err = fmt.Errorf("%w: it was lost just now", pool.ErrNotReady)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	return s.openedPool(), nil
+	return p, nil
 }
 
 func (s *supervisor) find(id string) *attachment {
