@@ -276,7 +276,7 @@ func (n *node) NodeUnstageVolume(
 	attached := err == nil
 	if attached {
 		device.close() // what follows looks at mounts only
-		if err := n.prepareUnmount(device, path, id); err != nil {
+		if err := n.checkUnpublished(device, path, id); err != nil {
 			return nil, fmt.Errorf("unstage volume %s: %w", id, err)
 		}
 	}

@@ -13,7 +13,6 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
-	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
 // either makes a volume that may be mounted and used as a block device.
@@ -237,8 +236,7 @@ func TestGrowthRefused(t *testing.T) {
 	r.deleteSnapshots(snap)
 }
 
-// TestFrozenUnstage: a file system that a pod has left frozen is unstaged all the same; one that is frozen for a snapshot
-// when that is over.
+// TestFrozenUnstage: a file system that a pod has left frozen is unstaged all the same.
 func TestFrozenUnstage(t *testing.T) {
 	r := newRig(t)
 	v := r.create("fs", 16*mib, mountCapability(fsExt4))
@@ -251,16 +249,6 @@ func TestFrozenUnstage(t *testing.T) {
 	})
 	run(t, "fsfreeze", "-f", path)
 	v.unstage("pod")
-	v.wantIdle()
-
-	p, err := pool.Open(r.dir)
-	must(t, err)
-	v.stage()
-	must(t, p.Mark(v.id, pool.Frozen, nil))
-	unstage := &csi.NodeUnstageVolumeRequest{VolumeId: v.id, StagingTargetPath: v.stagingPath()}
-	wantCode(t, codes.Aborted)(r.NodeUnstageVolume(t.Context(), unstage))
-	must(t, p.Unmark(v.id, pool.Frozen))
-	v.unstage()
 	v.wantIdle()
 	v.delete()
 }

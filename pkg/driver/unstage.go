@@ -7,20 +7,16 @@ import (
 	"io/fs"
 	"slices"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
-
-const fiThaw = 0xC0045878 // FITHAW of linux/fs.h
 
 // extraStaging lists, in its note, paths at which a volume was staged while it was mounted elsewhere. Only those are noted: at
 // any other one, what else is mounted of the volume is published.
 const extraStaging pool.Marker = "staged-again"
 
-// prepareUnmount makes the file system on a device ready to be unmounted from its staging path. errPrecondition while it is
-// published. errBusy while it is frozen for a snapshot.
-func (n *node) prepareUnmount(device blockDevice, staging, id string) error {
+// checkUnpublished is errPrecondition while the file system on a device that is to be unmounted from its staging path is
+// published.
+func (n *node) checkUnpublished(device blockDevice, staging, id string) error {
 	extra, err := n.extraStagingPaths(id)
 	if err != nil {
 		return err
@@ -33,42 +29,7 @@ func (n *node) prepareUnmount(device blockDevice, staging, id string) error {
 	if at, err := resolve(staging); len(published) > 0 && (err != nil || !slices.Contains(extra, at)) {
 		return fmt.Errorf("%w: the volume is published at %s", errPrecondition, published[0].path)
 	}
-	if len(others) > 0 {
-		return nil
-	}
-	return n.thaw(device, id)
-}
-
-// thaw lets a file system go on that a pod has frozen and left so: it would keep its device when it is unmounted.
-func (n *node) thaw(device blockDevice, id string) error {
-	at, err := device.fileSystemMounts()
-	if err != nil || len(at) == 0 {
-		return err
-	}
-	p, err := n.pool()
-	if err != nil {
-		return err
-	}
-	if _, frozen, err := p.Marked(id, pool.Frozen); err == nil && frozen {
-		return fmt.Errorf("%w: the file system is frozen for a snapshot", errBusy)
-	}
-	dir, err := openMount(at[0])
-	if err != nil || dir == nil {
-		return err
-	}
-	defer dir.Close()
-	root, err := unix.Openat(int(dir.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0) // a path takes no ioctl
-	if err != nil {
-		return fmt.Errorf("open the file system at %s: %w", at[0].path, err)
-	}
-	defer unix.Close(root)
-	for err == nil { // as often as it was frozen
-		err = unix.IoctlSetInt(root, fiThaw, 0)
-	}
-	if errors.Is(err, unix.EINVAL) { // it is not, any more
-		return nil
-	}
-	return fmt.Errorf("thaw the file system at %s: %w", at[0].path, err)
+	return nil
 }
 
 // stagedElsewhere tells, of a volume that was unmounted from a staging path, whether it is still mounted, at another one.

@@ -60,13 +60,19 @@ func threadState(pid int, tid string) string {
 func awaitHelperWaiting(t *testing.T) (pid int) {
 	t.Helper()
 	eventually(t, "a helper waits", func() bool {
-		for p, state := range helpers(t) {
-			if state == "D" {
-				pid = p
-			}
-		}
+		pid = helperWaiting(t)
 		return pid != 0
 	})
+	return pid
+}
+
+func helperWaiting(t *testing.T) (pid int) {
+	t.Helper()
+	for p, state := range helpers(t) {
+		if state == "D" {
+			pid = p
+		}
+	}
 	return pid
 }
 
@@ -173,15 +179,46 @@ func (r *rig) stopWorker(volume string) (pid int) {
 	return pid
 }
 
+// stopWhileSyncing stops the worker of a volume whose file system is being synced for a snapshot.
+func (r *rig) stopWhileSyncing(m *mountedFS, calls *sync.WaitGroup) (pid int) {
+	r.t.Helper()
+	dirty := bytes.Repeat([]byte("dirty"), 50*mib)
+	for i := 0; pid == 0; i++ { // the kernel may have written most of it before
+		must(r.t, os.WriteFile(filepath.Join(m.dir, "dirty"), dirty, 0o600))
+		ended := make(chan struct{})
+		calls.Go(func() {
+			defer close(ended)
+			_, err := r.client.CreateSnapshot(r.t.Context(), m.volume, fmt.Sprint("s", i), m.handle)
+			if err != nil && !errors.Is(err, ErrUnavailable) {
+				r.t.Errorf("the snapshot answered %v", err)
+			}
+		})
+		r.eventually("a helper waits, or the snapshot is done", func() bool {
+			select {
+			case <-ended:
+				return true
+			default:
+				if helperWaiting(r.t) != 0 {
+					pid = r.stopWorker(m.volume)
+				}
+				return pid != 0
+			}
+		})
+	}
+	return pid
+}
+
 // An engine ends whatever a freeze is waiting for, the next one goes on at once, and nothing stays frozen.
 func TestEndWhileFreezing(t *testing.T) {
 	for _, step := range []string{"passed", "syncing", "frozen"} {
 		for _, end := range []string{"stop", "kill"} {
 			t.Run(step+"/"+end, func(t *testing.T) {
 				r := newHeldRig(t)
-				r.stop()
 				frozen := filepath.Join(t.TempDir(), "frozen")
-				r.start("--hang-frozen", frozen)
+				if step == "frozen" {
+					r.stop()
+					r.start("--hang-frozen", frozen)
+				}
 				m := r.mountedFS("ext4")
 				neighbour := r.attach(r.newVolume("neighbour", mib))
 				var calls sync.WaitGroup
@@ -195,11 +232,7 @@ func TestEndWhileFreezing(t *testing.T) {
 				case "passed":
 					must(t, r.client.PassFD(t.Context(), "token", m.handle))
 				case "syncing":
-					dirty := bytes.Repeat([]byte("dirty"), 50*mib)
-					must(t, os.WriteFile(filepath.Join(m.dir, "dirty"), dirty, 0o600))
-					calls.Go(snapshot)
-					awaitHelperWaiting(t)
-					worker = r.stopWorker(m.volume)
+					worker = r.stopWhileSyncing(m, &calls)
 				case "frozen":
 					calls.Go(snapshot)
 					r.eventually("frozen", func() bool { _, err := os.Stat(frozen); return err == nil })
