@@ -117,7 +117,7 @@ func (s *supervisor) awaitPool(ctx context.Context) error {
 		if err == nil {
 			s.options.ready()
 			if s.awaitLoss(ctx) != nil {
-				return nil //nolint:nilerr // ctx has ended
+				return nil // ctx has ended
 			}
 			continue
 		}
