@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/human"
 )
 
 // sizeSuffixes are powers of 1024, in order: K is the first.
@@ -102,15 +104,4 @@ func formatSize(n int64) string {
 }
 
 // humanSize writes n bytes for people, rounded: "1.5 GiB".
-func humanSize(n int64) string {
-	if n < 1024 {
-		return fmt.Sprintf("%d B", n)
-	}
-	value, suffix := float64(n)/1024, 0
-	for value >= 1024 && suffix < len(sizeSuffixes)-1 {
-		value /= 1024
-		suffix++
-	}
-	text := strconv.FormatFloat(value, 'f', 1, 64)
-	return strings.TrimSuffix(text, ".0") + " " + sizeSuffixes[suffix:suffix+1] + "iB"
-}
+func humanSize(n int64) string { return human.Size(n) }

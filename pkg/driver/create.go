@@ -8,6 +8,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/human"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -20,6 +21,7 @@ type volumeRequest struct {
 	source     contentSource
 	minSize    int64  // bytes that the file system needs
 	mode       string // pool.Volume.Mode
+	claim      pool.Claim
 }
 
 func newVolumeRequest(req *csi.CreateVolumeRequest) (r volumeRequest, err error) {
@@ -32,7 +34,7 @@ func newVolumeRequest(req *csi.CreateVolumeRequest) (r volumeRequest, err error)
 	if len(req.GetMutableParameters()) > 0 {
 		return r, invalid("there are no mutable parameters")
 	}
-	r = volumeRequest{name: req.GetName(), minSize: minVolumeSize}
+	r = volumeRequest{name: req.GetName(), minSize: minVolumeSize, claim: claimOf(req.GetParameters())}
 	if r.parameters, err = parseVolumeParameters(req.GetParameters()); err != nil {
 		return r, err
 	}
@@ -73,8 +75,9 @@ func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeReq
 	}
 	v := pool.Volume{
 		ID: p.NewID(r.name), Name: r.name, Size: size, Parameters: r.parameters.record(),
-		Created: time.Now().UTC(), Source: r.source.String(), Mode: r.mode,
+		Created: time.Now().UTC(), Source: r.source.String(), Mode: r.mode, Claim: r.claim,
 	}
+	v.Ask(r.asked(origin), size)
 	done, err := c.capacity.promise(p, v.ID, 0, size)
 	if err != nil {
 		return pool.Volume{}, err
@@ -111,14 +114,24 @@ func (c *controller) createCopy(ctx context.Context, p *pool.Pool, v pool.Volume
 	}, marks...)
 }
 
-// chooseSize: a copy is at least as large as its origin, and if nothing is asked, exactly.
+// asked is the size that the request is for. Nothing asked means the origin's.
+func (r volumeRequest) asked(origin origin) int64 {
+	if r.size.required == 0 {
+		return origin.volume.AskedFor(origin.size)
+	}
+	return r.size.required
+}
+
+// chooseSize: a copy is at least as large as its origin, and if nothing is asked, exactly. Whoever asks for what the origin was
+// asked for gets the origin's size.
 func (r volumeRequest) chooseSize(origin origin) (int64, error) {
 	most := maxSize(r.parameters.clusterSize)
 	if r.source.kind == noSource {
 		return r.size.choose(max(defaultVolumeSize, r.minSize), r.minSize, most)
 	}
-	if r.size.required > 0 && r.size.required < origin.size {
-		return 0, fmt.Errorf("%w: %d bytes are required, %s has %d", errOutOfRange, r.size.required, r.source, origin.size)
+	if least := origin.volume.AskedFor(origin.size); roundUp(r.asked(origin)) < roundUp(least) {
+		return 0, fmt.Errorf("%w: %s are asked for, less than the %s of its source %s",
+			errOutOfRange, human.ExactSize(r.size.required), human.ExactSize(least), r.source.id)
 	}
 	return r.size.choose(origin.size, max(origin.size, r.minSize), most)
 }
@@ -127,7 +140,7 @@ func (r volumeRequest) chooseSize(origin origin) (int64, error) {
 func (r volumeRequest) match(v pool.Volume) error {
 	switch {
 	case !r.size.contains(v.Size):
-		return fmt.Errorf("volume %q %w: it has %d bytes", r.name, errExists, v.Size)
+		return fmt.Errorf("volume %q %w: it has %s", r.name, errExists, human.ExactSize(v.Size))
 	case v.Source != r.source.String():
 		return fmt.Errorf("volume %q %w: its content is from %q", r.name, errExists, v.Source)
 	case r.mode != "" && v.Mode != "" && r.mode != v.Mode:

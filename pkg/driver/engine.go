@@ -14,7 +14,7 @@ type Engine interface {
 	Detach(ctx context.Context, volumeID string) error
 	List(ctx context.Context) ([]engine.Attachment, error)
 	Attachment(ctx context.Context, volumeID string) (engine.Attachment, error)
-	Resize(ctx context.Context, volumeID string, size int64) (int64, error)
+	Resize(ctx context.Context, volumeID string, size, asked int64) (int64, error)
 	CreateSnapshot(ctx context.Context, volumeID, name string, freeze *os.File) (engine.Snapshot, error)
 	DeleteSnapshot(ctx context.Context, volumeID, name string) error
 	ListSnapshots(ctx context.Context, volumeID string) ([]engine.Snapshot, error)

@@ -75,8 +75,16 @@ func (c poolCollector) Collect(out chan<- prometheus.Metric) {
 	if err != nil {
 		klog.Background().Error(err, "Volumes are left out of the metrics")
 	}
+	info := prometheus.NewDesc("csi_qcow2_volume_info", "The claim that a volume was made for, and its PersistentVolume.",
+		[]string{"volume", "namespace", "claim", "persistent_volume"}, nil)
+	size := poolMetric("volume_bytes", "Size of a volume, and what it occupies with its snapshots.", "volume", "kind")
 	live, tombstones := 0, 0
 	for _, v := range volumes {
+		send(info, 1, v.ID, v.Claim.Namespace, v.Claim.Name, v.Claim.PersistentVolume)
+		if used, now, err := p.Usage(v.ID); err == nil {
+			send(size, float64(max(now, v.LeastSize())), v.ID, "size")
+			send(size, float64(used), v.ID, "used")
+		}
 		if v.Tombstone {
 			tombstones++
 		} else {

@@ -15,7 +15,13 @@ func TestMetrics(t *testing.T) {
 	r.startEngine()
 	registry := prometheus.NewPedanticRegistry()
 	r.startPlugin(Options{Metrics: registry})
-	v := r.create("v", 8*mib, blockCapability(writer))
+	req := r.createRequest("v", 8*mib, blockCapability(writer))
+	req.Parameters = map[string]string{
+		"csi.storage.k8s.io/pvc/namespace": "shop", "csi.storage.k8s.io/pvc/name": "data", "csi.storage.k8s.io/pv/name": "pvc-17",
+	}
+	v := r.createFrom(req)
+	v.expand(v.publish("vm"), 16*mib)
+	v.unstage("vm")
 	kept := r.create("kept", 8*mib, blockCapability(writer))
 	kept.snapshot("s")
 	kept.delete()
@@ -27,7 +33,7 @@ func TestMetrics(t *testing.T) {
 	for _, family := range families {
 		for _, m := range family.GetMetric() {
 			key := family.GetName()
-			for _, l := range m.GetLabel() { // sorted by name: code, method
+			for _, l := range m.GetLabel() { // sorted by name: code, method; claim, namespace, …
 				key += " " + l.GetValue()
 			}
 			got[key] = m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
@@ -40,12 +46,16 @@ func TestMetrics(t *testing.T) {
 		"csi_qcow2_pool_ready":      1,
 		"csi_qcow2_pool_volumes":    1,
 		"csi_qcow2_pool_tombstones": 1,
+
+		"csi_qcow2_volume_info data shop pvc-17 " + v.id: 1,
+		"csi_qcow2_pool_volume_bytes size " + v.id:       16 * mib,
+		"csi_qcow2_pool_volume_bytes size " + kept.id:    8 * mib,
 	} {
 		if got[key] != want {
 			t.Errorf("%s is %v, want %v", key, got[key], want)
 		}
 	}
-	if free, promised := got["csi_qcow2_pool_bytes free"], got["csi_qcow2_pool_bytes promised"]; free < mib || promised < 7*mib || promised > 8*mib {
+	if free, promised := got["csi_qcow2_pool_bytes free"], got["csi_qcow2_pool_bytes promised"]; free < mib || promised < 15*mib || promised > 16*mib {
 		t.Errorf("free: %v, promised: %v", free, promised)
 	}
 	problems, err := testutil.GatherAndLint(registry)

@@ -123,7 +123,7 @@ func refuseMounted(device blockDevice) error {
 func (n *node) keepSize(ctx context.Context, device blockDevice, v pool.Volume) {
 	size, err := device.size()
 	if err == nil && size < v.LeastSize() {
-		_, err = n.engine.Resize(ctx, v.ID, v.LeastSize())
+		_, err = n.engine.Resize(ctx, v.ID, v.LeastSize(), v.LeastSize())
 	}
 	if err != nil {
 		klog.FromContext(ctx).Error(err, "The volume is smaller than it was", "volume", v.ID, "size", size, "was", v.LeastSize())

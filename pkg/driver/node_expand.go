@@ -72,7 +72,7 @@ func (n *node) expandDevice(ctx context.Context, v pool.Volume, device blockDevi
 		return 0, err
 	}
 	defer done()
-	return n.engine.Resize(ctx, v.ID, target)
+	return n.engine.Resize(ctx, v.ID, target, want.required)
 }
 
 // expandFileSystem grows the file system on a device. It takes a mount that can be written; if there is none,

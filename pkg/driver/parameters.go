@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -60,6 +61,15 @@ func parseVolumeParameters(in map[string]string) (volumeParameters, error) {
 		}
 	}
 	return out, nil
+}
+
+// claimOf returns what the provisioner says of the claim, with --extra-create-metadata.
+func claimOf(in map[string]string) pool.Claim {
+	return pool.Claim{
+		Namespace:        in["csi.storage.k8s.io/pvc/namespace"],
+		Name:             in["csi.storage.k8s.io/pvc/name"],
+		PersistentVolume: in["csi.storage.k8s.io/pv/name"],
+	}
 }
 
 func (p volumeParameters) clusterSizeOrDefault() int64 {

@@ -188,7 +188,7 @@ func (c *controller) snapshotMessage(s snapshot) *csi.Snapshot {
 	return &csi.Snapshot{
 		SnapshotId:         s.id(),
 		SourceVolumeId:     s.volume.ID,
-		SizeBytes:          s.DiskSize,
+		SizeBytes:          s.volume.AskedFor(s.DiskSize), // a claim that asks for less is refused by the provisioner
 		CreationTime:       timestamppb.New(s.Date),
 		ReadyToUse:         !s.Pending,
 		AccessibleTopology: []*csi.Topology{c.topology()},

@@ -305,7 +305,7 @@ func TestSmallest(t *testing.T) {
 type expandingEngine struct{ Engine }
 
 func (e expandingEngine) Clone(ctx context.Context, id, snapshot, target string, size int64) error {
-	if _, err := e.Resize(ctx, id, size+16*mib); err != nil {
+	if _, err := e.Resize(ctx, id, size+16*mib, size+16*mib); err != nil {
 		return err
 	}
 	return e.Engine.Clone(ctx, id, snapshot, target, size)

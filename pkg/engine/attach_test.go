@@ -52,7 +52,7 @@ func TestUnknownVolumes(t *testing.T) {
 		_, err = r.client.Attach(ctx, bad)
 		wantErr(t, err, pool.ErrBadID)
 		wantErr(t, r.client.Detach(ctx, bad), pool.ErrBadID)
-		_, err = r.client.Resize(ctx, bad, mib)
+		_, err = r.client.Resize(ctx, bad, mib, 0)
 		wantErr(t, err, pool.ErrBadID)
 	}
 }
@@ -61,7 +61,7 @@ func TestNotAttached(t *testing.T) {
 	r := newRig(t)
 	ctx := testContext(t)
 	id := r.newVolume("a", mib)
-	_, err := r.client.Resize(ctx, id, 2*mib)
+	_, err := r.client.Resize(ctx, id, 2*mib, 0)
 	wantErr(t, err, ErrNotAttached)
 	_, err = r.client.CreateSnapshot(ctx, id, "s", nil)
 	wantErr(t, err, ErrNotAttached)
@@ -175,7 +175,7 @@ func TestResize(t *testing.T) {
 	id := r.newVolume("a", 8*mib)
 	device := r.attach(id)
 	for _, step := range []struct{ ask, want int64 }{{16 * mib, 16 * mib}, {12 * mib, 16 * mib}, {16 * mib, 16 * mib}} {
-		size, err := r.client.Resize(ctx, id, step.ask)
+		size, err := r.client.Resize(ctx, id, step.ask, 0)
 		must(t, err)
 		if size != step.want {
 			t.Fatalf("resize to %d answered %d", step.ask, size)

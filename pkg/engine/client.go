@@ -157,10 +157,11 @@ func (c *Client) list(ctx context.Context, volumeID string) ([]Attachment, error
 	return out, nil
 }
 
-// Resize makes an attached volume at least size virtual bytes long and returns what it has now.
+// Resize makes an attached volume at least size virtual bytes long and returns what it has now. asked is what the caller was
+// asked for, of which size is the next possible one.
 // ErrNotAttached.
-func (c *Client) Resize(ctx context.Context, volumeID string, size int64) (int64, error) {
-	r, err := c.api.Resize(ctx, &api.ResizeRequest{VolumeId: volumeID, Size: size})
+func (c *Client) Resize(ctx context.Context, volumeID string, size, asked int64) (int64, error) {
+	r, err := c.api.Resize(ctx, &api.ResizeRequest{VolumeId: volumeID, Size: size, Asked: asked})
 	return r.GetSize(), err
 }
 

@@ -111,7 +111,7 @@ func (s *served) begin(ctx context.Context, k *kept, avoid []string) error {
 	if err := s.openDevice(ctx, k, avoid); err != nil {
 		return errors.Join(fmt.Errorf("attach %s: %w", volume, err), s.img.Close())
 	}
-	if err := s.recordSize(); err != nil {
+	if err := s.recordSize(0); err != nil {
 		klog.ErrorS(err, "A revert may make the volume smaller than it is", "volume", volume)
 	}
 	s.tasksCtx, s.stopTasks = context.WithCancel(context.WithoutCancel(ctx))
@@ -128,13 +128,20 @@ func (s *served) begin(ctx context.Context, k *kept, avoid []string) error {
 	return nil
 }
 
-// recordSize makes sure that the volume is known to be as large as its image.
-func (s *served) recordSize() error {
+// recordSize makes sure that the volume is known to be as large as its image, and what was asked when it got that size; 0:
+// nothing was.
+func (s *served) recordSize(asked int64) error {
 	size := s.img.Size()
-	if size <= s.lease.Volume().LeastSize() {
+	has := s.lease.Volume()
+	if size <= has.LeastSize() && (asked == 0 || asked >= has.AskedFor(size)) {
 		return nil
 	}
-	return s.lease.Update(func(v *pool.Volume) { v.Grown = size })
+	return s.lease.Update(func(v *pool.Volume) {
+		if size > v.LeastSize() {
+			v.Grown = size
+		}
+		v.Ask(asked, size)
+	})
 }
 
 // openImage commits first what an earlier worker had acknowledged and not committed.

@@ -98,7 +98,7 @@ func TestSoak(t *testing.T) {
 			<-time.After(time.Duration(rng.IntN(int(min(lasts, 2*time.Second)))))
 			r.killWorker(killed)
 			for id := range sizes {
-				if n, err := r.client.Resize(testContext(t), id, sizes[id]+mib); err == nil {
+				if n, err := r.client.Resize(testContext(t), id, sizes[id]+mib, 0); err == nil {
 					sizes[id] = n
 				} else if id == spared || !errors.Is(err, ErrUnavailable) {
 					t.Errorf("resize: %v", err)

@@ -180,7 +180,7 @@ func (w *worker) Resize(_ context.Context, r *api.ResizeRequest) (*api.ResizeRes
 		}
 	}
 	// Also when the image was large enough: an earlier call may have failed here.
-	if err := s.recordSize(); err != nil {
+	if err := s.recordSize(r.GetAsked()); err != nil {
 		return nil, err
 	}
 	if err := s.dev.Resize(); err != nil {

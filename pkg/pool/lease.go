@@ -91,6 +91,7 @@ func (l *Lease) Volume() Volume {
 
 func clone(v Volume) Volume {
 	v.Parameters = maps.Clone(v.Parameters)
+	v.Asked = maps.Clone(v.Asked)
 	return v
 }
 

@@ -26,10 +26,22 @@ type Volume struct {
 	Source     string            `json:"source,omitempty"` // "snapshot:<snapshot ID>" or "volume:<volume ID>" or ""
 	// Grown is the largest size that the volume has had, in virtual bytes, if that is more than Size.
 	Grown int64 `json:"grown,omitempty"`
+	// Asked holds, for a size in virtual bytes that the volume has had, the least that was asked for when it got that: sizes
+	// are rounded up, and some file systems need more. What was asked for a size is enough for a copy of it.
+	Asked map[int64]int64 `json:"asked,omitempty"`
+	// Claim is what the volume was made for, as far as the provisioner has said.
+	Claim Claim `json:"claim,omitzero"`
 	// Mode is ModeBlock or ModeFilesystem, what the volume was made as; "" if it is free, or older than this field.
 	Mode string `json:"mode,omitempty"`
 	// Tombstone: the volume was deleted while it had snapshots. It is not listed and not attachable.
 	Tombstone bool `json:"tombstone,omitempty"`
+}
+
+// Claim names a PersistentVolumeClaim, and the PersistentVolume that was made for it.
+type Claim struct {
+	Namespace        string `json:"namespace"`
+	Name             string `json:"name"`
+	PersistentVolume string `json:"persistentVolume"`
 }
 
 // Values of Volume.Mode.
@@ -41,6 +53,25 @@ const (
 // LeastSize is the size, in virtual bytes, below which the volume never falls. Its image may: a revert gives it the size
 // that it had at its snapshot.
 func (v Volume) LeastSize() int64 { return max(v.Size, v.Grown) }
+
+// AskedFor returns what was asked for when the volume got a size.
+func (v Volume) AskedFor(size int64) int64 {
+	if asked, ok := v.Asked[size]; ok {
+		return asked
+	}
+	return size
+}
+
+// Ask records what was asked for when the volume got a size.
+func (v *Volume) Ask(asked, size int64) {
+	if asked <= 0 || asked >= v.AskedFor(size) {
+		return
+	}
+	if v.Asked == nil {
+		v.Asked = map[int64]int64{}
+	}
+	v.Asked[size] = asked
+}
 
 // Volumes returns all volumes, tombstones too, sorted by ID. A volume whose volume.json cannot be read is
 // left out and reported in the joined error, which does not stop the others.

@@ -653,7 +653,8 @@ func (x *Operations) GetNanoseconds() int64 {
 type ResizeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
-	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"` // virtual bytes
+	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`   // virtual bytes
+	Asked         int64                  `protobuf:"varint,3,opt,name=asked,proto3" json:"asked,omitempty"` // what was asked of the caller, if size is that rounded up; 0: size
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -698,6 +699,13 @@ func (x *ResizeRequest) GetVolumeId() string {
 func (x *ResizeRequest) GetSize() int64 {
 	if x != nil {
 		return x.Size
+	}
+	return 0
+}
+
+func (x *ResizeRequest) GetAsked() int64 {
+	if x != nil {
+		return x.Asked
 	}
 	return 0
 }
@@ -1346,10 +1354,11 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\x05count\x18\x02 \x01(\x03R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12\x16\n" +
 	"\x06errors\x18\x04 \x01(\x03R\x06errors\x12 \n" +
-	"\vnanoseconds\x18\x05 \x01(\x03R\vnanoseconds\"@\n" +
+	"\vnanoseconds\x18\x05 \x01(\x03R\vnanoseconds\"V\n" +
 	"\rResizeRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"$\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x14\n" +
+	"\x05asked\x18\x03 \x01(\x03R\x05asked\"$\n" +
 	"\x0eResizeResponse\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\"k\n" +
 	"\x15CreateSnapshotRequest\x12\x1b\n" +
