@@ -283,6 +283,13 @@ func (e *event) settle() {
 	}
 }
 
+// settle waits until nothing can go on.
+func settle() {
+	for !allBlocked() {
+		runtime.Gosched()
+	}
+}
+
 // allBlocked tells whether each goroutine that is at an image waits for something.
 func allBlocked() bool {
 	buffer := make([]byte, 256<<10)
@@ -322,13 +329,15 @@ func (o order) try(t *testing.T, hold, fail int) bool {
 	begin(o.before)
 	held, release := r.file.plan(hold, failAt)
 	first := r.start(o.held)
+	settle() // it may wait for what was before, or let that go on
+	begin(o.during)
+	settle()
 	reached := false
 	select {
 	case <-held:
 		reached = true
-	case <-first.done:
+	default:
 	}
-	begin(o.during)
 	close(release)
 	for _, e := range append(running, first) {
 		<-e.done
@@ -500,7 +509,7 @@ func (o *orderRun) wrong(content []byte, begun, settled func(*event) bool) int64
 // orders are those that have an operation for each thing that the order of writes is to keep.
 func orders() []order {
 	return []order{
-		{name: "a reservation that makes refcount blocks", base: "fresh, alone, many blocks", held: "write 10", after: []string{"flush"}},
+		{name: "a reservation that makes refcount blocks", base: "fresh, alone, many blocks", held: "write 10 50", after: []string{"flush"}},
 		{
 			name: "a snapshot's instant amid a commit", base: "dirty", before: []string{"enter", "create", "chunk 10"}, held: "commit",
 			during: []string{"leave", "write 12"}, after: []string{"flush"}, fails: 2,
@@ -508,6 +517,14 @@ func orders() []order {
 		{
 			name: "a snapshot's instant before a commit", base: "dirty", before: []string{"enter", "create", "chunk 10"}, held: "commit",
 			during: []string{"chunk 11", "commit", "leave", "write 12"}, after: []string{"flush"}, fails: 8,
+		},
+		{
+			name: "a snapshot's instant amid the commit of another table", base: "dirty", before: []string{"enter", "create", "chunk 65"}, held: "commit",
+			during: []string{"chunk 11", "leave", "write 12"}, after: []string{"flush"},
+		},
+		{
+			name: "a snapshot fails with what it has frozen", base: "dirty", before: []string{"enter", "create", "chunk 11"},
+			held: "leave", after: []string{"write 12", "flush"}, fails: 1,
 		},
 		{name: "a snapshot amid a flush", base: "dirty", held: "flush", during: []string{"write 11", "create", "write 12"}, after: []string{"flush"}, fails: 4},
 		{name: "a snapshot fails", base: "dirty", held: "create", after: []string{"write 12", "discard 9", "flush"}, fails: 1},

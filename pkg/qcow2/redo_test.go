@@ -43,12 +43,15 @@ func (h *killHistory) note(format string, args ...any) {
 	h.knows(func() { h.history.note(format, args...) })
 }
 
-// flush waits for what the flush releases, too: there is one guest at a time.
+// flush waits for what the flush releases, too: there is one guest at a time. Nothing is left to be redone then.
 func (h *killHistory) flush() {
 	h.t.Helper()
 	must(h.t, h.img.Flush())
 	h.img.commitMu.Lock()
 	h.img.commitMu.Unlock() //nolint:gocritic,staticcheck // to wait is all that it is for
+	if l := h.img.redo; l.begin() != l.end() {
+		h.t.Fatalf("%d records are in the log after a flush", l.end()-l.begin())
+	}
 }
 
 // kill is what a process left, and what must be found.
