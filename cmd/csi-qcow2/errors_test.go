@@ -104,7 +104,7 @@ func TestInUse(t *testing.T) {
 	holdWithQEMU(t, image)
 	for _, args := range [][]string{{"info", image}, {"check", image}, {"resize", image, "2M"}, {"snapshot", "create", image, "s"}, {"io", image}} {
 		r := run(t, append([]string{"image"}, args...)...)
-		if r.status != 1 || !strings.Contains(r.stderr, "in use") || !strings.Contains(r.stderr, "Another process has the image open") {
+		if r.status != 1 || !strings.Contains(r.stderr, "x.qcow2 is in use by qemu-io (PID ") {
 			t.Errorf("image %v: %+v", args, r)
 		}
 	}

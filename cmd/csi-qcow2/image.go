@@ -15,9 +15,10 @@ import (
 )
 
 func newImageCommand() *cobra.Command {
-	image := newGroup("image", "Work on a qcow2 image that is not in use",
+	image := newGroup("image", "Work on a qcow2 image",
 		`Create, look at, check, convert and snapshot qcow2 images, versions 2 and 3. An image that QEMU or the
-engine has open is refused.
+engine has open is refused, by who has it. What only looks, "info", "map" and "snapshot list", and the export of a
+snapshot, also works on the image of an attached volume, and with -U on any.
 
 Sizes are decimal numbers of bytes, or have a suffix K, M, G, T, P (powers of 1024, also written GiB), then also
 with a fraction; 0x… is hexadecimal.
@@ -48,7 +49,7 @@ func withImage(path string, readOnly bool, work func(*qcow2.Image) error) (err e
 func openImage(path string, readOnly bool) (*qcow2.Image, error) {
 	f, err := qcow2.OpenFile(path, readOnly)
 	if err != nil {
-		return nil, err
+		return nil, inUse(path, err)
 	}
 	return qcow2.Open(f, qcow2.OpenOptions{ReadOnly: readOnly})
 }

@@ -111,7 +111,7 @@ func repairImage(cmd *cobra.Command, path string, kind qcow2.RepairKind, output 
 func withFile(path string, readOnly bool, work func(qcow2.File) error) (err error) {
 	f, err := qcow2.OpenFile(path, readOnly)
 	if err != nil {
-		return err
+		return inUse(path, err)
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	return work(f)

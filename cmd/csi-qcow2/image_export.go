@@ -29,35 +29,33 @@ func newImageExportCommand() *cobra.Command {
 Zeros become holes. With OUT "-" everything is written to standard output.
 
 If OUT is a block device that nobody uses, its beginning is overwritten, zeros included; if that is interrupted
-it holds a part. What lies behind the end of the disk stays.`,
+it holds a part. What lies behind the end of the disk stays.
+
+A snapshot of an attached volume, or with -U of any image that is in use, can be exported too: its content does
+not change. If it is deleted meanwhile, the export fails.`,
 		Example: `  csi-qcow2 image export disk.qcow2 disk.raw
   csi-qcow2 image export disk.qcow2 - --snapshot before-upgrade | sha256sum
   csi-qcow2 image export disk.qcow2 /dev/vg/disk`,
 		Args: takes("FILE", "OUT"),
 	}
-	snapshot := addSnapshotFlags(cmd)
+	snapshot, look := addSnapshotFlags(cmd), addLookFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return withImage(args[0], true, func(img *qcow2.Image) error {
-			view, err := snapshot.open(img)
-			if err != nil {
-				return err
-			}
-			defer view.Close()
+		return withContent(cmd, args[0], snapshot, look, func(c *content) error {
 			p := newProgress(cmd.ErrOrStderr(), "exporting "+args[0])
 			defer p.end()
 			switch {
 			case args[1] == "-":
-				return exportStream(cmd.Context(), cmd.OutOrStdout(), view, p)
+				return exportStream(cmd.Context(), cmd.OutOrStdout(), c, p)
 			case isBlockDevice(args[1]):
-				return exportDevice(cmd.Context(), args[1], view, p)
+				return exportDevice(cmd.Context(), args[1], c, p)
 			}
-			return exportFile(cmd.Context(), args[1], view, p)
+			return exportFile(cmd.Context(), args[1], c, p)
 		})
 	}
 	return cmd
 }
 
-func exportStream(ctx context.Context, w io.Writer, view *qcow2.View, p *progress) error {
+func exportStream(ctx context.Context, w io.Writer, view *content, p *progress) error {
 	out := bufio.NewWriterSize(w, copyChunk)
 	zeros := make([]byte, copyChunk)
 	err := readView(ctx, view, p, func(data []byte, _, n int64) error {
@@ -70,7 +68,7 @@ func exportStream(ctx context.Context, w io.Writer, view *qcow2.View, p *progres
 	return errors.Join(err, out.Flush())
 }
 
-func exportFile(ctx context.Context, path string, view *qcow2.View, p *progress) (err error) {
+func exportFile(ctx context.Context, path string, view *content, p *progress) (err error) {
 	f, err := createNewFile(path)
 	if err != nil {
 		return err
@@ -92,7 +90,7 @@ func isBlockDevice(path string) bool {
 }
 
 // exportDevice writes to a block device, which is opened exclusively: one that is mounted is refused.
-func exportDevice(ctx context.Context, path string, view *qcow2.View, p *progress) (err error) {
+func exportDevice(ctx context.Context, path string, view *content, p *progress) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_EXCL, 0)
 	if err != nil {
 		return err
@@ -125,9 +123,9 @@ func exportDevice(ctx context.Context, path string, view *qcow2.View, p *progres
 
 // readView gives the whole content to fn, in order, in pieces of at most copyChunk bytes: data, or nil for n
 // bytes of zeros at off.
-func readView(ctx context.Context, view *qcow2.View, p *progress, fn func(data []byte, off, n int64) error) error {
+func readView(ctx context.Context, view *content, p *progress, fn func(data []byte, off, n int64) error) error {
 	buffer := make([]byte, copyChunk)
-	return view.Extents(0, func(e qcow2.Extent) error {
+	err := view.Extents(0, func(e qcow2.Extent) error {
 		hole := e.Kind == qcow2.Unallocated || e.Kind == qcow2.Zero
 		for done := int64(0); done < e.Length; {
 			if err := ctx.Err(); err != nil {
@@ -149,6 +147,7 @@ func readView(ctx context.Context, view *qcow2.View, p *progress, fn func(data [
 		}
 		return nil
 	})
+	return view.confirm(err)
 }
 
 // readFull fills p from off on.

@@ -21,6 +21,13 @@ type imageInfo struct {
 	Dirty          bool           `json:"dirty-flag"`
 	Snapshots      []snapshotInfo `json:"snapshots,omitempty"`
 	FormatSpecific formatInfo     `json:"format-specific"`
+	Attached       *attachedInfo  `json:"attached,omitempty"` // not QEMU's
+}
+
+// attachedInfo says where an attached volume is served.
+type attachedInfo struct {
+	Device    string `json:"device"`
+	WorkerPID int    `json:"worker-pid"`
 }
 
 type formatInfo struct {
@@ -41,18 +48,29 @@ func newImageInfoCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "info FILE",
 		Short: "Show what an image is and which snapshots it holds",
-		Long:  "Show what an image is and which snapshots it holds. JSON has the keys of `qemu-img info`.",
-		Args:  takes("FILE"),
+		Long: `Show what an image is and which snapshots it holds. JSON has the keys of ` + "`qemu-img info`" + `.
+
+Of an attached volume the engine is asked for what it knows better. Any other image that is in use is shown with
+-U as its file is at the moment.`,
+		Example: `  csi-qcow2 image info disk.qcow2
+  csi-qcow2 image info -U disk.qcow2 -o json`,
+		Args: takes("FILE"),
 	}
-	output := addOutputFlag(cmd)
+	output, look := addOutputFlag(cmd), addLookFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return withImage(args[0], true, func(img *qcow2.Image) error {
-			info, err := describe(args[0], img.Info())
-			if err != nil {
-				return err
+		var known qcow2.Info
+		var info imageInfo
+		err := look.look(cmd.Context(), args[0], func(img *looked) (err error) {
+			known = img.info()
+			if info, err = describe(args[0], known); err == nil && img.attached != nil {
+				info.Attached = &attachedInfo{Device: img.attached.Device, WorkerPID: img.attached.WorkerPID}
 			}
-			return output.print(cmd.OutOrStdout(), info, func(w io.Writer) { info.table(w, img.Info()) })
+			return err
 		})
+		if err != nil {
+			return err
+		}
+		return output.print(cmd.OutOrStdout(), info, func(w io.Writer) { info.table(w, known) })
 	}
 	return cmd
 }
@@ -99,6 +117,9 @@ func (info imageInfo) table(w io.Writer, i qcow2.Info) {
 	fmt.Fprintf(w, "refcounts:\t%d bits\n", i.RefcountBits)
 	fmt.Fprintf(w, "compression:\t%s\n", i.CompressionType)
 	fmt.Fprintf(w, "marked:\t%s\n", mark)
+	if a := info.Attached; a != nil {
+		fmt.Fprintf(w, "attached as:\t%s, served by PID %d\n", a.Device, a.WorkerPID)
+	}
 	fmt.Fprintf(w, "snapshots:\t%d\n", len(i.Snapshots))
 	if len(i.Snapshots) > 0 {
 		fmt.Fprintln(w)
@@ -124,20 +145,25 @@ func newImageMapCommand() *cobra.Command {
 		Short: "Show where in the file each part of the disk lies",
 		Long: `Show each extent of the active disk, or of a snapshot's: where it begins, how long it is, whether it is
 data, compressed data, zeros or a hole (never written), and where in the file its data lies. JSON has the
-keys of ` + "`qemu-img map`.",
+keys of ` + "`qemu-img map`" + `.
+
+Of an image that is in use, an attached volume's or any with -U, it is what the file says: what its user has not
+committed yet is missing. A snapshot is shown as it is.`,
 		Example: `  csi-qcow2 image map disk.qcow2
   csi-qcow2 image map disk.qcow2 --snapshot before-upgrade -o json`,
 		Args: takes("FILE"),
 	}
-	output, snapshot := addOutputFlag(cmd), addSnapshotFlags(cmd)
+	output, snapshot, look := addOutputFlag(cmd), addSnapshotFlags(cmd), addLookFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return withImage(args[0], true, func(img *qcow2.Image) error {
-			extents, err := readMap(img, snapshot)
-			if err != nil {
-				return err
-			}
-			return output.print(cmd.OutOrStdout(), mapEntries(extents), func(w io.Writer) { mapTable(w, extents) })
+		var extents []qcow2.Extent
+		err := look.look(cmd.Context(), args[0], func(img *looked) (err error) {
+			extents, err = readMap(img.Image, snapshot)
+			return err
 		})
+		if err != nil {
+			return err
+		}
+		return output.print(cmd.OutOrStdout(), mapEntries(extents), func(w io.Writer) { mapTable(w, extents) })
 	}
 	return cmd
 }

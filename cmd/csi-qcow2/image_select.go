@@ -55,9 +55,12 @@ func addIDFlag(cmd *cobra.Command, isID *bool, usage string) {
 	cmd.Flags().BoolVar(isID, "id", false, usage)
 }
 
+// chosen tells whether it is a snapshot.
+func (s *snapshotFlags) chosen() bool { return s.cmd.Flags().Changed("snapshot") }
+
 // open returns what is chosen: the active content, if no snapshot is.
 func (s *snapshotFlags) open(img *qcow2.Image) (*qcow2.View, error) {
-	switch chosen := s.cmd.Flags().Changed("snapshot"); {
+	switch chosen := s.chosen(); {
 	case !chosen && s.isID:
 		return nil, errors.New("--id without --snapshot: which one?")
 	case !chosen:

@@ -41,9 +41,12 @@ func snapshotTable(w io.Writer, snapshots []qcow2.Snapshot) {
 	fmt.Fprintln(w, "ID\tNAME\tTAKEN\tDISK SIZE\tVM STATE")
 	for _, s := range snapshots {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", printable(s.ID), printable(s.Name),
-			s.Date.Local().Format(time.DateTime), humanSize(s.DiskSize), humanSize(s.VMStateSize))
+			localTime(s.Date), humanSize(s.DiskSize), humanSize(s.VMStateSize))
 	}
 }
+
+// localTime writes a time with its zone.
+func localTime(t time.Time) string { return t.Local().Format(time.DateTime + " MST") }
 
 func newImageSnapshotCommand() *cobra.Command {
 	group := newGroup("snapshot", "Take, restore, delete and list the internal snapshots of an image",
@@ -103,18 +106,25 @@ func newSnapshotListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list FILE",
 		Short: "List the snapshots of an image",
-		Args:  takes("FILE"),
+		Long: `List the snapshots of an image. Of an attached volume the engine is asked; -U reads the file of any image that
+is in use.`,
+		Args: takes("FILE"),
 	}
-	output := addOutputFlag(cmd)
+	output, look := addOutputFlag(cmd), addLookFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return withImage(args[0], true, func(img *qcow2.Image) error {
-			snapshots := img.Snapshots()
-			list := make([]snapshotInfo, 0, len(snapshots))
-			for _, s := range snapshots {
-				list = append(list, describeSnapshot(s))
-			}
-			return output.print(cmd.OutOrStdout(), list, func(w io.Writer) { snapshotTable(w, snapshots) })
+		var snapshots []qcow2.Snapshot
+		err := look.look(cmd.Context(), args[0], func(img *looked) error {
+			snapshots = img.snapshots()
+			return nil
 		})
+		if err != nil {
+			return err
+		}
+		list := make([]snapshotInfo, 0, len(snapshots))
+		for _, s := range snapshots {
+			list = append(list, describeSnapshot(s))
+		}
+		return output.print(cmd.OutOrStdout(), list, func(w io.Writer) { snapshotTable(w, snapshots) })
 	}
 	return cmd
 }

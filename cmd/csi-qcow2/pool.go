@@ -10,10 +10,10 @@ import (
 )
 
 func newPoolCommand() *cobra.Command {
-	return newGroup("pool", "Prepare the directory that holds a node's volumes",
+	return newGroup("pool", "Prepare and look at the directory that holds a node's volumes",
 		`A pool is a directory, best the root of a file system of its own, that holds a node's volumes. XFS or btrfs
 let restores and clones share blocks with their source.`,
-		newPoolInitCommand(), newPoolAdoptCommand())
+		newPoolInitCommand(), newPoolAdoptCommand(), newPoolStatusCommand())
 }
 
 func newPoolInitCommand() *cobra.Command {

@@ -8,8 +8,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 func newRootCommand() *cobra.Command {
@@ -19,9 +17,9 @@ VolumeSnapshot an internal snapshot of it.
 
 On a node run "holder", which keeps the block devices, "engine", which serves them, and "node", the CSI
 plugin, on one pool.
-For administrators there are "pool" and "image"; an image that is not attached can also be handled
+For administrators there are "pool", "volume" and "image"; an image that is not attached can also be handled
 with QEMU's own tools at any time.`,
-		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand(),
+		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newVolumeCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand(),
 		newHelperCommand())
 	root.Version = version
 	root.SilenceErrors = true // exitStatus prints them
@@ -103,9 +101,6 @@ func exitStatus(ctx context.Context, w io.Writer, err error) int {
 	var usage usageError
 	if errors.As(err, &usage) {
 		return 2
-	}
-	if errors.Is(err, qcow2.ErrInUse) {
-		fmt.Fprintln(w, "Another process has the image open: QEMU or one of its tools, this tool, or the engine, for as long as the volume is attached.")
 	}
 	return 1
 }

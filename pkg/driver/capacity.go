@@ -114,14 +114,20 @@ func (c *capacity) available(p *pool.Pool) (int64, error) {
 	return max(left, 0) &^ (sizeUnit - 1), err
 }
 
-// left: (free − reserve) × the overcommit ratio − what is promised and not yet written; negative if too much is. mu is held.
+// left is Left for the pool. mu is held.
 func (c *capacity) left(p *pool.Pool) (int64, error) {
 	space, err := p.Space(c.pending, slices.Collect(maps.Keys(c.snapshots))...)
 	if err != nil {
 		return 0, fmt.Errorf("space of the pool: %w", err)
 	}
-	usable := float64(max(space.Free-c.reserve, 0)) * c.overcommit
-	return int64(min(usable, math.MaxInt64/2)) - space.Promised, nil
+	return Left(space, c.reserve, c.overcommit), nil
+}
+
+// Left returns how many bytes can be promised to new volumes: (free − reserve) × the overcommit ratio − what is promised and not
+// yet written; negative if too much is.
+func Left(space pool.Space, reserve int64, overcommit float64) int64 {
+	usable := float64(max(space.Free-reserve, 0)) * overcommit
+	return int64(min(usable, math.MaxInt64/2)) - space.Promised
 }
 
 // promise takes what a volume needs to grow from one size to another, a new one from 0, out of what is available.

@@ -63,17 +63,9 @@ func (p *Pool) Space(sizes map[string]int64, snapshots ...string) (Space, error)
 
 // add counts one volume in. v is empty if its volume.json is unreadable.
 func (s *Space) add(all dir, id string, v Volume, snapshotted bool) {
-	allocated, head := measure(all, id+"/"+imageFile)
-	s.Used += allocated
-	size := max(head.size, v.Size)
-	_, notPending := all.Lstat(id + "/" + string(pending))
-	switch {
-	case v.Tombstone: // to which nobody writes any more
-	case snapshotted || head.snapshots || notPending == nil:
-		s.promise(size)
-	default:
-		s.promise(max(0, size-allocated))
-	}
+	a := account(all, id, v, snapshotted)
+	s.Used += a.Occupied
+	s.promise(a.Promised)
 }
 
 // Usage returns how many bytes a volume's image occupies, and how many its disk has. ErrNotFound, ErrBadID.

@@ -61,12 +61,8 @@ func lockedFile(f *os.File, readOnly bool) (File, error) {
 
 // lock takes the byte locks of a file that is one.
 func (o *osFile) lock() error {
-	st, err := o.f.Stat()
-	if err != nil {
+	if err := o.expectRegular(); err != nil {
 		return err
-	}
-	if !st.Mode().IsRegular() {
-		return fmt.Errorf("open %s: not a regular file: %w", o.f.Name(), ErrUnsupported)
 	}
 	held := writerHolds
 	if o.readOnly {
@@ -76,6 +72,14 @@ func (o *osFile) lock() error {
 		return fmt.Errorf("lock %s: %w", o.f.Name(), err)
 	}
 	return nil
+}
+
+func (o *osFile) expectRegular() error {
+	st, err := o.f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("open %s: not a regular file: %w", o.f.Name(), ErrUnsupported)
+	}
+	return err
 }
 
 func (o *osFile) Name() string { return o.f.Name() }

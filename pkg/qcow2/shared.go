@@ -1,0 +1,74 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// sharedAttempts is how often an image that its writer keeps changing is read before that is an error.
+const sharedAttempts = 20
+
+// OpenShared opens the image at path for reading, whoever has it open: no lock is taken or looked at. What it reads of the
+// active disk may be older than what its writer knows, and a mixture. A snapshot reads as itself as long as it is not deleted:
+// after reading one, SnapshotKept tells. ErrInUse if the image changes faster than it can be opened.
+func OpenShared(path string) (*Image, error) {
+	var failure error
+	for range sharedAttempts {
+		img, err := openSharedOnce(path)
+		if err == nil {
+			var changed bool
+			if changed, err = img.Changed(); err == nil && !changed {
+				return img, nil
+			}
+			err = errors.Join(err, img.Close())
+		} else if !errors.Is(err, ErrCorrupt) { // which it may be only because it was read while it was changed
+			return nil, err
+		}
+		failure = err
+	}
+	if failure == nil {
+		failure = fmt.Errorf("open %s: it is changed all the time: %w", path, ErrInUse)
+	}
+	return nil, failure
+}
+
+func openSharedOnce(path string) (*Image, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, classify(err)
+	}
+	o := &osFile{f: f, readOnly: true}
+	if err := o.expectRegular(); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return Open(o, OpenOptions{ReadOnly: true})
+}
+
+// Changed tells whether the image in the file is of another state than when it was opened: each operation on snapshots or on the
+// size switches the header.
+func (img *Image) Changed() (bool, error) {
+	now, err := readHeader(img.f, decodeHeader)
+	if err != nil {
+		return false, fmt.Errorf("%s: %w", img.f.Name(), err)
+	}
+	return !bytes.Equal(now.encode(), img.hdr.Load().encode()), nil
+}
+
+// SnapshotKept tells whether a snapshot is still in the image that was opened as img with OpenShared. As long as it is, none of
+// its clusters has been used for anything else.
+func SnapshotKept(path string, s Snapshot) (kept bool, err error) {
+	img, err := OpenShared(path)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, img.Close()) }()
+	now, err := img.FindSnapshot(ByIDAndName(s.ID, s.Name))
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return err == nil && now.Date.Equal(s.Date), err
+}
