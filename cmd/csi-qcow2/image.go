@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -27,7 +25,7 @@ first, then at names).
 
 What makes a new file gives it its name when it is whole: a run that fails or is killed leaves no such file.`,
 		newImageCreateCommand(), newImageInfoCommand(), newImageMapCommand(), newImageResizeCommand(),
-		newImageCheckCommand(), newImageExportCommand(), newImageImportCommand(), newImageSnapshotCommand(), newImageIOCommand())
+		newImageCheckCommand(), newImageCompactCommand(), newImageCloneCommand(), newImageExportCommand(), newImageImportCommand(), newImageSnapshotCommand(), newImageIOCommand())
 	image.Example = `  csi-qcow2 image create disk.qcow2 10G
   csi-qcow2 image import disk.raw disk.qcow2
   csi-qcow2 image snapshot create disk.qcow2 before-upgrade
@@ -106,11 +104,7 @@ func (c *createFlags) create(ctx context.Context, path string, size int64, fill 
 
 // writeImage makes an image in a new file, which stays open.
 func writeImage(whole *newFile, size int64, options qcow2.CreateOptions, fill func(*qcow2.Image) error) error {
-	fd, err := unix.FcntlInt(whole.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	f, err := qcow2.NewFile(os.NewFile(uintptr(fd), whole.path), false)
+	f, err := whole.file()
 	if err != nil {
 		return err
 	}

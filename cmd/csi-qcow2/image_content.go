@@ -18,7 +18,7 @@ type content struct {
 
 // withContent opens what is chosen of the image at path for work. Of an image that is in use it must be a snapshot.
 func withContent(cmd *cobra.Command, path string, snapshot *snapshotFlags, look *lookFlags, work func(*content) error) (err error) {
-	if !snapshot.chosen() {
+	if !snapshot.given {
 		if look.shared {
 			return wrongUsage(cmd, errors.New("the active disk of an image that is in use changes while it is read: -U needs --snapshot"))
 		}

@@ -51,11 +51,14 @@ func newNode(t *testing.T) *node {
 	n.client, err = engine.NewClient(n.endpoint)
 	must(t, err)
 	t.Cleanup(func() { n.client.Close() })
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for tick := time.NewTicker(20 * time.Millisecond); ; {
 		if _, err := os.Stat(ready); err == nil {
+			tick.Stop()
 			return n
 		}
-		if time.Now().After(deadline) {
+		select {
+		case <-tick.C:
+		case <-t.Context().Done():
 			t.Fatal("the engine is not ready")
 		}
 	}

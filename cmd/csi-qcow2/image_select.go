@@ -39,14 +39,14 @@ func findSnapshot(img *qcow2.Image, name string, isID bool) (qcow2.Selector, err
 
 // snapshotFlags choose the content of an image that a command reads.
 type snapshotFlags struct {
-	cmd  *cobra.Command
-	name string
-	isID bool
+	name  string
+	given bool // there is a name, if only ""
+	isID  bool
 }
 
 func addSnapshotFlags(cmd *cobra.Command) *snapshotFlags {
-	s := &snapshotFlags{cmd: cmd}
-	cmd.Flags().StringVar(&s.name, "snapshot", "", "the `name` of the snapshot to read; the active content without")
+	s := new(snapshotFlags)
+	cmd.Flags().Var(s, "snapshot", "the `name` of the snapshot to read; the active content without")
 	addIDFlag(cmd, &s.isID, "what --snapshot gives is an ID")
 	return s
 }
@@ -55,15 +55,20 @@ func addIDFlag(cmd *cobra.Command, isID *bool, usage string) {
 	cmd.Flags().BoolVar(isID, "id", false, usage)
 }
 
-// chosen tells whether it is a snapshot.
-func (s *snapshotFlags) chosen() bool { return s.cmd.Flags().Changed("snapshot") }
+func (s *snapshotFlags) String() string { return s.name }
+func (s *snapshotFlags) Type() string   { return "name" }
+
+func (s *snapshotFlags) Set(name string) error {
+	s.name, s.given = name, true
+	return nil
+}
 
 // open returns what is chosen: the active content, if no snapshot is.
 func (s *snapshotFlags) open(img *qcow2.Image) (*qcow2.View, error) {
-	switch chosen := s.chosen(); {
-	case !chosen && s.isID:
+	switch {
+	case !s.given && s.isID:
 		return nil, errors.New("--id without --snapshot: which one?")
-	case !chosen:
+	case !s.given:
 		return img.Active(), nil
 	}
 	selector, err := findSnapshot(img, s.name, s.isID)

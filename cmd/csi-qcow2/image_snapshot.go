@@ -49,8 +49,8 @@ func snapshotTable(w io.Writer, snapshots []qcow2.Snapshot) {
 func localTime(t time.Time) string { return t.Local().Format(time.DateTime + " MST") }
 
 func newImageSnapshotCommand() *cobra.Command {
-	group := newGroup("snapshot", "Take, restore, delete and list the internal snapshots of an image",
-		`Take, restore, delete and list the internal snapshots of an image. Each change is one atomic switch: after
+	group := newGroup("snapshot", "Take, restore, delete, rename and list the internal snapshots of an image",
+		`Take, restore, delete, rename and list the internal snapshots of an image. Each change is one atomic switch: after
 a crash the image is as before or as after.
 
 NAME is a snapshot's name; with --id, its ID. The two are never taken for each other, and a name that several
@@ -62,7 +62,8 @@ snapshots have, as QEMU allows, is refused.`,
 			(*qcow2.Image).GotoSnapshot),
 		newSnapshotChange("delete", "Delete a snapshot and free what only it held",
 			"Delete a snapshot and free what only it held.",
-			(*qcow2.Image).DeleteSnapshot))
+			(*qcow2.Image).DeleteSnapshot),
+		newSnapshotRenameCommand())
 	group.Example = `  csi-qcow2 image snapshot create disk.qcow2 before-upgrade
   csi-qcow2 image snapshot list disk.qcow2 -o json
   csi-qcow2 image snapshot goto disk.qcow2 before-upgrade
@@ -97,6 +98,27 @@ func newSnapshotChange(verb, short, long string, change func(*qcow2.Image, qcow2
 				return err
 			}
 			return change(img, selector)
+		})
+	}
+	return cmd
+}
+
+func newSnapshotRenameCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "rename FILE NAME NEW", Short: "Give a snapshot another name",
+		Long:    "Give a snapshot another name, which must be free. Its ID stays.",
+		Example: "  csi-qcow2 image snapshot rename disk.qcow2 before-upgrade v1",
+		Args:    takes("FILE", "NAME", "NEW"),
+	}
+	isID := false
+	addIDFlag(cmd, &isID, "NAME is an ID")
+	cmd.RunE = func(_ *cobra.Command, args []string) error {
+		return withImage(args[0], false, func(img *qcow2.Image) error {
+			selector, err := findSnapshot(img, args[1], isID)
+			if err != nil {
+				return err
+			}
+			return img.RenameSnapshot(selector, args[2])
 		})
 	}
 	return cmd

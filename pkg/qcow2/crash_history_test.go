@@ -346,12 +346,12 @@ func (h *crashHistory) target(kind touched) (off, n int64) {
 // guests in between.
 func (h *crashHistory) rounds(turn int) {
 	h.t.Helper()
-	ops := []func(){h.create, h.gotoSnapshot, h.deleteSnapshot, h.grow, h.clone, h.dropActive, h.reopen}
+	ops := []func(){h.create, h.gotoSnapshot, h.deleteSnapshot, h.renameSnapshot, h.grow, h.clone, h.dropActive, h.reopen}
 	for i := range ops {
 		ops[(i*3+turn)%len(ops)]()
 		h.create()
 		h.dress(h.rng.Int64N(2))
-		for range 4 { // seven times four: each request to each kind of cluster
+		for range 4 { // eight times four: each request to each kind of cluster
 			h.guest()
 		}
 		if h.rng.IntN(3) > 0 {
@@ -372,7 +372,7 @@ func (h *crashHistory) step() {
 	case n < 80:
 		h.flush()
 	default:
-		[]func(){h.create, h.gotoSnapshot, h.deleteSnapshot, h.grow, h.reopen}[h.rng.IntN(5)]()
+		[]func(){h.create, h.gotoSnapshot, h.deleteSnapshot, h.renameSnapshot, h.grow, h.reopen}[h.rng.IntN(6)]()
 	}
 }
 
@@ -423,6 +423,16 @@ func (h *crashHistory) deleteSnapshot() {
 	if i, name, ok := h.choose(); ok {
 		h.whole(opDelete, "delete "+name, func(s *crashState) { s.snaps = slices.Delete(s.snaps, i, i+1) },
 			func() error { return h.img.DeleteSnapshot(ByName(name)) })
+	}
+}
+
+func (h *crashHistory) renameSnapshot() {
+	h.t.Helper()
+	if i, name, ok := h.choose(); ok {
+		h.count++
+		to := fmt.Sprintf("r%d", h.count)
+		h.whole(opRename, "rename "+name+" to "+to, func(s *crashState) { s.snaps[i].name = to },
+			func() error { return h.img.RenameSnapshot(ByName(name), to) })
 	}
 }
 

@@ -23,6 +23,7 @@ const (
 	opCreate
 	opGoto
 	opDelete
+	opRename
 	opGrow
 	opDropActive
 	opClone
@@ -35,7 +36,7 @@ const (
 
 func (k opKind) String() string {
 	return [...]string{
-		"open and close", "write", "zero", "discard", "flush", "snapshot create", "snapshot goto", "snapshot delete",
+		"open and close", "write", "zero", "discard", "flush", "snapshot create", "snapshot goto", "snapshot delete", "snapshot rename",
 		"grow", "drop active", "clone", "repair",
 		"create beside guest", "delete beside guest", "reclaim leaks",
 	}[k]

@@ -44,8 +44,8 @@ func (img *Image) findRow(s Selector) (snapshotRow, error) {
 // called once at that instant with what the snapshot will be: a frozen file system may be thawed. ErrExists if the name is taken, ErrLimit if a
 // limit of the format is reached. If it fails nothing has changed.
 func (img *Image) CreateSnapshot(name string, cut func(Snapshot)) (Snapshot, error) {
-	if name == "" || len(name) > maxSnapshotName {
-		return Snapshot{}, fmt.Errorf("%w: a snapshot name has 1 to %d bytes, this one %d", ErrLimit, maxSnapshotName, len(name))
+	if err := checkSnapshotName(name); err != nil {
+		return Snapshot{}, err
 	}
 	var row snapshotRow
 	var l1 []l1Entry
@@ -74,6 +74,13 @@ func (img *Image) CreateSnapshot(name string, cut func(Snapshot)) (Snapshot, err
 		build: func(n *generation) error { return n.create(&row, l1) },
 	})
 	return row.snapshot(), err
+}
+
+func checkSnapshotName(name string) error {
+	if name == "" || len(name) > maxSnapshotName {
+		return fmt.Errorf("%w: a snapshot name has 1 to %d bytes, this one %d", ErrLimit, maxSnapshotName, len(name))
+	}
+	return nil
 }
 
 // activeL1 returns a copy of the active L1 table with COPIED cleared.
@@ -166,6 +173,29 @@ func (img *Image) DeleteSnapshot(s Selector) error {
 				return err
 			}
 			return n.flag(img.activeL1())
+		},
+	})
+}
+
+// RenameSnapshot gives a snapshot another name; its ID stays. Guests go on. ErrNotFound; ErrExists if another has the name.
+func (img *Image) RenameSnapshot(s Selector, name string) error {
+	if err := checkSnapshotName(name); err != nil {
+		return err
+	}
+	var at int
+	return img.change(operation{
+		begin: func(n *generation) (err error) {
+			if at, err = findSnapshot(n.row, s); err != nil {
+				return err
+			}
+			if same, err := findSnapshot(n.row, ByName(name)); err == nil && same != at {
+				return fmt.Errorf("snapshot %q: %w", name, ErrExists)
+			}
+			return nil
+		},
+		build: func(n *generation) error {
+			n.row[at].name = name
+			return nil
 		},
 	})
 }
