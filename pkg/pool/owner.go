@@ -52,21 +52,24 @@ func Adopt(path, node string) error {
 		return err
 	}
 	defer root.Close()
-	lock, err := lockDir(root, exclusive)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
-	id, err := readIdentity(root)
-	if err != nil {
-		return err
-	}
-	id.Node, id.Birth = node, root.birth()
-	return writeIdentity(root, id)
+	return changeIdentity(root, func(id identity) (identity, error) {
+		id.Node, id.Birth = node, root.birth()
+		return id, nil
+	})
 }
 
 // bind completes what pool.json says of the owner. On a full file system it is left to the next time.
 func bind(root dir, node string) error {
+	err := changeIdentity(root, func(id identity) (identity, error) {
+		return id.ownedBy(node, root.birth()), id.checkOwner(root, node) // somebody else may have been first
+	})
+	if errors.Is(err, qcow2.ErrNoSpace) {
+		return nil
+	}
+	return err
+}
+
+func changeIdentity(root dir, change func(identity) (identity, error)) error {
 	lock, err := lockDir(root, exclusive)
 	if err != nil {
 		return err
@@ -76,13 +79,10 @@ func bind(root dir, node string) error {
 	if err != nil {
 		return err
 	}
-	if err := id.checkOwner(root, node); err != nil { // somebody else may have been first
+	if id, err = change(id); err != nil {
 		return err
 	}
-	if err := writeIdentity(root, id.ownedBy(node, root.birth())); !errors.Is(err, qcow2.ErrNoSpace) {
-		return err
-	}
-	return nil
+	return writeIdentity(root, id)
 }
 
 func (id identity) ownedBy(node, birth string) identity {
