@@ -22,7 +22,7 @@ import (
 // Nobody who uses a volume notices the death of what serves it, but for a pause.
 
 var (
-	workerKills   = flag.Int("worker-kills", 12, "kills in TestSurviveWorkers")
+	workerKills   = flag.Int("worker-kills", 6, "kills in TestSurviveWorkers")
 	engineChanges = flag.Int("engine-changes", 2, "changes of each kind in TestSurviveEngines")
 )
 
