@@ -11,6 +11,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/human"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -69,11 +70,11 @@ func (s sizeRange) choose(preferred, least, most int64) (int64, error) {
 	}
 	size = max(size, least)
 	if size > most {
-		return 0, fmt.Errorf("%w: %d bytes, a volume can have at most %d", errOutOfRange, size, most)
+		return 0, refuse(errOutOfRange, "%s are asked for, a volume can have at most %s", human.ExactSize(size), human.ExactSize(most))
 	}
 	size = roundUp(size)
 	if !s.contains(size) {
-		return 0, fmt.Errorf("%w: the limit is %d bytes, the smallest possible size %d", errOutOfRange, s.limit, size)
+		return 0, refuse(errOutOfRange, "the volume may have at most %s, the smallest possible size is %s", human.ExactSize(s.limit), human.ExactSize(size))
 	}
 	return size, nil
 }
@@ -98,6 +99,7 @@ func maxSize(clusterSize int64) int64 {
 
 // capacity decides what still fits in the pool.
 type capacity struct {
+	node       string // whose pool it is, for people
 	reserve    int64
 	overcommit float64
 
@@ -110,17 +112,17 @@ type capacity struct {
 func (c *capacity) available(p *pool.Pool) (int64, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	left, err := c.left(p)
+	left, _, err := c.left(p)
 	return max(left, 0) &^ (sizeUnit - 1), err
 }
 
 // left is Left for the pool. mu is held.
-func (c *capacity) left(p *pool.Pool) (int64, error) {
-	space, err := p.Space(c.pending, slices.Collect(maps.Keys(c.snapshots))...)
+func (c *capacity) left(p *pool.Pool) (left int64, space pool.Space, err error) {
+	space, err = p.Space(c.pending, slices.Collect(maps.Keys(c.snapshots))...)
 	if err != nil {
-		return 0, fmt.Errorf("space of the pool: %w", err)
+		return 0, space, fmt.Errorf("space of the pool: %w", err)
 	}
-	return Left(space, c.reserve, c.overcommit), nil
+	return Left(space, c.reserve, c.overcommit), space, nil
 }
 
 // Left returns how many bytes can be promised to new volumes: (free − reserve) × the overcommit ratio − what is promised and not
@@ -130,18 +132,26 @@ func Left(space pool.Space, reserve int64, overcommit float64) int64 {
 	return int64(min(usable, math.MaxInt64/2)) - space.Promised
 }
 
+// full is errExhausted, with what there is instead of what was asked for, and what to do.
+func (c *capacity) full(s pool.Space, format string, args ...any) error {
+	return refuse(errExhausted, "%s. Of the pool's file system %s are free, of which %s are reserved; %s are promised to %d volumes; "+
+		"overcommit is %v. Delete snapshots or volumes on that node, make its pool larger, or change reserve and overcommit (ConfigMap "+
+		"csi-qcow2, flags of csi-qcow2 node)", fmt.Sprintf(format, args...),
+		human.Size(s.Free), human.Size(c.reserve), human.Size(s.Promised), s.PromisedTo, c.overcommit)
+}
+
 // promise takes what a volume needs to grow from one size to another, a new one from 0, out of what is available.
 // done says that it has that size, as the pool sees for itself, or will not get it.
 // errExhausted if the growth does not fit.
 func (c *capacity) promise(p *pool.Pool, id string, from, to int64) (done func(), err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	left, err := c.left(p)
+	left, space, err := c.left(p)
 	if err != nil {
 		return nil, err
 	}
 	if left = max(left, 0) &^ (sizeUnit - 1); to-from > left {
-		return nil, fmt.Errorf("%w: %d bytes do not fit in the pool, which can promise %d more", errExhausted, to-from, left)
+		return nil, c.full(space, "%s do not fit in the pool of node %s, which can promise %s more", human.Size(to-from), c.node, human.Size(left))
 	}
 	c.pending[id] = to
 	return func() {
@@ -160,16 +170,16 @@ func (c *capacity) promiseSnapshot(p *pool.Pool, id string, params volumeParamet
 		return nil, err
 	}
 	if most := float64(size)/100*float64(limit) + float64(snapshotSlack*params.clusterSizeOrDefault()); float64(allocated) > most {
-		return nil, fmt.Errorf("%w: the volume occupies %d bytes, which its snapshots would keep; they may keep %.0f (%s %d%%): "+
-			"delete snapshots of it", errExhausted, allocated, most, paramSnapshotLimit, limit)
+		return nil, refuse(errExhausted, "the volume occupies %s, which its snapshots would keep; they may keep %s (%s %d%% of its size): "+
+			"delete snapshots of it", human.Size(allocated), human.Size(int64(most)), paramSnapshotLimit, limit)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.snapshots[id] = struct{}{}
-	left, err := c.left(p)
+	left, space, err := c.left(p)
 	if err == nil && left < 0 {
-		err = fmt.Errorf("%w: the volume may overwrite all of its %d bytes, and a snapshot would keep them; the pool lacks %d bytes "+
-			"for that: delete snapshots or volumes, or make the pool larger", errExhausted, size, -left)
+		err = c.full(space, "a snapshot keeps what its volume overwrites, up to all of its %s, and the pool of node %s lacks %s for that",
+			human.Size(size), c.node, human.Size(-left))
 	}
 	if err != nil {
 		delete(c.snapshots, id)

@@ -130,8 +130,7 @@ func (r volumeRequest) chooseSize(origin origin) (int64, error) {
 		return r.size.choose(max(defaultVolumeSize, r.minSize), r.minSize, most)
 	}
 	if least := origin.volume.AskedFor(origin.size); roundUp(r.asked(origin)) < roundUp(least) {
-		return 0, fmt.Errorf("%w: %s are asked for, less than the %s of its source %s",
-			errOutOfRange, human.ExactSize(r.size.required), human.ExactSize(least), r.source.id)
+		return 0, refuse(errOutOfRange, "%s are asked for, less than the %s of its source %s", human.ExactSize(r.size.required), human.ExactSize(least), r.source.id)
 	}
 	return r.size.choose(origin.size, max(origin.size, r.minSize), most)
 }

@@ -6,7 +6,6 @@ package driver
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -69,10 +68,10 @@ type Driver struct {
 // removes the socket.
 func Run(ctx context.Context, o Options) error {
 	if o.NodeID == "" || len(o.NodeID) > 256 {
-		return fmt.Errorf("%w: node ID of %d bytes", errInvalid, len(o.NodeID))
+		return refuse(errInvalid, "node ID of %d bytes", len(o.NodeID))
 	}
 	if o.Engine == nil {
-		return fmt.Errorf("%w: no engine", errInvalid)
+		return refuse(errInvalid, "no engine")
 	}
 	if o.Overcommit == 0 {
 		o.Overcommit = DefaultOvercommit
@@ -81,8 +80,7 @@ func Run(ctx context.Context, o Options) error {
 		o.SnapshotLimit = DefaultSnapshotLimit
 	}
 	if o.Overcommit < 0 || o.Reserve < 0 || o.SnapshotLimit < 0 || o.MaxVolumes < 0 {
-		return fmt.Errorf("%w: overcommit %v, reserve %d, snapshot limit %d, volumes %d",
-			errInvalid, o.Overcommit, o.Reserve, o.SnapshotLimit, o.MaxVolumes)
+		return refuse(errInvalid, "overcommit %v, reserve %d, snapshot limit %d, volumes %d", o.Overcommit, o.Reserve, o.SnapshotLimit, o.MaxVolumes)
 	}
 	ns, err := newNamespace()
 	if err != nil {
@@ -127,7 +125,7 @@ func newDriver(work context.Context, o Options, ns *namespace) *Driver {
 		snapshotLimit: o.SnapshotLimit, maxVolumes: o.MaxVolumes,
 		engine:   o.Engine,
 		images:   newImages(),
-		capacity: &capacity{reserve: o.Reserve, overcommit: o.Overcommit, pending: map[string]int64{}, snapshots: map[string]struct{}{}},
+		capacity: &capacity{node: o.NodeID, reserve: o.Reserve, overcommit: o.Overcommit, pending: map[string]int64{}, snapshots: map[string]struct{}{}},
 		creating: newCreations(work),
 		busy:     newKeyedLock(),
 		poolDir:  o.PoolDir,

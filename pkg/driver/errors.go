@@ -79,9 +79,20 @@ func codeOf(err error) codes.Code {
 	return codes.Internal
 }
 
+// refusal is an error of a kind whose text is all that its reader needs: the code says the kind.
+type refusal struct{ kind, text error }
+
+// refuse takes a format and what goes into it, as fmt.Errorf does.
+func refuse(kind error, format string, args ...any) error {
+	return &refusal{kind, fmt.Errorf(format, args...)}
+}
+
+func (r *refusal) Error() string   { return r.text.Error() }
+func (r *refusal) Unwrap() []error { return []error{r.kind, r.text} }
+
 // invalid is an INVALID_ARGUMENT that says what is wrong.
 func invalid(format string, args ...any) error {
-	return fmt.Errorf("%w: %s", errInvalid, fmt.Sprintf(format, args...))
+	return refuse(errInvalid, format, args...)
 }
 
 // required is an INVALID_ARGUMENT if a required field of a request is empty.

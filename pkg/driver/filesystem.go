@@ -75,8 +75,7 @@ func (n *node) growFileSystem(device blockDevice, m mountPoint) error {
 			return err
 		}
 		if cannot {
-			return fmt.Errorf("%w: without CAP_SYS_RESOURCE the plugin can grow %s only when it is staged the next time",
-				errPrecondition, m.fsType)
+			return refuse(errPrecondition, "without CAP_SYS_RESOURCE the plugin can grow %s only when it is staged the next time", m.fsType)
 		}
 		command = []string{"resize2fs", device.path}
 	}

@@ -58,7 +58,7 @@ func extSuper(device string) ([]byte, error) {
 		return nil, err
 	}
 	if binary.LittleEndian.Uint16(super[extMagicAt:]) != extMagic {
-		return nil, fmt.Errorf("%w: no ext superblock on %s", errPrecondition, device)
+		return nil, refuse(errPrecondition, "no ext superblock on %s", device)
 	}
 	return super, nil
 }
@@ -72,7 +72,7 @@ func extSize(device string) (int64, error) {
 	le := binary.LittleEndian
 	logSize := le.Uint32(super[extLogBlockSize:])
 	if logSize > 6 {
-		return 0, fmt.Errorf("%w: blocks of 2^%d KiB on %s", errPrecondition, logSize, device)
+		return 0, refuse(errPrecondition, "blocks of 2^%d KiB on %s", logSize, device)
 	}
 	blocks := uint64(le.Uint32(super[extBlocksLow:]))
 	if le.Uint32(super[extIncompat:])&extIncompat64Bit != 0 {
@@ -107,9 +107,9 @@ func refuseForeignJournal(device blockDevice) error {
 	own := strings.TrimRight(string(super[extMountOptions:extMountOptions+extMountOptionsBytes]), "\x00")
 	switch {
 	case le.Uint32(super[extCompat:])&extCompatJournal != 0 && le.Uint32(super[extJournalInode:]) == 0:
-		return fmt.Errorf("%w: the file system has its journal on another device, or is to", errPrecondition)
+		return refuse(errPrecondition, "the file system has its journal on another device, or is to")
 	case strings.Contains(own, "journal_"):
-		return fmt.Errorf("%w: the file system's superblock has the mount options %q; `tune2fs -E mount_opts=` removes them", errPrecondition, own)
+		return refuse(errPrecondition, "the file system's superblock has the mount options %q; `tune2fs -E mount_opts=` removes them", own)
 	}
 	return nil
 }

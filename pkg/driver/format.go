@@ -41,7 +41,7 @@ func (n *node) prepareFileSystem(
 	case found == fsType:
 		return n.checkFileSystem(ctx, device, fsType, readOnly)
 	case found != "":
-		return fmt.Errorf("%w: the volume holds %s, not %s; it is not formatted", errPrecondition, found, fsType)
+		return refuse(errPrecondition, "the volume holds %s, not %s; it is not formatted", found, fsType)
 	}
 	if !unformatted {
 		if err := n.knownBlank(ctx, device, v); err != nil {
@@ -49,7 +49,7 @@ func (n *node) prepareFileSystem(
 		}
 	}
 	if readOnly {
-		return fmt.Errorf("%w: the volume is blank, and read-only", errPrecondition)
+		return refuse(errPrecondition, "the volume is blank, and read-only")
 	}
 	if err := p.Mark(v.ID, pool.Unformatted, []byte(fsType)); err != nil {
 		return err
@@ -109,12 +109,10 @@ func (n *node) knownBlank(ctx context.Context, device blockDevice, v pool.Volume
 		return fmt.Errorf("no file system is recognised on the volume, which cannot be read, and it is not formatted: %w: "+
 			"detach it, and let `csi-qcow2 image check` look at it", unreadable)
 	case blank:
-		return fmt.Errorf("%w: the volume holds nothing, though it is a copy of %s, of which that is not known; it is not formatted",
-			errPrecondition, v.Source)
+		return refuse(errPrecondition, "the volume holds nothing, though it is a copy of %s, of which that is not known; it is not formatted", v.Source)
 	}
-	return fmt.Errorf("%w: the volume holds, or held, data in which no file system is recognised; it is not formatted. "+
-		"If it is to be a block device, claim it with volumeMode Block; if nothing of it is needed, delete the claim and make another",
-		errPrecondition)
+	return refuse(errPrecondition, "the volume holds, or held, data in which no file system is recognised; it is not formatted. "+
+		"If it is to be a block device, claim it with volumeMode Block; if nothing of it is needed, delete the claim and make another")
 }
 
 // readEnds reads where file systems have their superblocks.

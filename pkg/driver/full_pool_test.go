@@ -5,11 +5,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
@@ -143,6 +146,19 @@ func TestPromises(t *testing.T) {
 	}
 	if left := capacity(); left >= 40*mib {
 		t.Errorf("%d bytes are left", left)
+	}
+	_, err := r.CreateVolume(ctx, r.createRequest("more", 40*mib, blockCapability(writer)))
+	said := status.Convert(err).Message()
+	for _, want := range []string{
+		"40 MiB do not fit in the pool of node " + testNode, " are free, of which 32 MiB are reserved",
+		fmt.Sprintf(" are promised to %d volumes", len(made)), "overcommit is 1", "ConfigMap csi-qcow2",
+	} {
+		if !strings.Contains(said, want) {
+			t.Errorf("a full pool says %q, without %q", said, want)
+		}
+	}
+	if bytes := regexp.MustCompile(`[0-9]{7,}`).FindString(said); bytes != "" {
+		t.Errorf("%q is not for people: %s", bytes, said)
 	}
 	for _, v := range made {
 		v.delete()

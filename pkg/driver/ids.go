@@ -83,7 +83,7 @@ func checkName(name string) error {
 // errOtherPool if the volume was made on another node, pool.ErrNotFound if it is gone. Tombstones are found.
 func ownVolume(p *pool.Pool, id string) (pool.Volume, error) {
 	if !pool.ValidID(id) {
-		return pool.Volume{}, fmt.Errorf("%w: volume %q is not one of this driver's", errNotFound, id)
+		return pool.Volume{}, refuse(errNotFound, "volume %q is not one of this driver's", id)
 	}
 	if !p.Owns(id) {
 		return pool.Volume{}, fmt.Errorf("volume %s %w", id, errOtherPool)
@@ -99,7 +99,7 @@ func ownVolume(p *pool.Pool, id string) (pool.Volume, error) {
 func liveVolume(p *pool.Pool, id string) (pool.Volume, error) {
 	v, err := ownVolume(p, id)
 	if err == nil && v.Tombstone {
-		return pool.Volume{}, fmt.Errorf("%w: volume %s was deleted, only its snapshots remain", errNotFound, id)
+		return pool.Volume{}, refuse(errNotFound, "volume %s was deleted, only its snapshots remain", id)
 	}
 	return v, err
 }

@@ -1,8 +1,6 @@
 package driver
 
 import (
-	"fmt"
-
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
@@ -33,6 +31,6 @@ func checkMode(v pool.Volume, c *csi.VolumeCapability, attributes map[string]str
 	if v.Mode != pool.ModeBlock || c.GetMount() == nil || attributes[attributeModeChange] == "true" {
 		return nil
 	}
-	return fmt.Errorf("%w: volume %s was made with volumeMode Block, it is not mounted as a file system; "+
-		"a PersistentVolume with the volume attribute %s: \"true\" allows it", errPrecondition, v.ID, attributeModeChange)
+	return refuse(errPrecondition, "volume %s was made with volumeMode Block, it is not mounted as a file system; "+
+		"a PersistentVolume with the volume attribute %s: \"true\" allows it", v.ID, attributeModeChange)
 }

@@ -31,7 +31,7 @@ func newBlockDevice(path string) (blockDevice, error) {
 		return blockDevice{}, &os.PathError{Op: "stat", Path: path, Err: err}
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return blockDevice{}, fmt.Errorf("%w: %s is no block device", errPrecondition, path)
+		return blockDevice{}, refuse(errPrecondition, "%s is no block device", path)
 	}
 	return blockDevice{path: path, rdev: st.Rdev, on: st.Dev}, nil
 }
@@ -55,7 +55,7 @@ func openDevice(d engine.Device) (blockDevice, error) {
 	}
 	if err != nil {
 		b.close()
-		return b, fmt.Errorf("%w: %s is no longer the volume's, which must be staged again: %w", errPrecondition, d.Path, err)
+		return b, refuse(errPrecondition, "%s is no longer the volume's, which must be staged again: %w", d.Path, err)
 	}
 	return b, nil
 }
@@ -201,7 +201,7 @@ func (n *node) unmountStale(ctx context.Context, m mountPoint) error {
 		stale = stale && !inUse
 	}
 	if !stale {
-		return fmt.Errorf("%w: something else is mounted at %s (%s)", errPrecondition, m.path, m.fsType)
+		return refuse(errPrecondition, "something else is mounted at %s (%s)", m.path, m.fsType)
 	}
 	if err := unix.Unmount(m.path, unix.MNT_DETACH); err != nil {
 		return &os.PathError{Op: "unmount", Path: m.path, Err: err}

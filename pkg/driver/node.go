@@ -113,7 +113,7 @@ func (n *node) stageBlock(device blockDevice, v pool.Volume) error {
 func refuseMounted(device blockDevice) error {
 	at, err := device.fileSystemMounts()
 	if err == nil && len(at) > 0 {
-		err = fmt.Errorf("%w: the volume is in use as a file system, at %s", errPrecondition, at[0].path)
+		err = refuse(errPrecondition, "the volume is in use as a file system, at %s", at[0].path)
 	}
 	return err
 }
@@ -229,7 +229,7 @@ func (n *node) stageFileSystem(
 // stage a volume at two paths, an old version's and a new one's.
 func (n *node) notElsewhere(device blockDevice, path, id string) error {
 	if used, err := device.nodeMounts(); err != nil || len(used) > 0 {
-		return cmp.Or(err, fmt.Errorf("%w: the volume is in use as a block device", errPrecondition))
+		return cmp.Or(err, refuse(errPrecondition, "the volume is in use as a block device"))
 	}
 	others, err := device.fileSystemMounts()
 	if err != nil {

@@ -28,7 +28,7 @@ func (n *node) NodePublishVolume(
 		return nil, err
 	}
 	if req.GetStagingTargetPath() == "" {
-		return nil, fmt.Errorf("%w: staging_target_path is missing", errPrecondition)
+		return nil, refuse(errPrecondition, "staging_target_path is missing")
 	}
 	if err := checkPath("staging_target_path", req.GetStagingTargetPath()); err != nil {
 		return nil, err
@@ -67,7 +67,7 @@ func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, erro
 	a, err := n.engine.Attachment(ctx, id)
 	switch {
 	case errors.Is(err, engine.ErrNotAttached):
-		return blockDevice{}, fmt.Errorf("%w: it is not staged: %w", errPrecondition, err)
+		return blockDevice{}, refuse(errPrecondition, "it is not staged: %w", err)
 	case err != nil:
 		return blockDevice{}, err
 	}
@@ -79,7 +79,7 @@ func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, erro
 func servedDevice(a engine.Attachment) (blockDevice, error) {
 	switch {
 	case a.State == engine.Failed:
-		return blockDevice{}, fmt.Errorf("%w: volume %s has failed, it must be staged again: %s", errPrecondition, a.VolumeID, a.Failure)
+		return blockDevice{}, refuse(errPrecondition, "volume %s has failed, it must be staged again: %s", a.VolumeID, a.Failure)
 	case a.State != engine.Served:
 		return blockDevice{}, a.Err()
 	}
@@ -100,7 +100,7 @@ func (n *node) publishFileSystem(ctx context.Context, pub publication, staging s
 		return err
 	}
 	if staged == nil || staged.dev != pub.device.rdev {
-		return fmt.Errorf("%w: the volume is not staged at %s", errPrecondition, staging)
+		return refuse(errPrecondition, "the volume is not staged at %s", staging)
 	}
 	all, err := pub.device.fileSystemMounts()
 	if err != nil {
@@ -175,8 +175,7 @@ func (n *node) published(
 	case at != nil && isOurs(*at):
 		return false, fmt.Errorf("a mount of the volume at %s %w: read-only is %v", pub.target, errExists, at.readOnly)
 	case alone && len(mounts) > 0:
-		return false, fmt.Errorf("%w: the volume is published at %s, and its access mode allows one target",
-			errPrecondition, mounts[0].path)
+		return false, refuse(errPrecondition, "the volume is published at %s, and its access mode allows one target", mounts[0].path)
 	case at != nil:
 		return false, n.unmountStale(ctx, *at)
 	}

@@ -29,7 +29,7 @@ const shutdownTime = 10 * time.Second
 func listen(ctx context.Context, endpoint string) (net.Listener, error) {
 	file, ok := strings.CutPrefix(endpoint, "unix://")
 	if !ok || !path.IsAbs(file) {
-		return nil, fmt.Errorf("%w: endpoint %q is not unix:///path", errInvalid, endpoint)
+		return nil, refuse(errInvalid, "endpoint %q is not unix:///path", endpoint)
 	}
 	if err := removeStaleSocket(ctx, file); err != nil {
 		return nil, err

@@ -95,7 +95,7 @@ func (c *controller) resolve(ctx context.Context, p *pool.Pool, s contentSource)
 		}
 	}
 	if errors.Is(err, errOtherPool) {
-		err = fmt.Errorf("%w: source %w", errExhausted, err)
+		err = refuse(errExhausted, "source %w", err)
 	}
 	return origin{}, err
 }

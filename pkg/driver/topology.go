@@ -3,7 +3,6 @@ package driver
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"fmt"
 	"regexp"
 	"slices"
 
@@ -46,5 +45,5 @@ func (d *Driver) checkTopology(r *csi.TopologyRequirement) error {
 	if len(requisite) == 0 || slices.ContainsFunc(requisite, d.accessible) {
 		return nil
 	}
-	return fmt.Errorf("%w: the accessibility requirements leave out this node, %s=%s", errExhausted, TopologyKey, d.segment)
+	return refuse(errExhausted, "the accessibility requirements leave out this node, %s=%s", TopologyKey, d.segment)
 }

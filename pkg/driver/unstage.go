@@ -3,7 +3,6 @@ package driver
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"slices"
 
@@ -27,7 +26,7 @@ func (n *node) checkUnpublished(device blockDevice, staging, id string) error {
 	}
 	published := slices.DeleteFunc(slices.Clone(others), func(m mountPoint) bool { return slices.Contains(extra, m.path) })
 	if at, err := resolve(staging); len(published) > 0 && (err != nil || !slices.Contains(extra, at)) {
-		return fmt.Errorf("%w: the volume is published at %s", errPrecondition, published[0].path)
+		return refuse(errPrecondition, "the volume is published at %s", published[0].path)
 	}
 	return nil
 }

@@ -13,6 +13,7 @@ type Space struct {
 	Total, Free int64 // bytes, of the file system, as far as it is not reserved for root
 	Used        int64 // bytes that the pool's volumes occupy
 	Promised    int64 // bytes that volumes may still come to occupy
+	PromisedTo  int   // how many volumes may
 }
 
 // Space adds up what the volumes occupy and may come to occupy, those in the making too. It costs a
@@ -80,7 +81,12 @@ func (p *Pool) Usage(id string) (allocated, size int64, err error) {
 }
 
 // promise adds n bytes; of hostile sizes, no negative sum.
-func (s *Space) promise(n int64) { s.Promised += min(n, math.MaxInt64-s.Promised) }
+func (s *Space) promise(n int64) {
+	s.Promised += min(n, math.MaxInt64-s.Promised)
+	if n > 0 {
+		s.PromisedTo++
+	}
+}
 
 // measure returns how many bytes an image occupies, and its head; zeros for what is not to be found out.
 func measure(d dir, image string) (allocated int64, h head) {
