@@ -10,7 +10,7 @@ import (
 // Engine is what the plugin uses of an engine.Client, and where each method is described.
 type Engine interface {
 	Probe(ctx context.Context) (version string, err error)
-	Attach(ctx context.Context, volumeID string) (engine.Device, error)
+	Attach(ctx context.Context, volumeID string, avoid ...string) (engine.Device, error)
 	Detach(ctx context.Context, volumeID string) error
 	List(ctx context.Context) ([]engine.Attachment, error)
 	Attachment(ctx context.Context, volumeID string) (engine.Attachment, error)

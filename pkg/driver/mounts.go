@@ -113,6 +113,23 @@ func (b blockDevice) nodeMounts() ([]mountPoint, error) {
 	return slices.DeleteFunc(all, func(m mountPoint) bool { return !m.isNodeOf(b) }), err
 }
 
+// boundLoops returns the loop devices whose nodes are bound anywhere. One that is free now would become the device of whoever has
+// that mount, too.
+func boundLoops() (paths []string, err error) {
+	var dev unix.Stat_t
+	if err := unix.Stat("/dev", &dev); err != nil {
+		return nil, &os.PathError{Op: "stat", Path: "/dev", Err: err}
+	}
+	all, err := mounts()
+	for _, m := range all {
+		b := blockDevice{path: "/dev/" + filepath.Base(m.root), on: dev.Dev}
+		if strings.HasPrefix(b.path, "/dev/loop") && m.isNodeOf(b) {
+			paths = append(paths, b.path)
+		}
+	}
+	return paths, err
+}
+
 // isNodeOf tells whether a mount is a bind of a device's node: of the same file in the same file system. The mount itself is
 // not touched. Whose it is, is not known, and it may be one that never answers.
 func (m mountPoint) isNodeOf(b blockDevice) bool {

@@ -143,7 +143,11 @@ func (n *node) attach(ctx context.Context, id string) (device blockDevice, now b
 	if err != nil && !errors.Is(err, engine.ErrNotAttached) {
 		return device, false, err
 	}
-	attached, err := n.engine.Attach(ctx, id)
+	bound, err := boundLoops()
+	if err != nil {
+		return device, false, err
+	}
+	attached, err := n.engine.Attach(ctx, id, bound...)
 	if err != nil {
 		return device, false, fmt.Errorf("attach volume %s: %w", id, err)
 	}
@@ -228,8 +232,10 @@ func (n *node) stageFileSystem(
 // notElsewhere is errPrecondition if a device is in use as one. If it is mounted elsewhere, path is noted: kubelet may
 // stage a volume at two paths, an old version's and a new one's.
 func (n *node) notElsewhere(device blockDevice, path, id string) error {
-	if used, err := device.nodeMounts(); err != nil || len(used) > 0 {
-		return cmp.Or(err, refuse(errPrecondition, "the volume is in use as a block device"))
+	if used, err := device.nodeMounts(); err != nil {
+		return err
+	} else if len(used) > 0 {
+		return refuse(errPrecondition, "the volume is in use as a block device: %s is bound to %s", device.path, used[0].path)
 	}
 	others, err := device.fileSystemMounts()
 	if err != nil {

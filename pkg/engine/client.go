@@ -106,8 +106,8 @@ func (c *Client) Probe(ctx context.Context) (version string, err error) {
 
 // Attach serves a volume as a block device and returns that; the same one if it is attached already. An attachment that
 // failed is replaced.
-func (c *Client) Attach(ctx context.Context, volumeID string) (Device, error) {
-	r, err := c.api.Attach(ctx, &api.AttachRequest{VolumeId: volumeID})
+func (c *Client) Attach(ctx context.Context, volumeID string, avoid ...string) (Device, error) {
+	r, err := c.api.Attach(ctx, &api.AttachRequest{VolumeId: volumeID, Avoid: avoid})
 	return Device{Path: r.GetDevice(), FileDevice: r.GetFileDevice(), FileInode: r.GetFileInode()}, err
 }
 

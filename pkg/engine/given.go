@@ -146,11 +146,11 @@ func (g *given) without(some map[string]string) map[string]string {
 	return rest
 }
 
-// others returns the devices of all volumes but one.
-func (g *given) others(id string) []string {
+// avoid returns the devices of all volumes but one, and those of some that this one has not had.
+func (g *given) avoid(id string, some []string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	var all []string
+	all := slices.DeleteFunc(slices.Clone(some), func(d string) bool { return slices.Contains(g.devices[id], d) })
 	for other, devices := range g.devices {
 		if other != id {
 			all = append(all, devices...)

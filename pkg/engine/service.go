@@ -72,7 +72,7 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 	}
 	ctx, cancel := s.outlive(ctx)
 	defer cancel()
-	a, err = s.start(ctx, p, id)
+	a, err = s.start(ctx, p, id, r.GetAvoid()...)
 	if err != nil {
 		return nil, err
 	}

@@ -254,8 +254,8 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 	return nil, "", fmt.Errorf("%s: %w", id, ErrNotAttached)
 }
 
-// start starts a worker that serves the volume.
-func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attachment, error) {
+// start starts a worker that serves the volume, as none of the devices to avoid unless the volume had it before.
+func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string, avoid ...string) (*attachment, error) {
 	a := &attachment{started: time.Now()}
 	w := s.takeSpare(id)
 	if w == nil {
@@ -264,7 +264,7 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string) (*attac
 			return nil, err
 		}
 	}
-	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id, Avoid: s.given.others(id)})
+	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id, Avoid: s.given.avoid(id, avoid)})
 	if err != nil {
 		if ctx.Err() != nil { // it hangs
 			_ = w.cmd.Process.Kill()

@@ -161,7 +161,7 @@ func (x *ProbeResponse) GetVersion() string {
 type AttachRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
-	// Paths of devices that users of other volumes may still have, and so must not be used. From the supervisor to a worker.
+	// Paths of devices that must not be used though they are free: users of other volumes, or other programs, may still have them.
 	Avoid         []string `protobuf:"bytes,2,rep,name=avoid,proto3" json:"avoid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
