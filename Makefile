@@ -7,7 +7,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test crash survive soak fuzz differential damage mutants lint fmt generate verify bench image e2e cluster-up cluster-down setup clean
+.PHONY: help build demo test crash survive soak fuzz differential damage mutants lint fmt generate verify bench man image e2e cluster-up cluster-down setup clean
 
 help: ## say what there is to make
 	@echo 'Usage: make TARGET, as root on Debian 12 with Go, make and git; the rest is installed when it is missing.'
@@ -16,6 +16,9 @@ help: ## say what there is to make
 
 build: ## build bin/csi-qcow2, static
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/csi-qcow2 ./cmd/csi-qcow2
+
+man: build ## write the manual pages of all commands to dist/man
+	bin/csi-qcow2 man dist/man
 
 demo: build ## play a volume's whole life against a temporary pool, in under two minutes
 	@hack/setup.sh demo

@@ -97,16 +97,14 @@ func isDescriptor(text []byte) bool {
 
 // refuseForeign returns an error that says what to do with a file that seems not to be a raw disk.
 func refuseForeign(path, format string) error {
-	what := fmt.Sprintf("%s seems to be no raw disk, but a file of format %s", path, format)
+	what := fmt.Sprintf("%s seems to be no raw disk, but a file of format %s", printable(path), format)
 	switch format {
 	case "":
 		return nil
-	case "qcow2":
-		what += ". It can be used as it is"
 	case "gzip", "xz", "zstd", "bzip2", "lz4", "zip", "tar":
 		what += ": unpack it first"
 	default:
-		what += fmt.Sprintf(": convert it, `qemu-img convert -f %s -O qcow2 %s FILE`", format, path)
+		what += fmt.Sprintf(": convert it, `qemu-img convert -f %s -O qcow2 %s FILE`", format, printable(path))
 	}
-	return errors.New(what + ". If it is a raw disk that happens to look like that, say so with --format raw")
+	return errors.New(what + ". If it is a raw disk that happens to look like that, say so with --raw")
 }

@@ -17,7 +17,7 @@ func TestImportForeign(t *testing.T) {
 	raw := filepath.Join(dir, "raw")
 	must(t, os.WriteFile(raw, bytes.Repeat([]byte{1}, 1<<20), 0o600))
 	files := map[string]string{}
-	for _, format := range []string{"qcow2", "qcow", "vmdk", "vhdx", "vpc", "vdi", "qed", "parallels"} {
+	for _, format := range []string{"qcow", "vmdk", "vhdx", "vpc", "vdi", "qed", "parallels"} {
 		files[format] = filepath.Join(dir, format)
 		qemu(t, "qemu-img", "convert", "-f", "raw", "-O", format, raw, files[format])
 	}
@@ -37,13 +37,13 @@ func TestImportForeign(t *testing.T) {
 	refuse := func(path, format string) {
 		image := filepath.Join(t.TempDir(), "x.qcow2")
 		r := run(t, "image", "import", path, image)
-		if r.status != 1 || !strings.Contains(r.stderr, "format "+format) || !strings.Contains(r.stderr, "--format raw") {
+		if r.status != 1 || !strings.Contains(r.stderr, "format "+format) || !strings.Contains(r.stderr, "--raw") {
 			t.Errorf("%s: %+v", path, r)
 		}
 		if _, err := os.Lstat(image); err == nil {
 			t.Errorf("%s: there is an image", path)
 		}
-		mustRun(t, "image", "import", "--format", "raw", path, image)
+		mustRun(t, "image", "import", "--raw", path, image)
 		qemu(t, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", path, image)
 		verify(t, image)
 	}
@@ -52,10 +52,6 @@ func TestImportForeign(t *testing.T) {
 	}
 	for path, format := range map[string]string{flat: "vmdk", fixed: "vpc", luks: "luks", packed: "gzip", tar: "tar"} {
 		refuse(path, format)
-	}
-	if r := run(t, "image", "import", "--format", "vmdk", files["vmdk"], filepath.Join(dir, "x")); r.status != 1 ||
-		!strings.Contains(r.stderr, "only raw disks") {
-		t.Errorf("another format: %+v", r)
 	}
 
 	// Raw disks are taken as they are: with a partition table, a file system, nothing, hardly anything.

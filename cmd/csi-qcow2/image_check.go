@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 
 	"github.com/spf13/cobra"
 
@@ -58,6 +59,7 @@ The exit status is that of ` + "`qemu-img check`" + `, after a repair that of an
 		Args: takes("FILE"),
 	}
 	output := addOutputFlag(cmd)
+	cmd.Flags().BoolP("quiet", "q", false, "say nothing; the exit status tells")
 	repair := cmd.Flags().String("repair", "", "what to repair: `leaks` or all")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if !cmd.Flags().Changed("repair") {
@@ -75,7 +77,7 @@ The exit status is that of ` + "`qemu-img check`" + `, after a repair that of an
 func checkImage(cmd *cobra.Command, path string, output *outputFlag) error {
 	var result qcow2.CheckResult
 	err := withFile(path, true, func(f qcow2.File) (err error) {
-		p := newProgress(cmd.ErrOrStderr(), "checking "+path)
+		p := newProgress(cmd.ErrOrStderr(), "checking", path)
 		defer p.end()
 		result, err = qcow2.Check(cmd.Context(), f, p.update)
 		return err
@@ -89,7 +91,7 @@ func checkImage(cmd *cobra.Command, path string, output *outputFlag) error {
 func repairImage(cmd *cobra.Command, path string, kind qcow2.RepairKind, output *outputFlag) error {
 	var result qcow2.RepairResult
 	err := withFile(path, false, func(f qcow2.File) (err error) {
-		p := newProgress(cmd.ErrOrStderr(), "repairing "+path)
+		p := newProgress(cmd.ErrOrStderr(), "repairing", path)
 		defer p.end()
 		result, err = qcow2.Repair(cmd.Context(), f, kind, p.update)
 		return err
@@ -127,8 +129,10 @@ func newCheckReport(path string, result qcow2.CheckResult) checkReport {
 
 // print prints the report, and returns the exit status of its verdict.
 func (r checkReport) print(cmd *cobra.Command, output *outputFlag, verdict qcow2.CheckResult) error {
-	if err := output.print(cmd.OutOrStdout(), r, r.table); err != nil {
-		return err
+	if quiet, err := cmd.Flags().GetBool("quiet"); err != nil || !quiet {
+		if err := errors.Join(err, output.print(cmd.OutOrStdout(), r, r.table)); err != nil {
+			return err
+		}
 	}
 	if status := verdict.ExitStatus(); status != 0 {
 		return statusError(status)
@@ -137,18 +141,27 @@ func (r checkReport) print(cmd *cobra.Command, output *outputFlag, verdict qcow2
 }
 
 func (r checkReport) table(w io.Writer) {
-	for _, problem := range r.Problems {
-		fmt.Fprintln(w, problem)
+	r.verdict(w)
+	for _, line := range sumUp(r.Problems) {
+		fmt.Fprintln(w, line)
 	}
 	if more := r.Corruptions + r.CorruptionsFixed + r.Leaks + r.LeaksFixed - int64(len(r.Problems)); more > 0 {
 		fmt.Fprintf(w, "and %d more\n", more)
 	}
-	for _, mended := range r.Mended {
-		fmt.Fprintln(w, "repaired:", mended)
+	for _, line := range sumUp(r.Mended) {
+		fmt.Fprintln(w, "repaired:", line)
 	}
 	if r.Lost > 0 {
 		fmt.Fprintf(w, "%d references to content led nowhere and were given up.\n", r.Lost)
 	}
+	if r.Total > 0 {
+		fmt.Fprintf(w, "%d of %d clusters are allocated (%.2f %%); the image ends at offset %d.\n",
+			r.Allocated, r.Total, 100*float64(r.Allocated)/float64(r.Total), r.ImageEnd)
+	}
+}
+
+// verdict says in one line what the image is, after a repair if there was one.
+func (r checkReport) verdict(w io.Writer) {
 	switch {
 	case r.Errors > 0:
 		fmt.Fprintf(w, "Not all of the image could be checked. It is corrupt: %d errors, %d leaked clusters.\n", r.Corruptions, r.Leaks)
@@ -156,11 +169,31 @@ func (r checkReport) table(w io.Writer) {
 		fmt.Fprintf(w, "The image is corrupt: %d errors, %d leaked clusters.\n", r.Corruptions, r.Leaks)
 	case r.Leaks > 0:
 		fmt.Fprintf(w, "%d clusters are leaked: they cost space and do no harm.\n", r.Leaks)
+	case r.CorruptionsFixed+r.LeaksFixed > 0:
+		fmt.Fprintf(w, "The image is clean. Repaired: %d errors, %d leaked clusters.\n", r.CorruptionsFixed, r.LeaksFixed)
 	default:
 		fmt.Fprintln(w, "The image is clean.")
 	}
-	if r.Total > 0 {
-		fmt.Fprintf(w, "%d of %d clusters are allocated (%.2f %%); the image ends at offset %d.\n",
-			r.Allocated, r.Total, 100*float64(r.Allocated)/float64(r.Total), r.ImageEnd)
+}
+
+// sumUp makes one line of each run of lines that differ only in their numbers: the first, and up to which there are others.
+func sumUp(lines []string) []string {
+	number := regexp.MustCompile(`0x[0-9a-f]+|\d+`)
+	kind := func(line string) string { return number.ReplaceAllString(line, "0") }
+	var out []string
+	for i := 0; i < len(lines); {
+		end := i + 1
+		for end < len(lines) && kind(lines[end]) == kind(lines[i]) {
+			end++
+		}
+		line := lines[i]
+		if n := end - i - 1; n == 1 {
+			line += "; and " + lines[end-1]
+		} else if n > 1 { // all but the last
+			line += fmt.Sprintf("; and %d more like it, up to: %s", n-1, lines[end-1])
+		}
+		out = append(out, escape(line))
+		i = end
 	}
+	return out
 }

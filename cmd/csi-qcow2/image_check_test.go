@@ -147,3 +147,26 @@ func damagedImage(t *testing.T, damage func(*testing.T, *os.File)) string {
 	damage(t, f)
 	return image
 }
+
+// TestCheckSays: the verdict comes first, what is alike is one line, and -q leaves it to the exit status.
+func TestCheckSays(t *testing.T) {
+	t.Parallel()
+	image := damagedImage(t, func(t *testing.T, f *os.File) {
+		for range 20 {
+			leak(t, f)
+		}
+	})
+	r := run(t, "image", "check", image)
+	lines := strings.Split(r.stdout, "\n")
+	if r.status != 3 || len(lines) != 4 || lines[0] != "20 clusters are leaked: they cost space and do no harm." ||
+		!strings.HasPrefix(lines[1], "leak: cluster ") || !strings.Contains(lines[1], "and 18 more like it, up to: leak: cluster ") {
+		t.Errorf("exit status %d:\n%s", r.status, r.stdout)
+	}
+	if r := run(t, "image", "check", "-q", image); r.status != 3 || r.stdout+r.stderr != "" {
+		t.Errorf("-q: %+v", r)
+	}
+	r = run(t, "image", "check", "--repair", "leaks", image)
+	if !strings.HasPrefix(r.stdout, "The image is clean. Repaired: 0 errors, 20 leaked clusters.\n") {
+		t.Errorf("repaired: %+v", r)
+	}
+}

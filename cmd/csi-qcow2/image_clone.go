@@ -31,7 +31,7 @@ it can be exported.`,
 		path, snapshot := splitSource(args[0])
 		chosen := &snapshotFlags{name: snapshot, given: path != args[0]}
 		return withContent(cmd, path, chosen, look, func(c *content) error {
-			p := newProgress(cmd.ErrOrStderr(), "cloning "+args[0])
+			p := newProgress(cmd.ErrOrStderr(), "cloning", args[0])
 			defer p.end()
 			return cloneTo(cmd.Context(), args[1], c, p)
 		})

@@ -33,7 +33,7 @@ func TestClone(t *testing.T) {
 			t.Errorf("clone %s: %+v", args, r)
 		}
 	}
-	if r := run(t, "image", "clone", image, path("now")); r.status != 1 || !strings.Contains(r.stderr, "exists") {
+	if r := run(t, "image", "clone", image, path("now")); r.status != 1 || !strings.Contains(r.stderr, "is there already") {
 		t.Errorf("onto another: %+v", r)
 	}
 	if _, err := os.Lstat(path("new")); err == nil {

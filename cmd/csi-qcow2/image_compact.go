@@ -28,7 +28,7 @@ What a guest has deleted is no zeros: let it run fstrim first, or write zeros to
 				return err
 			}
 			err = withImage(args[0], false, func(img *qcow2.Image) error {
-				p := newProgress(cmd.ErrOrStderr(), "compacting "+args[0])
+				p := newProgress(cmd.ErrOrStderr(), "compacting", args[0])
 				defer p.end()
 				return compact(cmd.Context(), img, p)
 			})

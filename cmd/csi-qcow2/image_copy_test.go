@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -103,5 +104,60 @@ func TestExportSnapshot(t *testing.T) {
 	copy(want[3<<20:], bytes.Repeat([]byte{2}, 64<<10))
 	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("the snapshot's content differs (%d bytes, %v)", len(got), err)
+	}
+}
+
+// TestImportStream: what comes on standard input, of a length that nobody knows before, becomes an image.
+func TestImportStream(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	raw, image := filepath.Join(dir, "in.raw"), filepath.Join(dir, "x.qcow2")
+	rawFile(t, raw, 40<<20+12345)
+	content, err := os.ReadFile(raw)
+	must(t, err)
+	mustRunWith(t, string(content), "image", "import", "-", image)
+	qemu(t, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, image)
+	verify(t, image)
+	mustRunWith(t, "", "image", "import", "-", filepath.Join(dir, "empty"))
+	verify(t, filepath.Join(dir, "empty"))
+	for stream, want := range map[string]string{"QFI\xfb\x00\x00\x00\x03" + strings.Repeat("x", 5000): "save it", "vhdxfile": "--raw"} {
+		none := filepath.Join(dir, "none")
+		if r := runWith(t, stream, "image", "import", "-", none); r.status != 1 || !strings.Contains(r.stderr, want) {
+			t.Errorf("%q: %+v", want, r)
+		}
+		if _, err := os.Lstat(none); err == nil {
+			t.Errorf("%q: there is an image", want)
+		}
+		mustRunWith(t, stream, "image", "import", "--raw", "-", none)
+		must(t, os.Remove(none))
+	}
+}
+
+// TestImportImage: a qcow2 image of QEMU's is read as what it is, whatever its version and compression.
+func TestImportImage(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	raw := filepath.Join(dir, "in.raw")
+	rawFile(t, raw, 20<<20)
+	for name, options := range map[string][]string{
+		"version 2": {"-o", "compat=0.10"}, "deflate": {"-c"}, "zstd": {"-c", "-o", "compression_type=zstd"},
+		"subclusters": {"-o", "extended_l2=on,cluster_size=128k"},
+	} {
+		source, image := filepath.Join(dir, name), filepath.Join(dir, name+".qcow2")
+		qemu(t, "qemu-img", append(append([]string{"convert", "-O", "qcow2"}, options...), raw, source)...)
+		qemu(t, "qemu-img", "snapshot", "-c", "s", source)
+		mustRun(t, "image", "import", source, image, "--cluster-size", "32K")
+		qemu(t, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, image)
+		var info imageInfo
+		decode(t, mustRun(t, "image", "info", "-o", "json", image), &info)
+		if len(info.Snapshots) != 0 || info.ClusterSize != 32<<10 {
+			t.Errorf("%s: %+v", name, info)
+		}
+		verify(t, image)
+	}
+	based, image := filepath.Join(dir, "based"), filepath.Join(dir, "x.qcow2")
+	qemu(t, "qemu-img", "create", "-f", "qcow2", "-b", raw, "-F", "raw", based)
+	if r := run(t, "image", "import", based, image); r.status != 1 || !strings.Contains(r.stderr, "qemu-img convert") {
+		t.Errorf("with a backing file: %+v", r)
 	}
 }

@@ -28,24 +28,27 @@ func newImageExportCommand() *cobra.Command {
 		Long: `Write the active disk, or a snapshot, as the raw file OUT, which must not exist; it appears when it is whole.
 Zeros become holes. With OUT "-" everything is written to standard output.
 
-If OUT is a block device that nobody uses, its beginning is overwritten, zeros included; if that is interrupted
-it holds a part. What lies behind the end of the disk stays.
+If OUT is a block device that nobody uses, with --force its beginning is overwritten, zeros included; if that is
+interrupted it holds a part. What lies behind the end of the disk stays.
 
 A snapshot of an attached volume, or with -U of any image that is in use, can be exported too: its content does
 not change. If it is deleted meanwhile, the export fails.`,
 		Example: `  csi-qcow2 image export disk.qcow2 disk.raw
   csi-qcow2 image export disk.qcow2 - --snapshot before-upgrade | sha256sum
-  csi-qcow2 image export disk.qcow2 /dev/vg/disk`,
+  csi-qcow2 image export --force disk.qcow2 /dev/vg/disk`,
 		Args: takes("FILE", "OUT"),
 	}
+	force := cmd.Flags().Bool("force", false, "overwrite the block device OUT")
 	snapshot, look := addSnapshotFlags(cmd), addLookFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		return withContent(cmd, args[0], snapshot, look, func(c *content) error {
-			p := newProgress(cmd.ErrOrStderr(), "exporting "+args[0])
+			p := newProgress(cmd.ErrOrStderr(), "exporting", args[0])
 			defer p.end()
 			switch {
 			case args[1] == "-":
 				return exportStream(cmd.Context(), cmd.OutOrStdout(), c, p)
+			case isBlockDevice(args[1]) && !*force:
+				return fmt.Errorf("%s is a block device: --force overwrites what it holds", args[1])
 			case isBlockDevice(args[1]):
 				return exportDevice(cmd.Context(), args[1], c, p)
 			}

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,57 +17,176 @@ import (
 
 func newImageImportCommand() *cobra.Command {
 	var flags createFlags
-	var format string
+	var raw bool
 	cmd := &cobra.Command{
-		Use:   "import RAW FILE",
-		Short: "Make an image out of a raw file or a block device",
-		Long: `Make the image FILE, which must not exist, out of a raw file or a block device. Its size is rounded up to a
-multiple of 512. Zeros take no space. FILE appears when it is whole.
+		Use:   "import SRC FILE",
+		Short: "Make an image out of a raw disk, or of another image",
+		Long: `Make the image FILE, which must not exist, out of a raw file, a block device, or with SRC "-" of what comes on
+standard input. Its size is rounded up to a multiple of 512. Zeros take no space. FILE appears when it is whole.
 
-A file of another format (qcow2, vmdk, vhdx, vpc, vdi, luks, …, or one that is packed) is refused: it would
-become a disk that holds such a file. A raw disk that happens to begin like one is imported with --format raw.`,
+A qcow2 image is read as what it is, compressed or not, of any version; the new one has its active content, and no
+snapshots. A file of another format (vmdk, vhdx, vpc, vdi, luks, …, or one that is packed) is refused: it would
+become a disk that holds such a file. With --raw, what SRC looks like does not matter.`,
 		Example: `  csi-qcow2 image import disk.raw disk.qcow2
-  csi-qcow2 image import --format raw /dev/vg/encrypted disk.qcow2`,
-		Args: takes("RAW", "FILE"),
+  csi-qcow2 image import compressed.qcow2 disk.qcow2
+  csi-qcow2 image import --raw /dev/vg/encrypted disk.qcow2
+  zstdcat disk.raw.zst | csi-qcow2 image import - disk.qcow2`,
+		Args: takes("SRC", "FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			// Without O_NONBLOCK, opening a FIFO would wait for its other end.
-			raw, err := os.OpenFile(args[0], os.O_RDONLY|unix.O_NONBLOCK, 0)
-			if err != nil {
-				return err
+			if args[0] == "-" {
+				return importStream(cmd, args[1], raw, &flags)
 			}
-			defer raw.Close()
-			size, err := rawSize(raw)
-			if err != nil {
-				return err
-			}
-			if err := checkFormat(raw, size, format); err != nil {
-				return err
-			}
-			p := newProgress(cmd.ErrOrStderr(), "importing "+args[0])
-			defer p.end()
-			return flags.create(cmd.Context(), args[1], size, func(img *qcow2.Image) error {
-				return importRaw(cmd.Context(), img, raw, size, p)
-			})
+			return importFile(cmd, args[0], args[1], raw, &flags)
 		},
 	}
 	flags.register(cmd)
-	cmd.Flags().StringVar(&format, "format", "", "`raw`: what RAW looks like does not matter")
+	cmd.Flags().BoolVar(&raw, "raw", false, "SRC is a raw disk, whatever it looks like")
 	return cmd
 }
 
-// checkFormat refuses what seems to be no raw disk, unless format says that it is one.
-func checkFormat(raw *os.File, size int64, format string) error {
-	switch format {
-	case "raw":
-		return nil
-	case "":
-		seems, err := foreignFormat(raw, size)
-		if err != nil {
-			return fmt.Errorf("%s: %w", raw.Name(), err)
-		}
-		return refuseForeign(raw.Name(), seems)
+func importFile(cmd *cobra.Command, path, image string, isRaw bool, flags *createFlags) error {
+	// Without O_NONBLOCK, opening a FIFO would wait for its other end.
+	raw, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("--format %s: only raw disks can be imported; `qemu-img convert` knows other formats", format)
+	defer raw.Close()
+	size, err := rawSize(raw)
+	if err != nil {
+		return err
+	}
+	if !isRaw {
+		format, err := foreignFormat(raw, size)
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if format == "qcow2" {
+			return importImage(cmd, path, image, flags)
+		}
+		if err := refuseForeign(path, format); err != nil {
+			return err
+		}
+	}
+	p := newProgress(cmd.ErrOrStderr(), "importing", path)
+	defer p.end()
+	return flags.create(cmd.Context(), image, size, func(img *qcow2.Image) error {
+		return importRaw(cmd.Context(), img, raw, size, p)
+	})
+}
+
+// importImage makes an image with the active content of another.
+func importImage(cmd *cobra.Command, path, image string, flags *createFlags) error {
+	source, err := openImage(path, true)
+	if errors.Is(err, qcow2.ErrUnsupported) {
+		return fmt.Errorf("%w: QEMU may be able to convert it, `qemu-img convert -O qcow2 %s FILE`", err, path)
+	}
+	if err != nil {
+		return err
+	}
+	p := newProgress(cmd.ErrOrStderr(), "importing", path)
+	defer p.end()
+	err = flags.create(cmd.Context(), image, source.Size(), func(img *qcow2.Image) error {
+		err := readView(cmd.Context(), &content{View: source.Active()}, p, func(data []byte, off, _ int64) error {
+			return writeData(img, data, off)
+		})
+		if err != nil {
+			return err
+		}
+		return img.Flush()
+	})
+	return errors.Join(err, source.Close())
+}
+
+// writeData writes those clusters of data, which lies at off of an empty image, that are not zeros.
+func writeData(img *qcow2.Image, data []byte, off int64) error {
+	return nonZeroRuns(data, off, img.ClusterSize(), func(run []byte, off int64) error {
+		_, err := img.WriteAt(run, off)
+		return err
+	})
+}
+
+const (
+	// streamPiece is how much of a stream is read before the image is made longer by as much.
+	streamPiece = 16 << 20
+	// headBytes is what is looked at to tell a format.
+	headBytes = 2048
+)
+
+// importStream makes an image of standard input, whose length is not known before its end.
+func importStream(cmd *cobra.Command, image string, isRaw bool, flags *createFlags) error {
+	in := bufio.NewReaderSize(cmd.InOrStdin(), copyChunk)
+	head, err := in.Peek(headBytes)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("standard input: %w", err)
+	}
+	if !isRaw {
+		format, err := foreignFormat(bytes.NewReader(head), int64(len(head)))
+		if err != nil {
+			return err
+		}
+		if format == "qcow2" {
+			return errors.New("standard input is a qcow2 image, which cannot be read as a stream: save it, and import the file")
+		}
+		if err := refuseForeign("standard input", format); err != nil {
+			return err
+		}
+	}
+	return flags.create(cmd.Context(), image, 0, func(img *qcow2.Image) error { return appendStream(cmd.Context(), img, in) })
+}
+
+// appendStream makes what comes from in the content of an image of no length.
+func appendStream(ctx context.Context, img *qcow2.Image, in io.Reader) error {
+	pieces, end := readPieces(ctx, in), int64(0)
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case piece, more := <-pieces:
+			if !more {
+				return img.Flush()
+			}
+			if piece.err != nil {
+				return fmt.Errorf("standard input: %w", piece.err)
+			}
+			if err := img.Resize(roundUp(end+int64(len(piece.data)), 512)); err != nil {
+				return err
+			}
+			if err := writeData(img, piece.data, end); err != nil {
+				return err
+			}
+			end += int64(len(piece.data))
+		}
+	}
+}
+
+type streamed struct {
+	data []byte
+	err  error
+}
+
+// readPieces sends what comes from in, in pieces that are of streamPiece bytes but for the last, until in ends or ctx does. A
+// read from a pipe cannot be interrupted: then the goroutine stays, and ends with the process.
+func readPieces(ctx context.Context, in io.Reader) <-chan streamed {
+	pieces := make(chan streamed)
+	go func() {
+		defer close(pieces)
+		for last := false; !last; {
+			data := make([]byte, streamPiece)
+			n, err := io.ReadFull(in, data)
+			if last = err != nil; errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				err = nil
+			}
+			if n == 0 && err == nil {
+				return
+			}
+			select {
+			case pieces <- streamed{data[:n], err}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return pieces
 }
 
 // rawSize returns the length of a regular file or a block device.
@@ -97,11 +218,7 @@ func importRaw(ctx context.Context, img *qcow2.Image, raw *os.File, size int64, 
 		if err := readFull(raw, buffer[:n], off); err != nil {
 			return fmt.Errorf("%s: %w", raw.Name(), err)
 		}
-		err = nonZeroRuns(buffer[:n], off, img.ClusterSize(), func(run []byte, off int64) error {
-			_, err := img.WriteAt(run, off)
-			return err
-		})
-		if err != nil {
+		if err := writeData(img, buffer[:n], off); err != nil {
 			return err
 		}
 		off += n

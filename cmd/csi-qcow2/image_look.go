@@ -83,7 +83,7 @@ func (l *lookFlags) open(ctx context.Context, path string) (*looked, error) {
 	}
 	attached, reason := askEngine(ctx, l.engine, path)
 	if attached == nil {
-		return nil, inUseError{fmt.Sprintf("%v%s: with -U it is looked at all the same", err, reason)}
+		return nil, plainError{fmt.Sprintf("%v%s: with -U it is looked at all the same", err, reason), qcow2.ErrInUse}
 	}
 	img, err = qcow2.OpenShared(path)
 	return &looked{Image: img, attached: attached, shared: true}, err
@@ -105,7 +105,7 @@ func (l *lookFlags) look(ctx context.Context, path string, work func(*looked) er
 			return err
 		}
 	}
-	return inUseError{printable(path) + " changes too fast to be looked at: try again"}
+	return plainError{printable(path) + " changes too fast to be looked at: try again", qcow2.ErrInUse}
 }
 
 // askEngine returns what the engine says of the volume whose image is at path; nil if it is none, or not attached, and a

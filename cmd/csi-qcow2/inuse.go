@@ -12,13 +12,7 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
-// inUseError is a qcow2.ErrInUse that names who has the image.
-type inUseError struct{ text string }
-
-func (e inUseError) Error() string { return e.text }
-func (e inUseError) Unwrap() error { return qcow2.ErrInUse }
-
-// inUse makes an inUseError of an error of opening the image at path, if it is in use.
+// inUse makes an error that names who has the image of an error of opening the image at path, if it is in use.
 func inUse(path string, err error) error {
 	if !errors.Is(err, qcow2.ErrInUse) {
 		return err
@@ -27,7 +21,7 @@ func inUse(path string, err error) error {
 	if users := usersOf(path); len(users) > 0 {
 		who = strings.Join(users, " and ")
 	}
-	return inUseError{fmt.Sprintf("%s is in use by %s", printable(path), who)}
+	return plainError{fmt.Sprintf("%s is in use by %s", printable(path), who), qcow2.ErrInUse}
 }
 
 // usersOf returns the processes that hold locks of the file at path, as in "qemu-io (PID 4711)", as far as they can be seen.

@@ -23,7 +23,7 @@ type newFile struct {
 func createNewFile(path string) (*newFile, error) {
 	switch _, err := os.Lstat(path); {
 	case err == nil:
-		return nil, fmt.Errorf("%s is there already, and stays as it is: give another name, or remove it: %w", path, fs.ErrExist)
+		return nil, plainError{path + " is there already, and stays as it is: give another name, or remove it", fs.ErrExist}
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, err
 	}

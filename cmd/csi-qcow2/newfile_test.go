@@ -115,7 +115,10 @@ func TestExportDevice(t *testing.T) {
 	device := strings.TrimSpace(qemu(t, "losetup", "--find", "--show", backing))
 	t.Cleanup(func() { must(t, exec.Command("losetup", "--detach", device).Run()) })
 
-	mustRun(t, "image", "export", image, device)
+	if r := run(t, "image", "export", image, device); r.status != 1 || !strings.Contains(r.stderr, "--force overwrites") {
+		t.Errorf("without --force: %+v", r)
+	}
+	mustRun(t, "image", "export", "--force", image, device)
 	got, err := os.ReadFile(device)
 	must(t, err)
 	want := make([]byte, 10<<20)
@@ -126,7 +129,7 @@ func TestExportDevice(t *testing.T) {
 		t.Error("the device holds something else")
 	}
 	mustRun(t, "image", "resize", image, "+8M")
-	if r := run(t, "image", "export", image, device); r.status != 1 || !strings.Contains(r.stderr, "make the device larger") {
+	if r := run(t, "image", "export", "--force", image, device); r.status != 1 || !strings.Contains(r.stderr, "make the device larger") {
 		t.Errorf("to a device that is too small: %+v", r)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 )
 
 func TestPrintable(t *testing.T) {
@@ -21,27 +22,50 @@ func TestPrintable(t *testing.T) {
 // TestProgress checks that quick work shows nothing, and long work a line now and then.
 func TestProgress(t *testing.T) {
 	var out bytes.Buffer
-	p := newProgress(&out, "exporting x")
+	p := newProgress(&out, "exporting", "x")
 	p.update(50, 100)
 	if out.Len() > 0 {
 		t.Errorf("at once: %q", out.String())
 	}
 	p.started = p.started.Add(-10 * time.Second)
 	for range 1000 {
-		p.update(50, 100)
+		p.update(50<<20, 100<<20)
 	}
 	p.end()
-	if got := out.String(); got != "exporting x:  50 %, 10s\n" {
+	if got := out.String(); got != "exporting x:  50 %, 5 MiB/s, 10s left\n" {
 		t.Errorf("after 10 s: %q", got)
 	}
 
 	out.Reset()
-	p = newProgress(&out, "exporting x")
+	p = newProgress(&out, "exporting", "x")
 	p.terminal, p.started = true, p.started.Add(-10*time.Second)
 	p.update(0, 0)
 	p.update(100, 100)
 	p.end()
-	if got := out.String(); !strings.HasPrefix(got, "\r\x1b[Kexporting x: 100 %") || !strings.HasSuffix(got, "\r\x1b[K") {
+	if got := out.String(); !strings.HasPrefix(got, "\r\x1b[Kexporting x [##########") || !strings.HasSuffix(got, "\r\x1b[K") {
 		t.Errorf("on a terminal: %q", got)
+	}
+}
+
+// TestProgressLine: a line fits the terminal, whatever its width and the name of the file; the bar goes first.
+func TestProgressLine(t *testing.T) {
+	const state = " 50 %, 120 MiB/s, 1m5s left"
+	for width, want := range map[int]string{
+		80: "exporting disk.qcow2 [##############---------------]  50 %, 120 MiB/s, 1m5s left",
+		60: "exporting…isk.qcow2 [#####-----]  50 %, 120 MiB/s, 1m5s left",
+		40: "expor….qcow2  50 %, 120 MiB/s, 1m5s left",
+		20: "50 %",
+	} {
+		got := progressLine("exporting disk.qcow2", state, 0.5, width)
+		if utf8.RuneCountInString(got) > width || got != want {
+			t.Errorf("%d columns:\n%q, want\n%q", width, got, want)
+		}
+	}
+	for width := 1; width < 200; width++ {
+		for _, name := range []string{"x", strings.Repeat("ü", 300)} {
+			if got := progressLine(name, state, 1, width); utf8.RuneCountInString(got) > width {
+				t.Errorf("%q has more than %d columns", got, width)
+			}
+		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func newRootCommand() *cobra.Command {
@@ -20,13 +21,18 @@ plugin, on one pool.
 For administrators there are "pool", "volume" and "image"; an image that is not attached can also be handled
 with QEMU's own tools at any time.`,
 		newNodeCommand(), newEngineCommand(), newHolderCommand(), newPoolCommand(), newVolumeCommand(), newImageCommand(), newDemoCommand(), newWorkerCommand(),
-		newHelperCommand())
+		newHelperCommand(), newVersionCommand(), newManCommand())
 	root.Version = version
 	root.SilenceErrors = true // exitStatus prints them
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		var invalid *pflag.InvalidValueError
+		if errors.As(err, &invalid) {
+			err = fmt.Errorf("--%s: %w", invalid.GetFlag().Name, errors.Unwrap(invalid))
+		}
 		return wrongUsage(cmd, fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath()))
 	})
 	root.SetVersionTemplate("csi-qcow2 {{.Version}}\n")
+	addCompletions(root)
 	return root
 }
 
@@ -94,10 +100,10 @@ func exitStatus(ctx context.Context, w io.Writer, err error) int {
 	case errors.As(err, &status):
 		return int(status)
 	case ctx.Err() != nil:
-		fmt.Fprintf(w, "csi-qcow2: interrupted: %v\n", err)
+		fmt.Fprintf(w, "csi-qcow2: %s\n", interruption(err))
 		return 1
 	}
-	fmt.Fprintf(w, "csi-qcow2: %v\n", err)
+	fmt.Fprintf(w, "csi-qcow2: %s\n", sentence(err))
 	var usage usageError
 	if errors.As(err, &usage) {
 		return 2
