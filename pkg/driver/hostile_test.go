@@ -288,3 +288,29 @@ func TestHostileTenant(t *testing.T) {
 	}
 	r.wantEmpty()
 }
+
+// TestLosetup: a program of the host that detaches the device with losetup takes it from nobody, in use or not.
+func TestLosetup(t *testing.T) {
+	r := newRig(t)
+	v := r.create("a", 16*mib, blockCapability(writer))
+	v.publish("pod")
+	device := v.device().Device
+	run(t, "losetup", "--detach", device)
+	r.awaitReasons(v.id)
+	if now := v.device().Device; now != device {
+		t.Errorf("it was %s and is %s", device, now)
+	}
+	v.wantClean()
+	p := v.enter("pod")
+	p.do("write 161")
+	run(t, "losetup", "--detach", device)
+	if got := p.do("read"); got != mine {
+		t.Errorf("it reads %q", got)
+	}
+	p.leave()
+	r.awaitReasons(v.id)
+	v.wantClean()
+	v.unstage("pod")
+	v.delete()
+	r.wantEmpty()
+}
