@@ -61,6 +61,7 @@ lint: verify ## check style, the generated code and the scripts
 	@hack/setup.sh lint
 	$(GO) mod tidy -diff
 	$(TOOL) golangci-lint run --allow-parallel-runners
+	hack/imports.sh
 	shellcheck hack/*.sh .ci/run test/e2e/*.sh test/e2e/cluster/*.sh test/e2e/cluster/kubectl test/e2e/guest/*
 
 fmt: ## format the Go code
