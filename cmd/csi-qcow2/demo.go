@@ -26,6 +26,7 @@ what they think of the images. Nothing is left behind.
 
 It needs root, loop devices, FUSE, mkfs.ext4 and qemu-img.`,
 		Example: `  csi-qcow2 demo
+  csi-qcow2 demo --pause --keep
   csi-qcow2 demo --dir /mnt/xfs --source /usr/share/doc`,
 		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
@@ -40,11 +41,14 @@ It needs root, loop devices, FUSE, mkfs.ext4 and qemu-img.`,
 					return err
 				}
 			}
-			o.Out = cmd.OutOrStdout()
+			o.In, o.Out, o.Err = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
+			o.Colour = isTerminal(o.Out) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 			return demo.Run(cmd.Context(), o)
 		},
 	}
 	cmd.Flags().StringVar(&o.Dir, "dir", "/var/tmp", "`directory`, on a disk, in which the temporary pool is made")
+	cmd.Flags().BoolVar(&o.Pause, "pause", false, "wait for Enter before each step")
+	cmd.Flags().BoolVar(&o.Keep, "keep", false, "start a shell to try things, before everything is taken down")
 	cmd.Flags().StringVar(&o.Source, "source", "", "`directory` that is copied into the volume (default the Go toolchain's src)")
 	return cmd
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"unicode/utf8"
 )
 
 // smallTree makes a directory with enough files for a snapshot in the middle of their copying.
@@ -36,13 +37,36 @@ func TestDemo(t *testing.T) {
 	t.Parallel()
 	dir := shortDir(t)
 	out := mustRun(t, "demo", "--dir", dir, "--source", smallTree(t))
-	for _, want := range []string{"900 files", "all equal", "qemu-img snapshot -l", "after-the-copy", "3 snapshots, 7 volumes", "No mount, device, process or file is left."} {
+	for line := range strings.Lines(out) {
+		if line = strings.TrimSuffix(line, "\n"); utf8.RuneCountInString(line) > 80 || strings.ContainsAny(line, "\x1b\r") {
+			t.Errorf("not a line of 80 columns without colours: %q", line)
+		}
+	}
+	for _, want := range []string{"900 files", "all equal", "$ csi-qcow2 volume list\n", "image snapshot goto", "$ qemu-img snapshot -l", "What was proved", "after-the-copy", "3 snapshots, 7 volumes", "No mount, device, process or file is left."} {
 		if !strings.Contains(out, want) {
 			t.Errorf("it did not say %q", want)
 		}
 	}
 	if t.Failed() {
 		t.Log(out)
+	}
+	checkNothingLeft(t, dir)
+}
+
+// TestDemoKeep: with --keep there is a shell in which the commands find pool and engine, and everything goes with it. With --pause
+// each step waits for a line, or for the end of them.
+func TestDemoKeep(t *testing.T) {
+	dir := shortDir(t)
+	t.Setenv("SHELL", "/bin/sh")
+	commands := strings.Repeat("\n", 3) // of which there are fewer than steps
+	out := mustRunWith(t, commands, "demo", "--dir", dir, "--source", smallTree(t), "--pause")
+	if got := strings.Count(out, "[Enter]"); got != 4 {
+		t.Errorf("it waited %d times for 3 lines and their end", got)
+	}
+	checkNothingLeft(t, dir)
+	out = mustRunWith(t, "csi-qcow2 volume show files-again; ls ../files-again/volume; false\n", "demo", "--dir", dir, "--source", smallTree(t), "--keep")
+	if !strings.Contains(out, "attached as /dev/loop") || !strings.Contains(out, "\nlink\n") || !strings.Contains(out, "3 snapshots, 7 volumes") {
+		t.Errorf("in the shell:\n%s", out)
 	}
 	checkNothingLeft(t, dir)
 }

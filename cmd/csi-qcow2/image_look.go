@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -36,7 +38,8 @@ func addLookFlags(cmd *cobra.Command) *lookFlags {
 }
 
 func addEngineFlag(cmd *cobra.Command, endpoint *string) {
-	cmd.Flags().StringVar(endpoint, "engine", defaultEngine, "`endpoint` of the engine that is asked about an attached volume")
+	cmd.Flags().StringVar(endpoint, "engine", cmp.Or(os.Getenv("CSI_QCOW2_ENGINE"), defaultEngine),
+		"`endpoint` of the engine that is asked about an attached volume; or in $CSI_QCOW2_ENGINE")
 }
 
 // looked is an image that is open for reading.

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"time"
 
@@ -36,7 +38,7 @@ type volumeFlags struct {
 
 func addVolumeFlags(cmd *cobra.Command) *volumeFlags {
 	v := new(volumeFlags)
-	cmd.Flags().StringVar(&v.pool, "pool", defaultPool, "`directory` of the volumes")
+	cmd.Flags().StringVar(&v.pool, "pool", cmp.Or(os.Getenv("CSI_QCOW2_POOL"), defaultPool), "`directory` of the volumes; or in $CSI_QCOW2_POOL")
 	addEngineFlag(cmd, &v.engine)
 	return v
 }

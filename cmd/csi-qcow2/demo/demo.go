@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
+	"path/filepath"
 	"time"
 )
 
@@ -17,7 +17,12 @@ type Options struct {
 	Version string
 	Dir     string // where the temporary directory is made, on a disk
 	Source  string // the directory whose tree is copied into the volume
+	In      io.Reader
 	Out     io.Writer
+	Err     io.Writer // of the shell that Keep starts
+	Colour  bool      // Out is a terminal that shows some
+	Pause   bool      // wait for a line of In before each step
+	Keep    bool      // start a shell on In before everything is taken down
 }
 
 // cleanupTime is what taking everything down may take, also after ctx has ended.
@@ -39,15 +44,22 @@ func Run(ctx context.Context, o Options) (err error) {
 		err = errors.Join(err, w.close(down))
 		if err == nil {
 			fmt.Fprintf(o.Out, "\nDone in %.0f s. No mount, device, process or file is left.\n", time.Since(start).Seconds())
+			fmt.Fprint(o.Out, proved)
 		}
 	}()
-	fmt.Fprintf(o.Out, "csi-qcow2 %s: the life of two volumes, over the CSI socket, in %s\n", o.Version, w.dir)
-	p := &play{report: &report{w: o.Out}, world: w, source: o.Source}
+	fmt.Fprintf(o.Out, "csi-qcow2 %s: the life of two volumes, over the CSI socket, in\n%s\n", o.Version, w.dir)
+	p := &play{report: &report{w: o.Out, colour: o.Colour}, world: w, source: o.Source}
+	if o.Pause {
+		p.pause = pauser(ctx, o.In, o.Out)
+	}
 	p.start(ctx)
 	p.fileSystem(ctx)
 	p.blockDevice(ctx)
 	p.expand(ctx)
 	p.sourceDeleted(ctx)
+	if o.Keep {
+		p.keep(ctx, o.In, o.Out, o.Err)
+	}
 	p.unmountAll(ctx)
 	p.outsider(ctx)
 	p.cleanUp(ctx)
@@ -56,6 +68,18 @@ func Run(ctx context.Context, o Options) (err error) {
 	}
 	return p.err
 }
+
+// proved is what the steps have shown when all have gone well.
+const proved = `
+What was proved, each file and each byte compared:
+ - A snapshot of a volume in use, while files are written, holds what was there
+   at its instant, and nothing of what came later.
+ - A volume restored from a snapshot equals the original, for a file system and
+   for a raw block device; so does one that is reverted in its place.
+ - Volumes grow while they are in use, and keep their content.
+ - A snapshot outlives its volume, and restores it.
+ - QEMU finds no fault in any image, and lists the same snapshots.
+`
 
 // play is what the acts share.
 type play struct {
@@ -73,15 +97,21 @@ func (p *play) start(ctx context.Context) {
 	p.step("make a pool, start engine and CSI plugin on it", func() (string, error) {
 		return "", p.world.start(ctx)
 	})
-	p.step("read the original, "+p.source, func() (_ string, err error) {
+	p.step("read the original", func() (_ string, err error) {
 		p.tree, err = readTree(ctx, p.source)
-		return p.tree.String(), err
+		return p.source + ": " + p.tree.String(), err
 	})
+	p.show(ctx, "csi-qcow2", "pool", "status", ".", "--reserve", "0")
 }
 
 // create returns a new volume, empty or from a snapshot.
 func (p *play) create(ctx context.Context, what string, v *volume, snapshot string) *volume {
 	p.step(what, func() (string, error) { return "", v.create(ctx, snapshot) })
+	if snapshot == "" {
+		p.inCluster("kubectl apply -f claim.yaml")
+	} else {
+		p.inCluster("kubectl apply -f restore.yaml")
+	}
 	return v
 }
 
@@ -95,16 +125,16 @@ func (p *play) snapshot(ctx context.Context, v *volume, name string) (id string)
 		id, err = v.snapshot(ctx, name)
 		return "", err
 	})
+	p.inCluster("kubectl apply -f snapshot.yaml")
 	return id
 }
 
 // revert makes a mounted volume, in its place, what it was at a snapshot.
 func (p *play) revert(ctx context.Context, v *volume, snapshot string) {
-	p.step("unpublish and unstage the first volume", func() (string, error) { return "", v.unmount(ctx) })
-	p.step("revert it in its place: image snapshot goto", func() (string, error) {
-		_, err := p.world.run(ctx, "image", "snapshot", "goto", v.image(), snapshot)
-		return "", err
-	})
+	p.step("unpublish and unstage the volume "+v.name, func() (string, error) { return "", v.unmount(ctx) })
+	p.note("and revert it in its place:")
+	p.show(ctx, "csi-qcow2", "image", "snapshot", "goto", v.shortImage(), snapshot)
+	p.space()
 	p.mount(ctx, v, "stage and publish it again")
 }
 
@@ -132,17 +162,23 @@ func (p *play) outsider(ctx context.Context) {
 		return
 	}
 	for _, v := range volumes {
-		path := p.world.pool.ImagePath(v.ID)
-		for _, args := range [][]string{{"check"}, {"snapshot", "-l"}} {
-			said, err := output(ctx, "qemu-img", append(args, path)...)
-			if err != nil {
-				p.err = err
-				return
-			}
-			if said != "" {
-				p.quote(fmt.Sprintf("qemu-img %s %s", strings.Join(args, " "), v.ID), said)
-			}
+		image := "volumes/" + v.ID + "/" + filepath.Base(p.world.pool.ImagePath(v.ID))
+		p.show(ctx, "qemu-img", "check", image)
+		if snapshots, err := p.world.pool.Snapshots(v.ID); err == nil && len(snapshots) > 0 {
+			p.show(ctx, "qemu-img", "snapshot", "-l", image)
 		}
+	}
+}
+
+// show runs a command in the pool's directory, as a user would, and shows what it says.
+func (p *play) show(ctx context.Context, words ...string) {
+	p.command(words, func() (string, error) { return p.world.shell(ctx, words...) })
+}
+
+// space separates what a command has said from the next step.
+func (p *play) space() {
+	if p.err == nil {
+		fmt.Fprintln(p.w)
 	}
 }
 

@@ -26,7 +26,7 @@ func (p *play) expand(ctx context.Context) {
 		p.step("double the ext4 volume", func() (string, error) { return growFileSystem(ctx, p.files) })
 		p.compare(ctx, p.files, p.equal)
 	} else {
-		p.note("(ext4 grows online only for a root that has CAP_SYS_RESOURCE, which this one lacks)")
+		p.note("(ext4 grows online only for a root with CAP_SYS_RESOURCE; this one has not)")
 	}
 	p.step("double the raw block volume", func() (string, error) {
 		if err := p.block.grow(ctx, 2*blockSize); err != nil {
@@ -53,6 +53,7 @@ func (p *play) expandXFS(ctx context.Context) {
 		return "", err
 	})
 	p.step("double the XFS volume", func() (string, error) { return growFileSystem(ctx, v) })
+	p.inCluster("kubectl edit pvc files-xfs")
 	p.step("compare the checksum", func() (string, error) {
 		now, err := checksum(noise, noiseSize)
 		if err == nil && now != before {

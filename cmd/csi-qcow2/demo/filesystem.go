@@ -22,6 +22,9 @@ func (p *play) fileSystem(ctx context.Context) {
 	p.mount(ctx, p.files, "stage and publish it: attach, format (ext4), mount")
 	during, cut := p.copyTree(ctx)
 	p.after = p.snapshot(ctx, p.files, afterCopy)
+	p.show(ctx, "csi-qcow2", "volume", "list")
+	p.show(ctx, "csi-qcow2", "image", "snapshot", "list", p.files.shortImage())
+	p.space()
 	p.step("delete files, overwrite others", func() (string, error) { return p.damage(ctx) })
 
 	p.restore(ctx, "files-restored", p.after, p.equal)
@@ -32,9 +35,12 @@ func (p *play) fileSystem(ctx context.Context) {
 
 // copyTree copies the tree into the volume, and takes a snapshot when a third of it is there.
 func (p *play) copyTree(ctx context.Context) (snapshot string, c cut) {
-	if p.err != nil {
+	if p.wait(); p.err != nil {
 		return "", cut{}
 	}
+	pause := p.pause
+	p.pause = nil // the copy does not wait
+	defer func() { p.pause = pause }()
 	ctx, cancel := context.WithCancel(ctx)
 	copying := startCopy(ctx, p.source, p.files.path(), p.tree)
 	defer func() { _ = copying.wait() }() // the step that waits for it reports the error
@@ -144,5 +150,8 @@ func (p *play) sourceDeleted(ctx context.Context) {
 		}
 		return "its snapshots stay", p.files.delete(ctx)
 	})
+	p.inCluster("kubectl delete pvc files")
+	p.show(ctx, "csi-qcow2", "volume", "list")
+	p.space()
 	p.restore(ctx, "files-again", p.after, p.equal)
 }

@@ -12,53 +12,118 @@ import (
 	"google.golang.org/grpc/status"
 )
 
+const (
+	lineWidth = 80 // columns, of all lines that are ours
+	margin    = "     "
+)
+
+// Colours, as a terminal is told them.
+const (
+	bold  = "1"
+	dim   = "2"
+	red   = "31"
+	green = "32"
+	cyan  = "36"
+)
+
 // report shows the steps, each with its number, the time that it took and what it found. After a step
 // has failed, nothing more is done.
 type report struct {
-	w     io.Writer
-	steps int
-	err   error // of the step that failed
+	w      io.Writer
+	colour bool
+	pause  func() error // nil: it goes on by itself
+	steps  int
+	err    error // of the step that failed
+}
+
+// paint returns a text in a colour, where there are colours.
+func (r *report) paint(colour, text string) string {
+	if !r.colour || text == "" {
+		return text
+	}
+	return "\x1b[" + colour + "m" + text + "\x1b[0m"
 }
 
 func (r *report) title(text string) {
 	if r.err == nil {
-		fmt.Fprintf(r.w, "\n%s\n", text)
+		fmt.Fprintf(r.w, "\n%s\n", r.paint(bold, text))
 	}
 }
 
-// note shows a remark between the steps.
+// note shows a remark below a step.
 func (r *report) note(text string) {
 	if r.err == nil {
-		fmt.Fprintf(r.w, "      %s\n", text)
+		fmt.Fprintln(r.w, margin+r.paint(dim, text))
 	}
 }
 
-// step does one step and shows it. What do returns is shown behind the time.
+// inCluster shows the command by which a user of a cluster causes what the step does.
+func (r *report) inCluster(command string) { r.note("in a cluster: " + command) }
+
+// wait waits for the user, if there is one.
+func (r *report) wait() {
+	if r.err == nil && r.pause != nil {
+		r.err = r.pause()
+	}
+}
+
+// step does one step and shows it. What do returns is shown below.
 func (r *report) step(what string, do func() (string, error)) {
-	if r.err != nil {
+	if r.wait(); r.err != nil {
 		return
 	}
 	r.steps++
-	fmt.Fprintf(r.w, "%4d  %-58s", r.steps, what)
+	fmt.Fprintf(r.w, "%3d  %-64s", r.steps, what)
 	start := time.Now()
 	result, err := do()
-	took := time.Since(start).Seconds()
+	took := fmt.Sprintf("%8.2f s", time.Since(start).Seconds())
 	if err != nil {
 		how := "FAILED"
 		if errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled {
 			how = "interrupted"
 		}
-		fmt.Fprintf(r.w, " %6.2f s  %s\n", took, how)
+		fmt.Fprintf(r.w, "%s\n%s%s\n", took, margin, r.paint(red, how))
 		r.err = fmt.Errorf("step %d, %s: %w", r.steps, what, err)
 		return
 	}
-	fmt.Fprintln(r.w, strings.TrimRight(fmt.Sprintf(" %6.2f s  %s", took, result), " "))
+	fmt.Fprintln(r.w, r.paint(dim, took))
+	if result != "" {
+		fmt.Fprintln(r.w, margin+r.paint(green, result))
+	}
 }
 
-// quote shows what another program said.
-func (r *report) quote(command, output string) {
-	fmt.Fprintf(r.w, "\n  $ %s\n", command)
-	for line := range strings.Lines(strings.TrimRight(output, "\n")) {
-		fmt.Fprintf(r.w, "    %s\n", strings.TrimRight(line, "\n"))
+// command runs what a user would type, and shows it with its output.
+func (r *report) command(words []string, run func() (string, error)) {
+	if r.wait(); r.err != nil {
+		return
 	}
+	fmt.Fprintf(r.w, "\n%s\n", r.paint(cyan, "$ "+wrapped(words)))
+	out, err := run()
+	if err != nil {
+		r.err = err
+		return
+	}
+	for line := range strings.Lines(out) {
+		fmt.Fprintln(r.w, strings.TrimRight(line, " \n"))
+	}
+}
+
+// wrapped joins the words of a command, in lines that a shell takes for one.
+func wrapped(words []string) string {
+	var b strings.Builder
+	column := len("$ ")
+	for i, word := range words {
+		switch {
+		case i == 0:
+		case column+len(word)+len("  \\") > lineWidth:
+			b.WriteString(" \\\n    ")
+			column = 4
+		default:
+			b.WriteByte(' ')
+			column++
+		}
+		b.WriteString(word)
+		column += len(word)
+	}
+	return b.String()
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 )
@@ -76,6 +77,9 @@ func (v *volume) path() string { return v.world.path(v.name, "volume") }
 
 // image is the volume's file in the pool.
 func (v *volume) image() string { return v.world.pool.ImagePath(v.id) }
+
+// shortImage is image as seen from the pool's directory.
+func (v *volume) shortImage() string { return "volumes/" + v.id + "/" + filepath.Base(v.image()) }
 
 // mount stages and publishes the volume, as kubelet does when a pod starts.
 func (v *volume) mount(ctx context.Context) error {

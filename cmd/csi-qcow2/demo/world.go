@@ -126,6 +126,26 @@ func (w *world) awaitReady(ctx context.Context) error {
 	}
 }
 
+// environment tells the commands of this program where they are.
+func (w *world) environment() []string {
+	return []string{"CSI_QCOW2_POOL=" + w.pool.Dir(), "CSI_QCOW2_ENGINE=" + w.endpoint("engine")}
+}
+
+// shell runs a command of a user, this program's or another's, in the pool's directory, and returns its output.
+func (w *world) shell(ctx context.Context, words ...string) (string, error) {
+	program := words[0]
+	if program == "csi-qcow2" {
+		program = w.program
+	}
+	cmd := exec.CommandContext(ctx, program, words[1:]...)
+	cmd.Dir, cmd.Env = w.pool.Dir(), append(os.Environ(), w.environment()...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w\n%s", strings.Join(words, " "), err, out)
+	}
+	return string(out), nil
+}
+
 // run runs this program to its end and returns its output.
 func (w *world) run(ctx context.Context, args ...string) (string, error) {
 	return output(ctx, w.program, args...)
