@@ -95,7 +95,6 @@ func TestDeleteInRoom(t *testing.T) {
 		"made":      {func(f *fullFile) func() error { return func() error { f.room = true; return nil } }, nil},
 		"not made":  {func(*fullFile) func() error { return func() error { return noRoom } }, noRoom},
 		"too small": {func(*fullFile) func() error { return func() error { return nil } }, ErrNoSpace},
-		"unknown":   {func(*fullFile) func() error { return nil }, ErrNoSpace},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := &fullFile{memFile: newMemFile("full")}

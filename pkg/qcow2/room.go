@@ -12,7 +12,11 @@ import (
 // changeInRoom is attempt with room of its own. cause is why it is needed.
 func (img *Image) changeInRoom(op operation, cause error) error {
 	allocator, ok := img.f.File.(Allocator)
-	if img.makeRoom == nil || !ok {
+	switch {
+	case img.makeRoom != nil && ok:
+	case op.unlist != nil:
+		return img.changeInPlace(op, cause)
+	default:
 		return cause
 	}
 	op.takeRoom = func() (run, error) {

@@ -142,38 +142,27 @@ func nothing(*generation) error { return nil }
 // DeleteSnapshot removes a snapshot and frees what nothing else needs. Guests go on; the snapshot is listed until it
 // is gone. ErrNotFound; ErrInUse while a View of it is open.
 func (img *Image) DeleteSnapshot(s Selector) error {
-	var at int
+	var row snapshotRow
 	return img.change(operation{
 		frees: true,
-		begin: func(n *generation) (err error) {
-			if at, err = findSnapshot(n.row, s); err != nil {
-				return err
-			}
-			if row := &n.row[at]; img.viewed(row.id) {
-				return fmt.Errorf("snapshot %q is open: %w", row.name, ErrInUse)
-			}
-			n.deleting = n.row[at].id
-			return nil
-		},
-		build: func(n *generation) error {
-			row := n.row[at]
-			l1, err := img.snapshotL1(&row)
+		begin: func(n *generation) error {
+			at, err := findSnapshot(n.row, s)
 			if err != nil {
 				return err
 			}
-			if err := n.unreference(l1); err != nil {
-				return err
+			row = n.row[at]
+			if img.viewed(row.id) {
+				return fmt.Errorf("snapshot %q is open: %w", row.name, ErrInUse)
 			}
-			if err := n.locked(func() error { return n.drop(row.l1Offset, row.l1Size*8) }); err != nil {
-				return err
-			}
+			n.deleting = row.id
 			n.row = slices.Delete(n.row, at, at+1)
-			look := false
-			if err := n.locked(func() error { look = n.fell1; return nil }); err != nil || !look {
-				return err
-			}
-			return n.flag(img.activeL1())
+			return nil
 		},
+		unlist: func() (err error) {
+			row, err = img.unlist(s)
+			return err
+		},
+		build: func(n *generation) error { return n.delete(&row) },
 	})
 }
 
@@ -198,6 +187,26 @@ func (img *Image) RenameSnapshot(s Selector, name string) error {
 			return nil
 		},
 	})
+}
+
+// delete takes away the references of a snapshot that the next generation does not list.
+func (n *generation) delete(row *snapshotRow) error {
+	l1, err := n.img.snapshotL1(row)
+	if err != nil {
+		return err
+	}
+	if err := n.unreference(l1); err != nil {
+		return err
+	}
+	look := false
+	if err := n.locked(func() error {
+		err := n.drop(row.l1Offset, row.l1Size*8)
+		look = n.fell1
+		return err
+	}); err != nil || !look {
+		return err
+	}
+	return n.flag(n.img.activeL1())
 }
 
 // DropActive makes the active disk read as zeros and frees what no snapshot needs. Guests wait.

@@ -20,6 +20,9 @@ type operation struct {
 	frees bool
 	// takeRoom, if not nil, makes room on a full file system, and returns it. Guests wait.
 	takeRoom func() (run, error)
+	// unlist, if not nil, is what there is room for on a full file system of which nobody keeps any; it makes room for build.
+	// Guests wait.
+	unlist func() error
 }
 
 // change carries out an operation. If it fails before the header is written nothing has changed; if it fails there
