@@ -62,18 +62,22 @@ lint: verify ## check style, the generated code and the scripts
 	$(GO) mod tidy -diff
 	$(TOOL) golangci-lint run --allow-parallel-runners
 	hack/imports.sh
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet ./...
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) build -o /dev/null ./cmd/csi-qcow2
 	shellcheck hack/*.sh .ci/run test/e2e/*.sh test/e2e/cluster/*.sh test/e2e/cluster/kubectl test/e2e/guest/*
 
 fmt: ## format the Go code
 	$(TOOL) gofumpt -l -w cmd pkg
 
-generate: ## regenerate pkg/engine/api from its .proto
+generate: ## regenerate pkg/engine/api from its .proto, and docs/configuration.md from the program
 	@hack/setup.sh generate
 	@hack/generate.sh .
+	$(GO) test ./cmd/csi-qcow2 -run "TestConfigurationPage$$" -write-configuration
 
-verify: ## check that the generated code is what its sources give
+verify: ## check that the generated code and page are what their sources give
 	@hack/setup.sh generate
 	@hack/generate.sh --check
+	$(GO) test ./cmd/csi-qcow2 -run "TestConfigurationPage$$"
 
 bench: build ## compare with QEMU in one run: BENCH=offline BENCHFLAGS='-sizes 64G -pairs 3'
 	@hack/setup.sh test
