@@ -43,8 +43,12 @@ for tool in "${tools[@]}"; do
 	{ ldd "$tool" 2>/dev/null || true; } | { grep -o '/[^ ]*' || true; } | while read -r library; do add "$library"; done
 done
 
-# The licences of what was copied. Debian knows files by the paths from before the merge of /bin and /usr/bin, or after.
-{ find "$out" -type f -printf '/%P\n' | sed 'p; s|^/usr||' | xargs dpkg -S 2>/dev/null || true; } |
-	grep -v '^diversion' | cut -d: -f1 | sort -u | while read -r package; do
-	add "/usr/share/doc/$package/copyright"
-done
+# What was copied, for those who look for vulnerable packages: the packages as dpkg has them, the release, and the licences.
+# Debian knows files by the paths from before the merge of /bin and /usr/bin, or after.
+packages=$({ find "$out" -type f -printf '/%P\n' | sed 'p; s|^/usr||' | xargs dpkg -S 2>/dev/null || true; } |
+	grep -v '^diversion' | cut -d: -f1 | sort -u)
+mkdir -p "$out/var/lib/dpkg"
+# shellcheck disable=SC2086 # many words
+[[ -z $packages ]] || dpkg-query --status $packages >"$out/var/lib/dpkg/status"
+add /etc/os-release
+for package in $packages; do add "/usr/share/doc/$package/copyright"; done

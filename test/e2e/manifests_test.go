@@ -7,15 +7,21 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	apps "k8s.io/api/apps/v1"
 	core "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/restmapper"
 )
 
@@ -40,6 +46,13 @@ func TestManifests(t *testing.T) {
 		if namespaced := mapping.Scope.Name() == meta.RESTScopeNameNamespace; namespaced != (o.GetNamespace() != "") {
 			t.Errorf("%s %s has the namespace %q", kind.Kind, o.GetName(), o.GetNamespace())
 		}
+		if kind.Kind == "Deployment" {
+			var d apps.Deployment
+			if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, &d); err != nil {
+				t.Fatal(err)
+			}
+			leastPrivilege(t, o.GetName(), d.Spec.Template.Spec)
+		}
 		if kind.Kind != "DaemonSet" {
 			continue
 		}
@@ -48,6 +61,10 @@ func TestManifests(t *testing.T) {
 			t.Fatal(err)
 		}
 		pod := daemons.Spec.Template.Spec
+		leastPrivilege(t, o.GetName(), pod)
+		if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
+			t.Errorf("%s: every container gets a token", o.GetName())
+		}
 		for _, c := range append(pod.InitContainers, pod.Containers...) {
 			if !strings.HasPrefix(c.Image, "csi-qcow2") {
 				continue
@@ -60,6 +77,98 @@ func TestManifests(t *testing.T) {
 	}
 	if containers != 4 {
 		t.Errorf("%d containers of the driver were found", containers)
+	}
+}
+
+// leastPrivilege checks that a container without block devices and mounts of its own can do nothing else.
+func leastPrivilege(t *testing.T, name string, pod core.PodSpec) {
+	t.Helper()
+	for _, c := range append(pod.InitContainers, pod.Containers...) {
+		may := c.SecurityContext
+		if may == nil || may.ReadOnlyRootFilesystem == nil || !*may.ReadOnlyRootFilesystem {
+			t.Errorf("%s, container %s: can write to its root file system", name, c.Name)
+			continue
+		}
+		if may.Privileged != nil && *may.Privileged {
+			continue
+		}
+		if may.AllowPrivilegeEscalation == nil || *may.AllowPrivilegeEscalation || may.Capabilities == nil ||
+			!slices.Contains(may.Capabilities.Drop, "ALL") || may.SeccompProfile == nil || may.SeccompProfile.Type != core.SeccompProfileTypeRuntimeDefault {
+			t.Errorf("%s, container %s: %v", name, c.Name, may)
+		}
+	}
+}
+
+// A node's account, whose token says on which node it is used, writes nothing of other nodes.
+func TestPolicies(t *testing.T) {
+	s := newSpace(t)
+	volume := func(name, node, driver string) *core.PersistentVolume {
+		return &core.PersistentVolume{
+			ObjectMeta: metav1.ObjectMeta{Name: name},
+			Spec: core.PersistentVolumeSpec{
+				Capacity:               core.ResourceList{core.ResourceStorage: resource.MustParse("1Gi")},
+				AccessModes:            []core.PersistentVolumeAccessMode{core.ReadWriteOnce},
+				PersistentVolumeSource: core.PersistentVolumeSource{CSI: &core.CSIPersistentVolumeSource{Driver: driver, VolumeHandle: name}},
+				NodeAffinity: &core.VolumeNodeAffinity{Required: &core.NodeSelector{NodeSelectorTerms: []core.NodeSelectorTerm{{
+					MatchExpressions: []core.NodeSelectorRequirement{{Key: "topology.qcow2.csi.dev/node", Operator: core.NodeSelectorOpIn, Values: []string{node}}},
+				}}}},
+			},
+		}
+	}
+	as := func(node string) *kubernetes.Clientset {
+		config := rest.CopyConfig(restConfig)
+		config.Impersonate = rest.ImpersonationConfig{
+			UserName: "system:serviceaccount:csi-qcow2:csi-qcow2-node",
+			Extra:    map[string][]string{"authentication.kubernetes.io/node-name": {node}},
+		}
+		return kubernetes.NewForConfigOrDie(config)
+	}
+	dry := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}}
+	for _, c := range []struct {
+		name, of, driver string
+		allowed          bool
+	}{
+		{"own", "n1", "qcow2.csi.dev", true},
+		{"of another node", "n2", "qcow2.csi.dev", false},
+		{"of another driver", "n1", "other.csi.dev", false},
+	} {
+		_, err := as("n1").CoreV1().PersistentVolumes().Create(s.ctx, volume("policy", c.of, c.driver), dry)
+		if (err == nil) != c.allowed {
+			t.Errorf("make a PersistentVolume %s: %v", c.name, err)
+		}
+	}
+	claim, err := client.CoreV1().PersistentVolumeClaims(s.name).Create(s.ctx, &core.PersistentVolumeClaim{
+		ObjectMeta: metav1.ObjectMeta{Name: "policy"},
+		Spec: core.PersistentVolumeClaimSpec{
+			AccessModes: []core.PersistentVolumeAccessMode{core.ReadWriteOnce}, StorageClassName: new(string),
+			Resources: core.VolumeResourceRequirements{Requests: core.ResourceList{core.ResourceStorage: resource.MustParse("1Gi")}},
+		},
+	}, metav1.CreateOptions{})
+	s.check(err)
+	for patch, allowed := range map[string]bool{
+		`{"metadata":{"annotations":{"volume.kubernetes.io/selected-node":"n1"}}}`: true,
+		`{"metadata":{"annotations":{"volume.kubernetes.io/selected-node":"n2"}}}`: false,
+		`{"spec":{"volumeName":"stolen"}}`:                                         false,
+	} {
+		_, err := as("n1").CoreV1().PersistentVolumeClaims(s.name).Patch(s.ctx, claim.Name, types.MergePatchType, []byte(patch),
+			metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+		if (err == nil) != allowed {
+			t.Errorf("patch a claim with %s: %v", patch, err)
+		}
+	}
+}
+
+// The image says what is in it, as scanners want it.
+func TestImageListsItsPackages(t *testing.T) {
+	out, err := exec.CommandContext(t.Context(), "cluster/kubectl", "-n", "csi-qcow2", "exec", "ds/csi-qcow2-node", "-c", "csi-qcow2", "--",
+		"cat", "/var/lib/dpkg/status", "/etc/os-release").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"Package: e2fsprogs\n", "Package: libc6\n", "Package: xfsprogs\n", "ID=debian\n"} {
+		if !strings.Contains(string(out), line) {
+			t.Errorf("the image does not list %q", line)
+		}
 	}
 }
 
