@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 )
@@ -33,4 +35,29 @@ func TestHelp(t *testing.T) {
 		}
 	}
 	visit(newRootCommand())
+}
+
+// TestHelpFits: a help is as wide as a terminal of 80 columns, but for examples, which are to be copied.
+func TestHelpFits(t *testing.T) {
+	var visit func(*cobra.Command)
+	visit = func(c *cobra.Command) {
+		if c.Hidden {
+			return
+		}
+		var out bytes.Buffer
+		c.SetOut(&out)
+		printHelp(c, nil)
+		for line := range strings.Lines(strings.Replace(out.String(), c.Example, "", 1)) {
+			if utf8.RuneCountInString(strings.TrimSuffix(line, "\n")) > 80 {
+				t.Errorf("%s: %s", c.CommandPath(), line)
+			}
+		}
+		for _, sub := range c.Commands() {
+			visit(sub)
+		}
+	}
+	visit(newRootCommand())
+	if got, want := folded("one two\nthree\n\n  kept as it is\nfour", 9), "one two\nthree\n\n  kept as it is\nfour"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
 }

@@ -13,7 +13,7 @@ func newHolderCommand() *cobra.Command {
 	var o holder.Options
 	cmd := &cobra.Command{
 		Use:   "holder",
-		Short: "Keep the block devices of attached volumes while the engine is restarted",
+		Short: "Keep the block devices of volumes while the engine restarts",
 		Long: `Keep the descriptors of the block devices that an engine with --holder serves. While the engine, or one of its
 workers, is dead or replaced, pods wait instead of getting I/O errors.
 

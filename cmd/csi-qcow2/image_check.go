@@ -155,7 +155,7 @@ func (r checkReport) table(w io.Writer) {
 		fmt.Fprintf(w, "%d references to content led nowhere and were given up.\n", r.Lost)
 	}
 	if r.Total > 0 {
-		fmt.Fprintf(w, "%d of %d clusters are allocated (%.2f %%); the image ends at offset %d.\n",
+		fmt.Fprintf(w, "%d of %d clusters are allocated (%.2f %%).\nThe image ends at offset %d.\n",
 			r.Allocated, r.Total, 100*float64(r.Allocated)/float64(r.Total), r.ImageEnd)
 	}
 }

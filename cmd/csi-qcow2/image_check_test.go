@@ -158,7 +158,7 @@ func TestCheckSays(t *testing.T) {
 	})
 	r := run(t, "image", "check", image)
 	lines := strings.Split(r.stdout, "\n")
-	if r.status != 3 || len(lines) != 4 || lines[0] != "20 clusters are leaked: they cost space and do no harm." ||
+	if r.status != 3 || len(lines) != 5 || lines[0] != "20 clusters are leaked: they cost space and do no harm." ||
 		!strings.HasPrefix(lines[1], "leak: cluster ") || !strings.Contains(lines[1], "and 18 more like it, up to: leak: cluster ") {
 		t.Errorf("exit status %d:\n%s", r.status, r.stdout)
 	}

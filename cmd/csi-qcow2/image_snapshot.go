@@ -49,7 +49,7 @@ func snapshotTable(w io.Writer, snapshots []qcow2.Snapshot) {
 func localTime(t time.Time) string { return t.Local().Format(time.DateTime + " MST") }
 
 func newImageSnapshotCommand() *cobra.Command {
-	group := newGroup("snapshot", "Take, restore, delete, rename and list the internal snapshots of an image",
+	group := newGroup("snapshot", "Take, restore, delete, rename and list snapshots of an image",
 		`Take, restore, delete, rename and list the internal snapshots of an image. Each change is one atomic switch: after
 a crash the image is as before or as after.
 

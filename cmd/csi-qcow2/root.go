@@ -32,6 +32,7 @@ with QEMU's own tools at any time.`,
 		return wrongUsage(cmd, fmt.Errorf("%w (see %s --help)", err, cmd.CommandPath()))
 	})
 	root.SetVersionTemplate("csi-qcow2 {{.Version}}\n")
+	root.SetHelpFunc(printHelp)
 	addCompletions(root)
 	return root
 }
