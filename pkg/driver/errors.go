@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -67,7 +68,15 @@ func toStatus(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err // made by gRPC: UNIMPLEMENTED
 	}
-	return status.Error(codeOf(err), err.Error())
+	return status.Error(codeOf(err), inPlainWords(err.Error()))
+}
+
+// inPlainWords replaces what Go says of a call that ended before its work: what goes on, a copy for example, is asked for again.
+func inPlainWords(text string) string {
+	return strings.NewReplacer(
+		context.DeadlineExceeded.Error(), "not finished in time",
+		context.Canceled.Error(), "given up before it was finished",
+	).Replace(text)
 }
 
 func codeOf(err error) codes.Code {

@@ -3,6 +3,8 @@ package engine
 import (
 	"context"
 	"errors"
+	"regexp"
+	"strings"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -126,7 +128,31 @@ func fromStatus(err error) error {
 		return remote
 	}
 	remote.add(func(k kind) bool { return k.byGRPC && k.code == st.Code() })
+	remote.text = plain(st)
 	return remote
+}
+
+// dialed is what gRPC says of a socket that cannot be reached.
+var dialed = regexp.MustCompile(`dial unix (\S+): (?:connect: )?([^"]*)`)
+
+// plain says what happened to a call, or to its connection, to people who know neither Go nor gRPC.
+func plain(st *status.Status) string {
+	switch text := st.Message(); st.Code() {
+	case codes.Unavailable:
+		if socket := dialed.FindStringSubmatch(text); socket != nil {
+			return socket[1] + " does not answer: " + socket[2]
+		}
+		if strings.Contains(text, "transport") || strings.Contains(text, "EOF") {
+			return "the connection ended before there was an answer"
+		}
+		return text
+	case codes.DeadlineExceeded:
+		return "not finished in time"
+	case codes.Canceled:
+		return "given up before it was finished"
+	default:
+		return text
+	}
 }
 
 // remoteError is an error from the other end of a connection.

@@ -127,10 +127,21 @@ func (l *Lease) openWith(open func(path string) (qcow2.File, error)) (qcow2.File
 	}
 	f, err := open(l.pool.ImagePath(l.id))
 	if errors.Is(err, qcow2.ErrInUse) {
-		return nil, fmt.Errorf("%w: %w", ErrInUse, err)
+		return nil, fmt.Errorf("%w: %w", ErrInUse, imageOpenError{l.pool.ImagePath(l.id), err})
 	}
 	return f, err
 }
+
+// imageOpenError says who has an image, as far as that is known: a program that minds QEMU's locks.
+type imageOpenError struct {
+	image string
+	error
+}
+
+func (e imageOpenError) Error() string {
+	return "another program, QEMU for example, has the image open (" + e.image + ")"
+}
+func (e imageOpenError) Unwrap() error { return e.error }
 
 // Update rewrites volume.json durably, with what change has made of it. ID and name stay. Up to 4 KiB, it
 // needs no space on the file system; beyond, qcow2.ErrNoSpace when that is full.

@@ -26,6 +26,7 @@ var (
 	// ErrNotReady is returned by every operation when the directory holds no pool.json, or another pool's: its disk
 	// is probably not mounted.
 	ErrNotReady = errors.New("pool is not ready")
+	errNoPool   = errors.New("it has no " + identityFile + "; is its disk mounted?")
 	// ErrNotFound is returned for a volume that this pool does not hold.
 	ErrNotFound = errors.New("volume not found")
 	// ErrExists is returned when a volume of the name, or of the ID, exists.
@@ -134,6 +135,9 @@ func enterAny(path string) (dir, identity, error) {
 		return dir{}, identity{}, fmt.Errorf("%w: %w", ErrNotReady, err)
 	}
 	id, err := readIdentity(root)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = errNoPool
+	}
 	for _, sub := range []string{volumesDir, creatingDir, removingDir} {
 		if err == nil {
 			err = root.expect(sub, fs.ModeDir)
