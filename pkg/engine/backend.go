@@ -18,7 +18,8 @@ import (
 type backend struct {
 	*qcow2.Image
 	failed    atomic.Pointer[error]
-	corrupted atomic.Bool // and said so
+	corrupted atomic.Bool   // and said so
+	discarded chan struct{} // has one when something was discarded since trim looked
 
 	reads, writes, zeroes, discards, flushes operations
 
@@ -82,7 +83,12 @@ func (b *backend) WriteZeroes(off, n int64) error {
 
 func (b *backend) Discard(off, n int64) error {
 	start := time.Now()
-	return b.note(&b.discards, start, n, b.Image.Discard(off, n))
+	err := b.note(&b.discards, start, n, b.Image.Discard(off, n))
+	select {
+	case b.discarded <- struct{}{}:
+	default:
+	}
+	return err
 }
 
 func (b *backend) Flush() error {

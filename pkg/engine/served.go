@@ -119,6 +119,7 @@ func (s *served) begin(ctx context.Context, k *kept, avoid []string) error {
 	s.leaky.Store(unclean)
 	s.lastAnswer.Store(time.Now().UnixNano())
 	s.tasks.Go(s.watch)
+	s.tasks.Go(s.trim)
 	s.tasks.Go(func() {
 		sweepClones(s.img, volume, orphans)
 		if unclean {
@@ -164,7 +165,7 @@ func (s *served) openImage(ctx context.Context, k *kept) error {
 		}
 		return err
 	}
-	s.log, s.backend = log, &backend{Image: s.img}
+	s.log, s.backend = log, &backend{Image: s.img, discarded: make(chan struct{}, 1)}
 	return nil
 }
 

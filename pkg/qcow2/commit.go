@@ -29,6 +29,13 @@ func (img *Image) Flush() error {
 	return errors.Join(err, img.retire(freed))
 }
 
+// HasFreed tells whether clusters that guests have given up wait for the next flush.
+func (img *Image) HasFreed() bool {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return len(img.freed) > 0
+}
+
 func (img *Image) setReleasing(yes bool) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
