@@ -124,11 +124,9 @@ func importStream(cmd *cobra.Command, image string, isRaw bool, flags *createFla
 		if err != nil {
 			return err
 		}
-		if format == "qcow2" {
-			return errors.New("standard input is a qcow2 image, which cannot be read as a stream: save it, and import the file")
-		}
-		if err := refuseForeign("standard input", format); err != nil {
-			return err
+		if format != "" {
+			return fmt.Errorf("standard input seems to be no raw disk, but a file of format %s: save it, and import that. "+
+				"If it is a raw disk that happens to look like that, say so with --raw", format)
 		}
 	}
 	return flags.create(cmd.Context(), image, 0, func(img *qcow2.Image) error { return appendStream(cmd.Context(), img, in) })
