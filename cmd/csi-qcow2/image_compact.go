@@ -19,7 +19,8 @@ func newImageCompactCommand() *cobra.Command {
 leaked ones, and free ones that QEMU has left in the file. The content stays what it is, and so do the snapshots,
 with all that they need. An interrupted run has done a part, and another one does the rest.
 
-What a guest has deleted is no zeros: let it run fstrim first, or write zeros to its free space.`,
+What was preallocated and never written is given back as well. What a guest has deleted is no zeros: let it run
+fstrim first, or write zeros to its free space.`,
 		Example: `  csi-qcow2 image compact disk.qcow2`,
 		Args:    takes("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {

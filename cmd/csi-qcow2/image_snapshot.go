@@ -106,7 +106,8 @@ func newSnapshotChange(verb, short, long string, change func(*qcow2.Image, qcow2
 func newSnapshotRenameCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "rename FILE NAME NEW", Short: "Give a snapshot another name",
-		Long:    "Give a snapshot another name, which must be free. Its ID stays.",
+		Long: `Give a snapshot another name, which must be free. Its ID stays. A VolumeSnapshot means its snapshot by the name:
+once that is another, it is lost to the cluster.`,
 		Example: "  csi-qcow2 image snapshot rename disk.qcow2 before-upgrade v1",
 		Args:    takes("FILE", "NAME", "NEW"),
 	}
