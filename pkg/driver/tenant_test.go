@@ -18,7 +18,7 @@ func TestTenantCannotFillThePool(t *testing.T) {
 		limit, says string
 		snapshots   int
 	}{
-		"the pool's space":   {"100000%", "the pool lacks", 4},
+		"the pool's space":   {"100000%", "the pool of node " + testNode + " lacks", 4},
 		"the volume's limit": {"", "snapshotLimit 200%", 2},
 	} {
 		t.Run(name, func(t *testing.T) {
