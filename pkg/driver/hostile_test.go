@@ -10,8 +10,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"unsafe"
 
@@ -40,8 +42,8 @@ func (v *testVolume) enter(pod string) *tenant {
 	must(t, unix.Mknod(node, unix.S_IFBLK|0o600, int(st.Rdev))) // as the container runtime does
 	self, err := os.Executable()
 	must(t, err)
-	p := &tenant{t: t, cmd: exec.Command("unshare", "--mount", "--ipc", "--uts", "--net", "--", "setpriv", "--bounding-set=-all",
-		"--inh-caps=-all", "--no-new-privs", self, "tenant", node)}
+	p := &tenant{t: t, cmd: exec.Command("unshare", "--mount", "--ipc", "--uts", "--net", "--", self, "contain",
+		"setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", self, "tenant", node)}
 	p.in, err = p.cmd.StdinPipe()
 	must(t, err)
 	out, err := p.cmd.StdoutPipe()
@@ -51,6 +53,30 @@ func (v *testVolume) enter(pod string) *tenant {
 	must(t, p.cmd.Start())
 	t.Cleanup(p.leave)
 	return p
+}
+
+// runContained runs a program in this process's mount namespace, which is a new one, without the disks that are mounted there.
+func runContained(_ context.Context, args []string) error {
+	if err := forgetDisks(); err != nil {
+		return err
+	}
+	program, err := exec.LookPath(args[0])
+	if err != nil {
+		return err
+	}
+	return syscall.Exec(program, args, os.Environ())
+}
+
+// forgetDisks unmounts, in a mount namespace of this process's own, the copies of file systems on loop devices: they would keep
+// the devices of other tests busy. A container has none either.
+func forgetDisks() error {
+	all, err := mounts()
+	for _, m := range slices.Backward(all) {
+		if m.isLoop() {
+			err = errors.Join(err, unix.Unmount(m.path, unix.MNT_DETACH))
+		}
+	}
+	return err
 }
 
 // leave ends the process.

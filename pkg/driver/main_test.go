@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		run := map[string]func(context.Context, []string) error{
 			"worker": runTestWorker, "helper": runTestHelper, "engine": runTestEngine, "plugin": runTestPlugin,
-			"stalled": runStalled, "tenant": runTenant, "holder": runTestHolder,
+			"stalled": runStalled, "tenant": runTenant, "contain": runContained, "holder": runTestHolder,
 		}[os.Args[1]]
 		if run != nil {
 			os.Exit(exitCode(run))

@@ -72,7 +72,7 @@ func (f *fuseDirs) serve() {
 
 // runStalled serves such mounts until it is told to end, and says when they are there.
 func runStalled(ctx context.Context, args []string) error {
-	if err := mountStalled(args[0]); err != nil {
+	if err := errors.Join(forgetDisks(), mountStalled(args[0])); err != nil {
 		return err
 	}
 	fmt.Println("mounted")
@@ -89,12 +89,12 @@ func mountStalled(dir string) error {
 		return err
 	}
 	f := &fuseDirs{fd: fd}
-	go f.serve()
 	options := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fd)
 	fuse := filepath.Join(dir, "x")
 	if err := unix.Mount(fuse, fuse, "fuse", 0, options); err != nil {
 		return os.NewSyscallError("mount", err)
 	}
+	go f.serve() // there is nothing to read before
 	for n := range 64 {
 		name := fmt.Sprintf("loop%d", n)
 		if err := os.Mkdir(filepath.Join(dir, name), 0o700); err != nil {

@@ -204,7 +204,8 @@ func (r *rig) detachAll() {
 	}
 	for _, a := range list {
 		err := ErrUnavailable
-		for ctx.Err() == nil && errors.Is(err, ErrUnavailable) { // while its worker is replaced
+		// While its worker is replaced, or another test's process has a copy of the mount.
+		for ctx.Err() == nil && (errors.Is(err, ErrUnavailable) || errors.Is(err, ErrInUse)) {
 			err = r.client.Detach(ctx, a.VolumeID)
 		}
 		if err != nil {
