@@ -91,16 +91,19 @@ func newSnapshotChange(verb, short, long string, change func(*qcow2.Image, qcow2
 	cmd := &cobra.Command{Use: verb + " FILE NAME", Short: short, Long: long, Args: takes("FILE", "NAME")}
 	isID := false
 	addIDFlag(cmd, &isID, "NAME is an ID")
-	cmd.RunE = func(_ *cobra.Command, args []string) error {
-		return withImage(args[0], false, func(img *qcow2.Image) error {
-			selector, err := findSnapshot(img, args[1], isID)
-			if err != nil {
-				return err
-			}
-			return change(img, selector)
-		})
-	}
+	cmd.RunE = func(_ *cobra.Command, args []string) error { return changeSnapshot(args, isID, change) }
 	return cmd
+}
+
+// changeSnapshot changes the snapshot of the image in args[0] that is called args[1].
+func changeSnapshot(args []string, isID bool, change func(*qcow2.Image, qcow2.Selector) error) error {
+	return withImage(args[0], false, func(img *qcow2.Image) error {
+		selector, err := findSnapshot(img, args[1], isID)
+		if err != nil {
+			return err
+		}
+		return change(img, selector)
+	})
 }
 
 func newSnapshotRenameCommand() *cobra.Command {
@@ -114,13 +117,7 @@ once that is another, it is lost to the cluster.`,
 	isID := false
 	addIDFlag(cmd, &isID, "NAME is an ID")
 	cmd.RunE = func(_ *cobra.Command, args []string) error {
-		return withImage(args[0], false, func(img *qcow2.Image) error {
-			selector, err := findSnapshot(img, args[1], isID)
-			if err != nil {
-				return err
-			}
-			return img.RenameSnapshot(selector, args[2])
-		})
+		return changeSnapshot(args, isID, func(img *qcow2.Image, s qcow2.Selector) error { return img.RenameSnapshot(s, args[2]) })
 	}
 	return cmd
 }

@@ -59,8 +59,8 @@ func (s *supervisor) setLost(err error) {
 	s.lostPool = err
 }
 
-// poolLost tells why the pool that was opened is not there any more. It looks at what the kernel has in memory, and does no I/O,
-// which a disk that hangs would never end.
+// poolLost tells why the pool that was opened is not there any more. What it looks at the kernel has in memory, as a rule: a disk
+// that hangs does not hold it up.
 func (s *supervisor) poolLost(disk string) error {
 	s.mu.Lock()
 	p, lock := s.pool, s.lockFile

@@ -34,14 +34,14 @@ type question struct {
 	err    error
 }
 
-// ask returns the unanswered question, or asks. The question ends with the connection to the worker at the latest.
-func (p *process) ask(ctx context.Context) *question {
+// ask returns the unanswered question, or asks now. The question ends with the connection to the worker at the latest.
+func (p *process) ask(ctx context.Context) (q *question, now bool) {
 	p.asked.mu.Lock()
 	defer p.asked.mu.Unlock()
 	if p.asked.pending != nil {
-		return p.asked.pending
+		return p.asked.pending, false
 	}
-	q := &question{since: time.Now(), done: make(chan struct{})}
+	q = &question{since: time.Now(), done: make(chan struct{})}
 	p.asked.pending = q
 	go func() {
 		q.answer, q.err = p.question(context.WithoutCancel(ctx))
@@ -53,7 +53,7 @@ func (p *process) ask(ctx context.Context) *question {
 		}
 		close(q.done)
 	}()
-	return q
+	return q, true
 }
 
 // said returns the worker's last answer, nil if there was none.
@@ -74,14 +74,23 @@ func (p *process) question(ctx context.Context) (*api.Attachment, error) {
 	return r.GetAttachments()[0], nil
 }
 
-// status asks the worker what it serves. Nobody changes the answer, which others have, too.
+// status asks the worker what it serves. Nobody changes the answer, which others have, too. It is not older than the call: a
+// question that was asked before is waited for, and another one asked.
 func (p *process) status(ctx context.Context) (*api.Attachment, error) {
-	return p.await(ctx, p.ask(ctx), statusPatience)
+	q, now := p.ask(ctx)
+	if !now {
+		if _, err := p.await(ctx, q, statusPatience); err != nil {
+			return nil, err
+		}
+		q, _ = p.ask(ctx)
+	}
+	return p.await(ctx, q, statusPatience)
 }
 
 // lastStatus is status for those who ask many: without an answer soon, it returns the last one until it is too old.
 func (p *process) lastStatus(ctx context.Context) (*api.Attachment, error) {
-	q, last := p.ask(ctx), p.said()
+	q, _ := p.ask(ctx)
+	last := p.said()
 	if last == nil {
 		return p.await(ctx, q, statusPatience)
 	}

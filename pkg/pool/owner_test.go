@@ -123,7 +123,7 @@ func TestFirstUseOnAFullFileSystem(t *testing.T) {
 	p := poolIn(t, filepath.Join(testfs.Image(t, "ext4", 32<<20, "mkfs.ext4", "-q", "-F", "-m", "0"), "pool"))
 	asBefore(t, p)
 	ballast := filepath.Join(p.Dir(), "ballast")
-	fillUp(t, ballast)
+	testfs.FillUp(t, ballast)
 	served, err := OpenOn(p.Dir(), "node-a")
 	must(t, err, served.Ready(), os.Remove(ballast))
 	must(t, errOf(OpenOn(p.Dir(), "node-a")))

@@ -41,9 +41,9 @@ func TestReserve(t *testing.T) {
 			}
 
 			ballast := filepath.Join(p.Dir(), "ballast")
-			fillUp(t, ballast)
+			testfs.FillUp(t, ballast)
 			must(t, p.GiveUpReserve())
-			fillUp(t, filepath.Join(p.Dir(), "metadata"))
+			testfs.FillUp(t, filepath.Join(p.Dir(), "metadata"))
 			if got := occupied(t, p, "metadata"); got < need {
 				t.Errorf("the reserve gave %d bytes, an image needs %d", got, need)
 			}

@@ -9,8 +9,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -126,7 +124,7 @@ func TestDeletingOnAFullFileSystem(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := poolIn(t, filepath.Join(testfs.Image(t, name, fs.size, fs.mkfs...), "pool"))
 			tombstone, gone := create(t, p, "tombstone"), create(t, p, "gone")
-			fillUp(t, filepath.Join(p.Dir(), "ballast"))
+			testfs.FillUp(t, filepath.Join(p.Dir(), "ballast"))
 
 			failed := p.Create(t.Context(), newVolume(p, "new"), fillQCOW2)
 			if !errors.Is(failed, qcow2.ErrNoSpace) {
@@ -152,19 +150,4 @@ func TestDeletingOnAFullFileSystem(t *testing.T) {
 			checkImage(t, p, tombstone)
 		})
 	}
-}
-
-// fillUp makes a file that takes all there is, to the last block.
-func fillUp(t *testing.T, path string) {
-	t.Helper()
-	f, err := os.Create(path)
-	must(t, err)
-	defer f.Close()
-	end := int64(0)
-	for size := int64(64 << 20); size >= 512; size /= 2 {
-		for unix.Fallocate(int(f.Fd()), 0, end, size) == nil {
-			end += size
-		}
-	}
-	must(t, f.Sync())
 }

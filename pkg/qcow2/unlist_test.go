@@ -3,13 +3,10 @@ package qcow2
 import (
 	"errors"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 )
@@ -221,7 +218,7 @@ func TestDeleteOnFullFileSystem(t *testing.T) {
 				again := func() File { return open(func() (File, error) { return OpenFile(path, false) }) }
 				want := overwrite(t, f, 64<<10, "one", "two", "three").state()
 				for _, gone := range order {
-					fillUp(t, filepath.Join(dir, "ballast before "+gone))
+					testfs.FillUp(t, filepath.Join(dir, "ballast before "+gone))
 					img, err := Open(again(), OpenOptions{})
 					must(t, err)
 					if _, err := img.CreateSnapshot("four", nil); !errors.Is(err, ErrNoSpace) {
@@ -242,19 +239,4 @@ func TestDeleteOnFullFileSystem(t *testing.T) {
 			})
 		}
 	}
-}
-
-// fillUp takes all blocks that a file system has left.
-func fillUp(t *testing.T, path string) {
-	t.Helper()
-	f, err := os.Create(path)
-	must(t, err)
-	defer f.Close()
-	end := int64(0)
-	for size := int64(64 << 20); size >= 512; size /= 2 {
-		for unix.Fallocate(int(f.Fd()), 0, end, size) == nil {
-			end += size
-		}
-	}
-	must(t, f.Sync())
 }

@@ -1,4 +1,4 @@
-// Package testfs mounts file systems for the duration of a test.
+// Package testfs mounts file systems for the duration of a test, and fills them.
 package testfs
 
 import (
@@ -37,6 +37,25 @@ func Image(t *testing.T, fsType string, size int64, mkfs ...string) string {
 	}
 	defer loop.Close()
 	return detached(t, fsType, "source", loop.Name())
+}
+
+// FillUp makes a file that takes all there is of its file system, to the last block.
+func FillUp(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	end := int64(0)
+	for size := int64(64 << 20); size >= 512; size /= 2 {
+		for unix.Fallocate(int(f.Fd()), 0, end, size) == nil {
+			end += size
+		}
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // loopDevice makes a loop device that is gone when nothing has it open.
