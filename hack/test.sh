@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every test and checks that none of them left a loop device, a mount or a process behind.
+# Runs every test and checks that none of them left a loop device or a process behind, or (hack/alone.sh) a mount.
 # Usage: hack/test.sh [PACKAGE...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,7 +11,6 @@ tmp=$(mktemp -d /var/tmp/q2.XXXX)
 trap 'rm -rf "$tmp" "$tmp".*' EXIT
 
 loops() { losetup --noheadings --output NAME,BACK-FILE | sort; }
-mounts() { cut -d' ' -f5 /proc/self/mountinfo | sort; }
 processes() {
 	local environ
 	for environ in /proc/[0-9]*/environ; do
@@ -22,11 +21,9 @@ processes() {
 }
 leftovers() {
 	comm -13 <(echo "$loops_before") <(loops) | sed 's/^/loop device /'
-	comm -13 <(echo "$mounts_before") <(mounts) | sed 's/^/mount /'
 	processes | sed 's/^/process /'
 }
 loops_before=$(loops)
-mounts_before=$(mounts)
 
 go vet "${packages[@]}"
 
@@ -41,7 +38,7 @@ export CSI_SANITY_REPORT=$tmp.sanity # csi-sanity's count, which go test hides w
 status=0
 run() {
 	# Two at a time: the machine is small and the tests start processes of their own.
-	TMPDIR=$tmp go test -p 2 -timeout 15m "$@" 2>&1 | tee -a "$tmp.log" || status=1
+	TMPDIR=$tmp go test -p 2 -exec "$PWD/hack/alone.sh" -timeout 15m "$@" 2>&1 | tee -a "$tmp.log" || status=1
 }
 ((${#plain[@]})) && run "${plain[@]}"
 ((${#images[@]})) && run -race -run 'Concurren|Online' "${images[@]}"

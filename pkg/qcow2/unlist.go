@@ -26,7 +26,8 @@ func (img *Image) changeInPlace(op operation, cause error) error {
 	if !gone || !errors.Is(err, ErrNoSpace) || img.failed() != nil {
 		return err
 	}
-	// There is no room for new tables of the active disk. What it shared with the snapshot stays counted twice.
+	// There is no room for new tables of the active disk. What it shared with the snapshot stays counted twice, and what guests
+	// change meanwhile is leaked until the next search.
 	_, err = img.ReclaimLeaks(context.Background()) //nolint:forbidigo // a deletion has none
 	return err
 }
