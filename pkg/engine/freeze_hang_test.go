@@ -212,6 +212,7 @@ func (r *rig) stopWhileSyncing(m *mountedFS, calls *sync.WaitGroup) (pid int) {
 
 // An engine ends whatever a freeze is waiting for, the next one goes on at once, and nothing stays frozen.
 func TestEndWhileFreezing(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	for _, step := range []string{"passed", "syncing", "frozen"} {
 		for _, end := range []string{"stop", "kill"} {
 			t.Run(step+"/"+end, func(t *testing.T) {
@@ -274,6 +275,7 @@ func (r *rig) awaitEnd() {
 
 // A worker that hangs keeps no engine from ending, nor the next one from serving the other volumes.
 func TestStopWithHungWorker(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	r := newHeldRig(t)
 	m, other := r.mountedFS("ext4"), r.newVolume("other", 64*mib)
 	w := startWriter(t, r.attach(other), 64*mib)

@@ -84,9 +84,6 @@ func newRig(t *testing.T) *rig {
 // newIdleRig makes an empty directory and a client; the engine is not started.
 func newIdleRig(t *testing.T) *rig {
 	t.Helper()
-	if os.Getenv("GORACE") == "" { // else each process of a race build ends a second late
-		t.Setenv("GORACE", "atexit_sleep_ms=0")
-	}
 	base := t.TempDir()
 	r := &rig{t: t, dir: filepath.Join(base, "pool"), socket: filepath.Join(base, "engine.sock")}
 	must(t, os.Mkdir(r.dir, 0o700))

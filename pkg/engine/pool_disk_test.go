@@ -139,6 +139,7 @@ func TestPoolLostInUse(t *testing.T) {
 
 // The pool's disk hangs: its users wait, which is reported, and go on when it answers again.
 func TestPoolDiskHangs(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	r, id, device, w := newWrittenRig(t)
 	dir, err := os.Open(r.dir)
 	must(t, err)
