@@ -4,11 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/thread"
 )
 
 // namespace is a mount namespace that shows programs what they need and nothing else: mkfs.xfs and resize2fs, for example,
@@ -26,7 +27,7 @@ func newNamespace() (*namespace, error) {
 		return nil, err
 	}
 	ns := &namespace{}
-	err = onThread(func() error {
+	err = thread.Run(func() error {
 		// From here on this thread's mounts are its own. The copies of all others go at once: they keep devices busy.
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return os.NewSyscallError("unshare", err)
@@ -94,7 +95,7 @@ func rebuildRoot(shown []string) error {
 // start calls fn, which starts a process, in the namespace. mounted, unless empty, is shown at scratch to that process
 // alone.
 func (ns *namespace) start(mounted string, fn func() error) error {
-	return onThread(func() error {
+	return thread.Run(func() error {
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return os.NewSyscallError("unshare", err)
 		}
@@ -122,22 +123,6 @@ func (ns *namespace) start(mounted string, fn func() error) error {
 }
 
 func (ns *namespace) Close() error { return ns.file.Close() }
-
-// onThread calls fn on a thread that ends with it, whatever fn has made of it.
-func onThread(fn func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			done <- fn()
-			return // without unlocking: the thread ends
-		}
-		// The main thread would stay, and keep what it was given. It waits here, so that it is not taken again.
-		defer runtime.UnlockOSThread()
-		done <- onThread(fn)
-	}()
-	return <-done
-}
 
 // copyMount returns a mount that is attached nowhere, of what is mounted at path, and of nothing below it.
 func copyMount(path string) (int, error) {

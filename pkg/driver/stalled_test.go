@@ -16,6 +16,8 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/thread"
 )
 
 // fuseDirs is a FUSE server of a file system that is a directory of directories, until it stalls.
@@ -195,7 +197,7 @@ func (v *testVolume) unpublishUnseen(pod string) {
 func TestThreadsEnd(t *testing.T) {
 	var met atomic.Bool
 	for range 2000 {
-		must(t, onThread(func() error {
+		must(t, thread.Run(func() error {
 			if unix.Gettid() == unix.Getpid() {
 				met.Store(true)
 			}
