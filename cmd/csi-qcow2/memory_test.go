@@ -33,6 +33,11 @@ func TestWorkerMemory(t *testing.T) {
 	)
 	a := attachWith(t, size)
 	a.awaitMemory(t, "a new worker", idle)
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", a.worker))
+	must(t, err)
+	if strings.Contains(string(b), "VmLck:\t       0 kB") || !strings.Contains(string(b), "VmLck:") {
+		t.Errorf("its memory can be paged out:\n%s", b)
+	}
 
 	var users sync.WaitGroup
 	var highest atomic.Int64

@@ -11,17 +11,15 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/thread"
 )
 
-// What a process of the engine's may do beyond what belongs to root: mount its FUSE device or freeze a file system, and, for
-// a worker, be an I/O flusher, whose requests wait for no other's memory. Bit n is capability n.
-const (
-	workerCapabilities uint64 = helperCapabilities | 1<<unix.CAP_SYS_RESOURCE
-	helperCapabilities uint64 = 1 << unix.CAP_SYS_ADMIN
-)
+// keptCapabilities are what a worker or helper may do beyond what belongs to root: mount a FUSE device and freeze a file system;
+// keep its memory, be spared when there is none left, and be an I/O flusher, whose requests wait for no other's memory. Bit n
+// is capability n.
+const keptCapabilities uint64 = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_IPC_LOCK | 1<<unix.CAP_SYS_RESOURCE
 
 // startConfined starts a process, which never has other capabilities than these.
-func startConfined(cmd *exec.Cmd, capabilities uint64) error {
+func startConfined(cmd *exec.Cmd) error {
 	return thread.Run(func() error {
-		if err := confine(capabilities); err != nil {
+		if err := confine(); err != nil {
 			return fmt.Errorf("drop capabilities: %w", err)
 		}
 		return cmd.Start()
@@ -29,9 +27,9 @@ func startConfined(cmd *exec.Cmd, capabilities uint64) error {
 }
 
 // confine bounds what programs may have that this thread starts.
-func confine(capabilities uint64) error {
+func confine() error {
 	for c := uintptr(0); ; c++ {
-		if capabilities>>c&1 == 1 {
+		if keptCapabilities>>c&1 == 1 {
 			continue
 		}
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)

@@ -80,7 +80,7 @@ func startHelper(dir *os.File) (*helper, error) {
 		cmd.ExtraFiles = []*os.File{dir} // helperDirFD
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := startConfined(cmd, helperCapabilities); err != nil {
+	if err := startConfined(cmd); err != nil {
 		ours.Close()
 		return nil, fmt.Errorf("start a helper: %w", err)
 	}

@@ -73,7 +73,7 @@ func startProcess(command []string, o WorkerOptions) (*process, error) {
 		ours.Close()
 		return nil, err
 	}
-	if err := startConfined(cmd, workerCapabilities); err != nil {
+	if err := startConfined(cmd); err != nil {
 		conn.Close()
 		ours.Close()
 		return nil, fmt.Errorf("start the worker of %s: %w", volume, err)
