@@ -25,6 +25,7 @@ type bench struct {
 	pairs   int
 	load    time.Duration // of the guest before, between and after operations
 	sizes   []string      // of disks, as qemu-img understands them
+	hosts   string        // the pause part's file systems
 	only    *regexp.Regexp
 	report  report
 }
@@ -47,6 +48,7 @@ func run(ctx context.Context) error {
 	flag.StringVar(&sizes, "sizes", "64G,256G,1T", "sizes of fully mapped disks")
 	flag.IntVar(&b.pairs, "pairs", 5, "pairs of runs of which the median is taken")
 	flag.DurationVar(&b.load, "load", 3*time.Second, "how long a guest works before and after an operation")
+	flag.StringVar(&b.hosts, "hosts", "ext4,XFS,btrfs", "the file systems that the pause part's pools are on")
 	flag.StringVar(&parent, "dir", "/var/tmp", "where to make scratch files")
 	flag.StringVar(&jsonPath, "json", "", "write the figures to this file, too")
 	raw := flag.String("pass-through", "", "serve this raw file as the io part's ceiling, and nothing else")
@@ -74,6 +76,7 @@ func run(ctx context.Context) error {
 		{"open", b.open},
 		{"online", b.online},
 		{"throughput", b.throughput},
+		{"pause", b.pause},
 		{"fsync", b.fsync},
 		{"restore", b.restore},
 		{"layout", b.layout},

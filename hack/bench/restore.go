@@ -25,14 +25,8 @@ func (b *bench) restore(ctx context.Context) error {
 			return err
 		}
 	}
-	for _, fs := range []struct {
-		name string
-		mkfs []string
-	}{
-		{"XFS", []string{"mkfs.xfs", "-q", "-m", "reflink=1"}},
-		{"btrfs", []string{"mkfs.btrfs", "-q"}},
-	} {
-		if err := b.restoreSharing(ctx, fs.name, fs.mkfs); err != nil {
+	for _, fs := range hostFileSystems()[1:] {
+		if err := b.onHost(ctx, fs, func(dir string) error { return b.restoreSharing(ctx, fs.name, dir) }); err != nil {
 			return fmt.Errorf("on %s: %w", fs.name, err)
 		}
 	}
@@ -82,22 +76,7 @@ func restoreOnce(ctx context.Context, source string, restore func(dst string) er
 }
 
 // restoreSharing measures on a file system of its own that can share blocks. QEMU's tools cannot, so nothing is compared.
-func (b *bench) restoreSharing(ctx context.Context, name string, mkfs []string) (err error) {
-	device, dir := filepath.Join(b.dir, name), filepath.Join(b.dir, name+"-mounted")
-	if err := errors.Join(os.WriteFile(device, nil, 0o600), os.Truncate(device, 400<<30), os.Mkdir(dir, 0o700)); err != nil {
-		return err
-	}
-	if _, err := command(ctx, mkfs[0], append(mkfs[1:], device)...); err != nil {
-		return err
-	}
-	if _, err := command(ctx, "mount", "-o", "loop", device, dir); err != nil {
-		return err
-	}
-	defer func() {
-		_, e := command(context.WithoutCancel(ctx), "umount", dir)
-		err = errors.Join(err, e, os.Remove(device))
-	}()
-
+func (b *bench) restoreSharing(ctx context.Context, name, dir string) error {
 	if err := b.sharing(ctx, dir, name+", 100 GiB in one piece", 100<<30, func(path string) error {
 		_, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=falloc", path, "100G")
 		return err
@@ -108,26 +87,32 @@ func (b *bench) restoreSharing(ctx context.Context, name string, mkfs []string) 
 		if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, strconv.Itoa(scatterSize)); err != nil {
 			return err
 		}
-		return scatter(path, 100_000)
+		return scatter(path, scatterWrites)
 	})
 }
 
 // scatterSize is the size of a disk that is written at random places.
 const scatterSize = 16 << 30
 
-// scatter makes so many 4 KiB writes at random places of a disk.
+const scatterWrites = 100_000
+
+// scatter makes so many 4 KiB writes at random places of an image's disk.
 func scatter(path string, writes int) error {
 	s, err := serveOurs(path)
 	if err != nil {
 		return err
 	}
+	return errors.Join(scatterOn(s, writes), s.close())
+}
+
+func scatterOn(t target, writes int) error {
 	rng, p := rand.New(rand.NewPCG(3, 4)), alignedBlock()
 	for range writes {
-		if _, err = s.WriteAt(p, rng.Int64N(scatterSize/guestBlock)*guestBlock); err != nil {
-			break
+		if _, err := t.WriteAt(p, rng.Int64N(scatterSize/guestBlock)*guestBlock); err != nil {
+			return err
 		}
 	}
-	return errors.Join(err, s.close())
+	return t.Flush()
 }
 
 // sharing restores a snapshot of an attached volume, first with nothing beside, then while fio works on the volume.

@@ -33,6 +33,39 @@ func onLoop(ctx context.Context, path string) (device string, end func() error, 
 	}, nil
 }
 
+// hostFileSystem is one that a pool may be on.
+type hostFileSystem struct {
+	name string
+	mkfs []string
+}
+
+func hostFileSystems() []hostFileSystem {
+	return []hostFileSystem{
+		{"ext4", []string{"mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0"}},
+		{"XFS", []string{"mkfs.xfs", "-q", "-m", "reflink=1"}},
+		{"btrfs", []string{"mkfs.btrfs", "-q"}},
+	}
+}
+
+// onHost makes a file system on a disk of its own, of 400 GiB, and mounts it for the time of a call.
+func (b *bench) onHost(ctx context.Context, fs hostFileSystem, do func(dir string) error) (err error) {
+	disk, dir := filepath.Join(b.dir, fs.name), filepath.Join(b.dir, fs.name+"-mounted")
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 400<<30), os.Mkdir(dir, 0o700)); err != nil {
+		return err
+	}
+	if _, err := command(ctx, fs.mkfs[0], append(fs.mkfs[1:], disk)...); err != nil {
+		return err
+	}
+	if _, err := command(ctx, "mount", "-o", "loop", disk, dir); err != nil {
+		return err
+	}
+	defer func() {
+		_, e := command(context.WithoutCancel(ctx), "umount", dir)
+		err = errors.Join(err, e, os.Remove(disk), os.Remove(dir))
+	}()
+	return do(dir)
+}
+
 // ioRaw does not remove the raw file.
 func (b *bench) ioRaw(ctx context.Context, raw string) (*ioTarget, error) {
 	device, end, err := onLoop(ctx, raw)
