@@ -33,13 +33,13 @@ func serveQEMU(ctx context.Context, dir, image string) (*served, error) {
 		return nil, err
 	}
 	d := &daemon{paths: []string{socket, export}}
-	d.cmd = exec.CommandContext(ctx, "qemu-storage-daemon",
+	d.cmd = exec.Command("qemu-storage-daemon", //nolint:noctx // it ends by stop alone, after who uses the disk
 		"--chardev", "socket,id=qmp,path="+socket+",server=on,wait=off", "--monitor", "chardev=qmp",
 		"--blockdev", "driver=file,node-name=file,discard=unmap,filename="+image,
 		"--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap",
 		"--export", "type=fuse,id=export,node-name=disk,writable=on,mountpoint="+export)
-	d.cmd.Cancel = func() error { return d.cmd.Process.Signal(syscall.SIGTERM) }
 	d.cmd.Stderr = os.Stderr
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := d.cmd.Start(); err != nil {
 		return nil, err
 	}

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,12 +20,12 @@ type serverProcess struct {
 	line string // the first that it has printed, of a pass-through
 }
 
-// startServer starts one, and reads the first line of a pass-through's output.
-func startServer(ctx context.Context, program string, args ...string) (*serverProcess, error) {
-	p := &serverProcess{cmd: exec.CommandContext(ctx, program, args...)}
-	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
-	p.cmd.WaitDelay = 20 * time.Second
+// startServer starts one, and reads the first line of a pass-through's output. It ends by stop alone: whoever is interrupted
+// stops using the disk first.
+func startServer(program string, args ...string) (*serverProcess, error) {
+	p := &serverProcess{cmd: exec.Command(program, args...)} //nolint:noctx // see above
 	p.cmd.Stderr = os.Stderr
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal's interrupt is for the bench
 	if args[0] != "-pass-through" {
 		return p, p.cmd.Start()
 	}

@@ -78,7 +78,7 @@ func (b *bench) ioPassThrough(ctx context.Context, raw string) (*ioTarget, error
 	if _, err := command(ctx, "cp", "--sparse=never", raw, path); err != nil {
 		return nil, err
 	}
-	p, err := startServer(ctx, "/proc/self/exe", "-pass-through", path)
+	p, err := startServer("/proc/self/exe", "-pass-through", path)
 	if err != nil {
 		return nil, err
 	}
@@ -112,7 +112,7 @@ func (b *bench) ioQEMU(ctx context.Context, image string) (*ioTarget, error) {
 	if err != nil {
 		return nil, err
 	}
-	server, err := startServer(ctx, "qemu-storage-daemon",
+	server, err := startServer("qemu-storage-daemon",
 		"--blockdev", "driver=file,node-name=file,discard=unmap,aio=io_uring,cache.direct=on,filename="+path,
 		"--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap,cache.direct=on",
 		"--export", "type=fuse,id=export,node-name=disk,writable=on,mountpoint="+export)

@@ -38,7 +38,7 @@ func (b *bench) attach(ctx context.Context, parent string, size int64, makeImage
 	if err := p.Create(ctx, v, func(_ context.Context, path string) error { return makeImage(path) }); err != nil {
 		return nil, err
 	}
-	server, err := startServer(ctx, b.program, "engine", "--listen=unix://"+socket, "--pool="+home)
+	server, err := startServer(b.program, "engine", "--listen=unix://"+socket, "--pool="+home)
 	if err != nil {
 		return nil, err
 	}

@@ -266,3 +266,28 @@ func flockIsAwaited(t *testing.T, f *os.File) bool {
 	}
 	return false
 }
+
+// Updates of a volume from several places are made one after the other: none is lost.
+func TestUpdatesAtOnce(t *testing.T) {
+	p := newPool(t)
+	id := create(t, p, "v")
+	l := lock(t, p, id)
+	before := l.Volume().Size
+	const writers, times = 4, 20
+	var all sync.WaitGroup
+	for range writers {
+		all.Go(func() {
+			for range times {
+				if err := l.Update(func(v *Volume) { v.Size++ }); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	v, err := p.Volume(id)
+	must(t, err)
+	if got := v.Size - before; got != writers*times {
+		t.Errorf("%d of %d updates", got, writers*times)
+	}
+}
