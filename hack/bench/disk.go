@@ -25,7 +25,7 @@ func newDisk(dir, size string) (*disk, error) {
 		return nil, err
 	}
 	d := &disk{l2: n / 8192, rc: n / 32768}
-	d.f, err = os.OpenFile(filepath.Join(dir, "disk"), os.O_RDWR|os.O_CREATE|os.O_TRUNC|unix.O_DIRECT, 0o600)
+	d.f, err = os.OpenFile(filepath.Join(dir, "metadata"), os.O_RDWR|os.O_CREATE|os.O_TRUNC|unix.O_DIRECT, 0o600)
 	if err != nil {
 		return nil, err
 	}

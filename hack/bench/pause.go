@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -20,7 +19,8 @@ import (
 // pause compares, on block devices as pods get them, how long a guest's longest write and flush take without and with an
 // operation beside: a snapshot taken, restored and deleted. Ours is a volume of an engine in a pool on each file system; its
 // peers are a raw file on a loop device that is reflinked, which is what a driver with a file per volume does, and
-// qemu-storage-daemon behind its FUSE export.
+// qemu-storage-daemon behind its FUSE export. The bound is what the host's disk does to a raw file's guest while somebody moves
+// an operation's bytes of metadata, with its two syncs, in a file beside.
 func (b *bench) pause(ctx context.Context) error {
 	for _, fs := range hostFileSystems() {
 		if !slices.Contains(strings.Split(b.hosts, ","), fs.name) {
@@ -73,8 +73,10 @@ func (b *bench) pausesOn(ctx context.Context, fs hostFileSystem, dir string) err
 		name  string
 		disks []func(context.Context, string) (*guestDisk, error)
 	}{
-		{"16 GiB, 100,000 random writes", []func(context.Context, string) (*guestDisk, error){b.scatteredOurs, b.scatteredRaw, b.scatteredQEMU}},
-		{"1 TiB, mapped", []func(context.Context, string) (*guestDisk, error){b.mappedOurs, b.mappedQEMU}},
+		{"16 GiB, 100,000 random writes", []func(context.Context, string) (*guestDisk, error){
+			b.scatteredOurs, b.scatteredRaw, b.scatteredQEMU, b.boundOf("16G"),
+		}},
+		{"1 TiB, mapped", []func(context.Context, string) (*guestDisk, error){b.mappedOurs, b.mappedQEMU, b.boundOf("1T")}},
 	} {
 		if err := b.pausesOf(ctx, fs.name+", "+d.name, dir, d.disks); err != nil {
 			return err
@@ -90,15 +92,15 @@ type pauses struct {
 	took    []time.Duration            // the operation
 }
 
-func (b *bench) pausesOf(ctx context.Context, name, dir string, makes []func(context.Context, string) (*guestDisk, error)) (err error) {
+func (b *bench) pausesOf(ctx context.Context, name, dir string, kinds []func(context.Context, string) (*guestDisk, error)) (err error) {
 	var disks []*guestDisk
 	defer func() {
 		for _, d := range disks {
 			err = errors.Join(err, d.end())
 		}
 	}()
-	for _, make := range makes {
-		d, err := make(ctx, dir)
+	for _, open := range kinds {
+		d, err := open(ctx, dir)
 		if err != nil {
 			return err
 		}
@@ -238,7 +240,7 @@ func (b *bench) reportPauses(name string, disks []*guestDisk, seen map[string]*p
 					x.Ours = usual
 				case d.name == "QEMU":
 					x.QEMU = usual
-				default:
+				case d.name == "bound":
 					x.Bound = usual
 				}
 			}
@@ -284,25 +286,58 @@ func (b *bench) guestOurs(ctx context.Context, dir string, size int64, makeImage
 	}, func() error { return errors.Join(d.Close(), v.end()) }}, nil
 }
 
-// scatteredRaw puts a raw file, written at the same places, on a loop device. Its snapshots are reflinks.
+// scatteredRaw puts a raw file, written at the same places, on a loop device. Its snapshots are reflinks. nil where there
+// are none.
 func (b *bench) scatteredRaw(ctx context.Context, dir string) (*guestDisk, error) {
 	raw := filepath.Join(dir, "raw")
-	if err := errors.Join(os.WriteFile(raw, nil, 0o600), os.Truncate(raw, scatterSize)); err != nil {
-		return nil, err
-	}
 	reflink := func(from, to string) func() error {
 		return func() error {
 			_, err := command(ctx, "cp", "--reflink=always", from, to)
 			return err
 		}
 	}
-	if err := exec.CommandContext(ctx, "cp", "--reflink=always", raw, raw+".s").Run(); err != nil {
-		return nil, os.Remove(raw) // there are none on this file system
-	}
-	if err := os.Remove(raw + ".s"); err != nil {
+	if err := os.WriteFile(raw, []byte("content"), 0o600); err != nil {
 		return nil, err
 	}
-	device, detach, err := onLoop(ctx, raw)
+	if reflink(raw, raw+".s")() != nil {
+		return nil, errors.Join(os.Remove(raw), os.RemoveAll(raw+".s"))
+	}
+	return b.guestRaw(ctx, "reflinked raw file", raw, []namedStep{
+		{"create", reflink(raw, raw+".s")},
+		{"restore", reflink(raw+".s", raw+".restored")},
+		{"delete", func() error { return errors.Join(os.Remove(raw+".s"), os.Remove(raw+".restored")) }},
+	})
+}
+
+// boundOf returns what makes a raw file's disk beside which the metadata of a disk of a size is moved.
+func (b *bench) boundOf(size string) func(context.Context, string) (*guestDisk, error) {
+	return func(ctx context.Context, dir string) (*guestDisk, error) {
+		beside, err := newDisk(dir, size)
+		if err != nil {
+			return nil, err
+		}
+		var operations []namedStep
+		for _, s := range steps() {
+			if name, ok := map[string]string{"create, first": "create", "delete, last": "delete"}[s.name]; ok {
+				operations = append(operations, namedStep{name, func() error { _, err := beside.transfer(s); return err }})
+			}
+		}
+		d, err := b.guestRaw(ctx, "bound", filepath.Join(dir, "bound"), operations)
+		if err != nil {
+			return nil, errors.Join(err, beside.close())
+		}
+		end := d.end
+		d.end = func() error { return errors.Join(end(), beside.close()) }
+		return d, nil
+	}
+}
+
+// guestRaw puts a raw file of its own on a loop device and writes it at random places.
+func (b *bench) guestRaw(ctx context.Context, name, path string, operations []namedStep) (*guestDisk, error) {
+	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, scatterSize)); err != nil {
+		return nil, err
+	}
+	device, detach, err := onLoop(ctx, path)
 	if err != nil {
 		return nil, err
 	}
@@ -313,11 +348,7 @@ func (b *bench) scatteredRaw(ctx context.Context, dir string) (*guestDisk, error
 	if err := scatterOn(d, scatterWrites); err != nil {
 		return nil, errors.Join(err, d.Close(), detach())
 	}
-	return &guestDisk{"reflinked raw file", d, scatterSize, []namedStep{
-		{"create", reflink(raw, raw+".s")},
-		{"restore", reflink(raw+".s", raw+".restored")},
-		{"delete", func() error { return errors.Join(os.Remove(raw+".s"), os.Remove(raw+".restored")) }},
-	}, func() error { return errors.Join(d.Close(), detach(), os.Remove(raw)) }}, nil
+	return &guestDisk{name, d, scatterSize, operations, func() error { return errors.Join(d.Close(), detach(), os.Remove(path)) }}, nil
 }
 
 func (b *bench) scatteredQEMU(ctx context.Context, dir string) (*guestDisk, error) {
