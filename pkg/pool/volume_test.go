@@ -281,6 +281,9 @@ func TestUpdatesAtOnce(t *testing.T) {
 				if err := l.Update(func(v *Volume) { v.Size++ }); err != nil {
 					t.Error(err)
 				}
+				if l.Volume().Size <= before {
+					t.Error("an Update is not seen")
+				}
 			}
 		})
 	}
