@@ -32,7 +32,10 @@ func newNamespace() (*namespace, error) {
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return os.NewSyscallError("unshare", err)
 		}
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		switch err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); {
+		case errors.Is(err, unix.EINVAL):
+			return errors.New("the root directory is no mount point, as in a chroot: bind-mount it on itself first")
+		case err != nil:
 			return os.NewSyscallError("mount", err)
 		}
 		shown := []string{"/"}
