@@ -108,7 +108,7 @@ func (c *controller) holdUnstaged(ctx context.Context, id string) (release func(
 	case errors.Is(err, engine.ErrNotAttached):
 		return release, nil
 	case err == nil:
-		err = refuse(errPrecondition, "volume %s is in use as %s", id, a.Device)
+		err = refuse(errPrecondition, "volume %s is in use as %s: end the pods that use it", id, a.Device)
 		fallthrough
 	default:
 		release()

@@ -71,11 +71,12 @@ func toStatus(err error) error {
 	return status.Error(codeOf(err), inPlainWords(err.Error()))
 }
 
-// inPlainWords replaces what Go says of a call that ended before its work: what goes on, a copy for example, is asked for again.
+// inPlainWords replaces what Go says of a call that ended before its work, which is asked for again, and of several errors.
 func inPlainWords(text string) string {
 	return strings.NewReplacer(
 		context.DeadlineExceeded.Error(), "not finished in time",
 		context.Canceled.Error(), "given up before it was finished",
+		"\n", "; ",
 	).Replace(text)
 }
 

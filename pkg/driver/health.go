@@ -132,7 +132,7 @@ func conditionsOf(p *pool.Pool, id string, a engine.Attachment) []*csi.VolumeHea
 	case engine.Served:
 	case engine.Failed:
 		out = append(out, condition(csi.VolumeHealthErrorType_INACCESSIBLE, "VolumeFailed",
-			"the volume's users get I/O errors until it is staged again: "+a.Failure))
+			"the volume's users get I/O errors: "+a.Failure+". End the pods that use it, so that it is staged again"))
 	case engine.Replacing:
 		out = append(out, condition(csi.VolumeHealthErrorType_DEGRADED, "WorkerReplaced",
 			"the volume's users wait for another worker: "+a.Failure))
@@ -175,7 +175,7 @@ func (d *Driver) attachedVolumes(ctx context.Context) ([]cluster.Volume, error) 
 }
 
 func condition(status csi.VolumeHealthErrorType, reason, message string) *csi.VolumeHealth_VolumeHealthEntry {
-	return &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: message}
+	return &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: inPlainWords(message)}
 }
 
 // NodeGetStorageHealth tells what is wrong with the node's pool, and with the engine that serves its volumes.
@@ -186,7 +186,7 @@ func (n *node) NodeGetStorageHealth(
 	resp := &csi.NodeGetStorageHealthResponse{}
 	if reason != "" {
 		resp.BackendHealth = []*csi.NodeGetStorageHealthResponse_StorageBackendHealth{
-			{Status: status, Reason: reason, Message: message},
+			{Status: status, Reason: reason, Message: inPlainWords(message)},
 		}
 	}
 	return resp, nil

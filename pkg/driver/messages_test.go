@@ -20,18 +20,29 @@ const troubleshooting = "../../docs/troubleshooting.md"
 
 // notForPeople is what a message never has: Go's words, gRPC's, sizes in bytes.
 var notForPeople = regexp.MustCompile(`context (canceled|deadline)|transport:|rpc error|desc =|connection error|\bEOF\b|` +
-	`resource exhausted|invalid argument|failed precondition|capacity range cannot|0x[0-9a-f]{6}|(^|\s)\d{7,}\b|%!|<nil>`)
+	`resource exhausted|signal:|exit status|invalid argument|failed precondition|capacity range cannot|0x[0-9a-f]{6}|(^|\s)\d{7,}\b|%!|<nil>`)
 
 // said checks an answer that a claim, a snapshot or a pod shows. The page for its readers quotes it.
 func (r *rig) said(err error, code codes.Code, quote string) {
 	r.t.Helper()
-	text := status.Convert(err).Message()
-	if status.Code(err) != code || !regexp.MustCompile(strings.ReplaceAll(regexp.QuoteMeta(quote), "…", ".+")).MatchString(text) {
+	if status.Code(err) != code {
 		r.t.Errorf("got %v, want %v with %q", err, code, quote)
+	}
+	r.quoted(status.Convert(err).Message(), quote)
+}
+
+// quoted checks a text for people, which their page quotes.
+func (r *rig) quoted(text, quote string) {
+	r.t.Helper()
+	if !regexp.MustCompile(strings.ReplaceAll(regexp.QuoteMeta(quote), "…", ".+")).MatchString(text) {
+		r.t.Errorf("got %q, want %q", text, quote)
 	}
 	text = strings.ReplaceAll(text, r.base, "")
 	if bad := notForPeople.FindString(text); bad != "" {
 		r.t.Errorf("%q is not for people: %s", bad, text)
+	}
+	if strings.Contains(text, "\n") {
+		r.t.Errorf("more than a line: %q", text)
 	}
 	seen := map[string]bool{}
 	for part := range strings.SplitSeq(text, ": ") {
@@ -66,6 +77,9 @@ func TestMessagesOfRequests(t *testing.T) {
 	}{
 		{func(q *csi.CreateVolumeRequest) { q.Parameters = map[string]string{"speed": "fast"} }, codes.InvalidArgument, `unknown parameter "speed"`},
 		{func(q *csi.CreateVolumeRequest) { q.Parameters = map[string]string{"clusterSize": "3K"} }, codes.InvalidArgument, "parameter clusterSize is …; it can be a power of two from 4K to 2M"},
+		{func(q *csi.CreateVolumeRequest) { q.Parameters = map[string]string{"clusterSize": "big"} }, codes.InvalidArgument, "it takes bytes, or a number with K or M"},
+		{func(q *csi.CreateVolumeRequest) { q.Parameters = map[string]string{"preallocation": "some"} }, codes.InvalidArgument, "it can be off, metadata, falloc or full"},
+		{func(q *csi.CreateVolumeRequest) { q.Parameters = map[string]string{"snapshotLimit": "2G"} }, codes.InvalidArgument, "it takes a percentage of the volume's size, as in 200%"},
 		{func(q *csi.CreateVolumeRequest) { q.VolumeCapabilities[0] = mountCapability("btrfs") }, codes.InvalidArgument, "file system …; it can be ext4, ext3 or xfs"},
 		{func(q *csi.CreateVolumeRequest) {
 			q.VolumeCapabilities[0] = blockCapability(csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER)
@@ -81,6 +95,19 @@ func TestMessagesOfRequests(t *testing.T) {
 		{func(q *csi.CreateVolumeRequest) { q.CapacityRange.RequiredBytes = 1 << 50 }, codes.OutOfRange, "are asked for, a volume can have at most …"},
 		{func(q *csi.CreateVolumeRequest) { q.CapacityRange.RequiredBytes = 60 << 40 }, codes.ResourceExhausted, "do not fit in the pool of node …, which can promise … more"},
 		{func(q *csi.CreateVolumeRequest) {
+			q.CapacityRange = &csi.CapacityRange{RequiredBytes: mib + 1, LimitBytes: mib + 2}
+		}, codes.OutOfRange, "the volume may have at most …, the smallest possible size is …"},
+		{func(q *csi.CreateVolumeRequest) {
+			q.AccessibilityRequirements = &csi.TopologyRequirement{Requisite: []*csi.Topology{{Segments: map[string]string{TopologyKey: "node-b"}}}}
+		}, codes.ResourceExhausted, "the accessibility requirements leave out this node"},
+		{func(q *csi.CreateVolumeRequest) {
+			q.VolumeContentSource = contentSourceMessage("snapshot:" + snapshotID(v.id, "snap"))
+			q.Parameters = map[string]string{"clusterSize": "4K"}
+		}, codes.InvalidArgument, "a copy keeps it"},
+		{func(q *csi.CreateVolumeRequest) {
+			q.VolumeContentSource = contentSourceMessage("volume:other")
+		}, codes.NotFound, "is not one of this driver's"},
+		{func(q *csi.CreateVolumeRequest) {
 			q.VolumeContentSource = contentSourceMessage("volume:" + foreign(t))
 		}, codes.ResourceExhausted, "belongs to the pool of another node"},
 		{func(q *csi.CreateVolumeRequest) {
@@ -89,6 +116,10 @@ func TestMessagesOfRequests(t *testing.T) {
 	} {
 		r.said(create(c.change), c.code, c.quote)
 	}
+	_, err := r.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{
+		Name: "new", SourceVolumeId: v.id, Parameters: map[string]string{"fsFreeze": "perhaps"},
+	})
+	r.said(err, codes.InvalidArgument, `it can be "true" or "false"`)
 	p, err := pool.Open(r.dir)
 	must(t, err)
 	must(t, p.AddPendingSnapshot(v.id, pool.PendingSnapshot{Name: "lost", Created: time.Now()}))
@@ -96,6 +127,9 @@ func TestMessagesOfRequests(t *testing.T) {
 	r.said(err, codes.Internal, "snapshot is lost")
 	_, err = r.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "none", SourceVolumeId: p.NewID("none")})
 	r.said(err, codes.NotFound, "volume not found")
+	v.delete()
+	_, err = r.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "new", SourceVolumeId: v.id})
+	r.said(err, codes.NotFound, "was deleted, only its snapshots remain")
 }
 
 // TestMessagesOfUse: what keeps a volume from its pod, or from being deleted.

@@ -55,7 +55,7 @@ func openDevice(d engine.Device) (blockDevice, error) {
 	}
 	if err != nil {
 		b.close()
-		return b, refuse(errPrecondition, "%s is no longer the volume's, which must be staged again: %w", d.Path, err)
+		return b, refuse(errPrecondition, "%s is no longer the volume's, end the pods that use it, so that it is staged again: %w", d.Path, err)
 	}
 	return b, nil
 }

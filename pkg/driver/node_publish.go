@@ -79,7 +79,7 @@ func (n *node) attachedDevice(ctx context.Context, id string) (blockDevice, erro
 func servedDevice(a engine.Attachment) (blockDevice, error) {
 	switch {
 	case a.State == engine.Failed:
-		return blockDevice{}, refuse(errPrecondition, "volume %s has failed, it must be staged again: %s", a.VolumeID, a.Failure)
+		return blockDevice{}, refuse(errPrecondition, "volume %s has failed, end the pods that use it, so that it is staged again: %s", a.VolumeID, a.Failure)
 	case a.State != engine.Served:
 		return blockDevice{}, a.Err()
 	}

@@ -65,9 +65,9 @@ func (a Attachment) Err() error {
 	case Served:
 		return nil
 	case Failed:
-		return fmt.Errorf("%s: %w: %s", a.VolumeID, ErrNotAttached, a.Failure)
+		return refuse(ErrNotAttached, "volume %s has failed: %s", a.VolumeID, a.Failure)
 	default:
-		return fmt.Errorf("%s: %w: %s", a.VolumeID, ErrUnavailable, a.Failure)
+		return refuse(ErrUnavailable, "the users of volume %s wait: %s", a.VolumeID, a.Failure)
 	}
 }
 

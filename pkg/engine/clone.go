@@ -53,7 +53,7 @@ func (c *clone) run(target string, size int64) error {
 	defer c.source.tasks.Done()
 	err := writeClone(c.source.tasksCtx, c.view, target, size)
 	if c.source.tasksCtx.Err() != nil {
-		err = fmt.Errorf("%w: the source is being detached: %w", ErrUnavailable, err)
+		err = refuse(ErrUnavailable, "the source is being detached: %w", err)
 	}
 	if closeErr := c.view.Close(); closeErr != nil {
 		klog.ErrorS(closeErr, "Source of a clone does not close", "target", target)

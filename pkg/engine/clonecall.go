@@ -35,7 +35,7 @@ func (s *service) Clone(ctx context.Context, r *api.CloneRequest) (*api.CloneRes
 	select {
 	case <-c.done:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("the clone to %s goes on: %w", r.GetTarget(), ctx.Err())
+		return nil, fmt.Errorf("the copy goes on: %w", ctx.Err())
 	}
 	s.forgetClone(c)
 	if c.err != nil {

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"regexp"
 	"strings"
 
@@ -38,6 +39,17 @@ var (
 	// free again when it has been deleted.
 	ErrLost = errors.New("snapshot is lost")
 )
+
+// refusal is an error of a kind whose text is all that its reader needs: a claim, a pod or a snapshot shows it.
+type refusal struct{ kind, text error }
+
+// refuse takes a format and what goes into it, as fmt.Errorf does.
+func refuse(kind error, format string, args ...any) error {
+	return &refusal{kind, fmt.Errorf(format, args...)}
+}
+
+func (r *refusal) Error() string   { return r.text.Error() }
+func (r *refusal) Unwrap() []error { return []error{r.kind, r.text} }
 
 // errorDomain marks the error details that this package writes.
 const errorDomain = "engine.qcow2.csi.dev"

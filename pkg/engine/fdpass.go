@@ -32,7 +32,7 @@ func (c *Client) PassFD(ctx context.Context, token string, dir *os.File) error {
 	defer cancel()
 	conn, err := new(net.Dialer).DialContext(ctx, "unixpacket", c.path+fdSocketSuffix)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return refuse(ErrUnavailable, "%s does not answer: %w", c.path+fdSocketSuffix, errors.Unwrap(err))
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
@@ -42,9 +42,9 @@ func (c *Client) PassFD(ctx context.Context, token string, dir *os.File) error {
 	n, err := exchangeFD(conn.(*net.UnixConn), token, dir, reply)
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("pass a descriptor to the engine: %w", ctx.Err())
+		return fmt.Errorf("the engine has not taken the file system to freeze: %w", ctx.Err())
 	case err != nil:
-		return fmt.Errorf("%w: pass a descriptor: %w", ErrUnavailable, err)
+		return refuse(ErrUnavailable, "the engine has not taken the file system to freeze: %w", err)
 	case n > 1:
 		return fmt.Errorf("%w: %s", ErrFreeze, reply[1:n])
 	}
@@ -110,7 +110,7 @@ func (s *fdStore) take(token string) (*helper, error) {
 	defer s.mu.Unlock()
 	h, ok := s.held[token]
 	if !ok {
-		return nil, fmt.Errorf("%w: no directory was passed under this token, or it expired", ErrFreeze)
+		return nil, fmt.Errorf("%w: the engine came to it too late", ErrFreeze)
 	}
 	delete(s.held, token)
 	h.expiry.Stop()

@@ -34,7 +34,7 @@ const (
 )
 
 // errFrozenTooLong is why a freeze fails whose time is over.
-var errFrozenTooLong = errors.New("its time is over: the volume does not answer, or a process is in the middle of a write to it")
+var errFrozenTooLong = errors.New("not finished in time: the volume does not answer, or a process is in the middle of a write to it")
 
 // freeze is the file system of one volume, frozen, or perhaps about to be.
 type freeze struct {
@@ -125,7 +125,7 @@ func (s *supervisor) beginFreeze(volume, device string, f *freeze) error {
 	}
 	if err != nil {
 		s.endFreeze(p, volume, f)
-		return fmt.Errorf("marker: %w", err)
+		return fmt.Errorf("note it beside the image: %w", err)
 	}
 	s.tasks.Go(func() {
 		select {

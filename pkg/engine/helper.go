@@ -113,11 +113,11 @@ func (h *helper) call(ctx context.Context, r helperRequest) (helperReply, error)
 	h.idle = err == nil
 	switch {
 	case ctx.Err() != nil:
-		return reply, fmt.Errorf("%s: not done in time: %w", r.Op, context.Cause(ctx))
+		return reply, fmt.Errorf("%s: %w", r.Op, context.Cause(ctx))
 	case err != nil:
-		return reply, fmt.Errorf("%s: the helper has ended: %w", r.Op, err)
+		return reply, fmt.Errorf("%s: the process that does it has ended: %w", r.Op, err)
 	case reply.InUse:
-		return reply, fmt.Errorf("%w: %s", ErrInUse, reply.Error)
+		return reply, refuse(ErrInUse, "%s", reply.Error)
 	case reply.Error != "":
 		return reply, errors.New(reply.Error)
 	}

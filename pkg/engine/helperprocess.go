@@ -90,7 +90,7 @@ func (p *helperProcess) sync(device string) (err error) {
 		return fmt.Errorf("open the directory: %w", err)
 	}
 	if err := unix.Syncfs(p.dir); err != nil {
-		return fmt.Errorf("syncfs: %w", err)
+		return fmt.Errorf("sync: %w", err)
 	}
 	return nil
 }
@@ -100,7 +100,7 @@ func (p *helperProcess) freeze() (reply helperReply, err error) {
 	case errors.Is(err, unix.EBUSY):
 		reply.Foreign = true
 	case err != nil:
-		return reply, fmt.Errorf("FIFREEZE: %w", err)
+		return reply, fmt.Errorf("freeze: %w", err)
 	default:
 		p.frozen = true
 	}
@@ -128,7 +128,7 @@ func (p *helperProcess) thaw() error {
 		p.frozen = false
 		return errThawed
 	case err != nil:
-		return fmt.Errorf("FITHAW: %w", err)
+		return fmt.Errorf("thaw: %w", err)
 	}
 	p.frozen = false
 	return nil
@@ -152,7 +152,7 @@ func checkOn(device string, dir int) error {
 		return err
 	}
 	if fs.Type != unix.EXT4_SUPER_MAGIC && fs.Type != unix.XFS_SUPER_MAGIC {
-		return fmt.Errorf("file system type %#x on %s is not known", fs.Type, device)
+		return fmt.Errorf("the file system on %s is neither ext4 nor xfs", device)
 	}
 	return nil
 }

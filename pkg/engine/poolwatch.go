@@ -42,8 +42,8 @@ func (s *supervisor) awaitLoss(ctx context.Context) error {
 			klog.ErrorS(err, "The pool is lost, waiting for it", "pool", s.options.PoolDir)
 			return nil
 		}
-		err = fmt.Errorf("%w: the pool is lost, and its file system stays busy until these are detached: %s: %w",
-			ErrUnavailable, strings.Join(users, ", "), err)
+		err = refuse(ErrUnavailable, "the pool is lost, and its file system stays busy until the pods that use these volumes have ended, %s: %w",
+			strings.Join(users, ", "), err)
 		s.setLost(err)
 		if err.Error() != told {
 			told = err.Error()

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -223,7 +224,7 @@ func (p *process) explain(err error) error {
 	case p.gone(patience):
 		return fmt.Errorf("%w: %w", p.death(), err)
 	case leaving:
-		return fmt.Errorf("%w: the worker of %s is ending: %w", ErrUnavailable, p.volume, err)
+		return refuse(ErrUnavailable, "it is being detached: %w", err)
 	default:
 		return err
 	}
@@ -234,9 +235,9 @@ func (p *process) death() error {
 	select {
 	case <-p.done:
 		if p.exit == nil {
-			return fmt.Errorf("%w: the worker of %s exited", ErrUnavailable, p.volume)
+			return refuse(ErrUnavailable, "its worker has ended")
 		}
-		return fmt.Errorf("%w: the worker of %s died: %w", ErrUnavailable, p.volume, p.exit)
+		return refuse(ErrUnavailable, "its worker has died (%s)", strings.TrimPrefix(p.exit.Error(), "signal: "))
 	default:
 		return nil
 	}

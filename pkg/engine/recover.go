@@ -87,8 +87,8 @@ func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[str
 }
 
 var (
-	errServerDied = errors.New("all that served its device has died: the volume must be staged again")
-	errUnbound    = errors.New("all that served its device has died, and somebody has unbound it: the volume must be staged again")
+	errServerDied = errors.New("all that served its device has died")
+	errUnbound    = errors.New("all that served its device has died, and somebody has unbound it")
 )
 
 // waitForOrphan waits until no worker of a dead engine holds the volume.
@@ -105,7 +105,7 @@ func waitForOrphan(ctx context.Context, p *pool.Pool, id string) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("a worker of an earlier engine does not end: %w", err)
+			return fmt.Errorf("the worker of an earlier engine does not end: %w", err)
 		case <-tick.C:
 		}
 	}
@@ -157,7 +157,7 @@ func clearNamed(name string) error {
 		}
 		err := blockdev.Clear(d.Path, d.Name)
 		if errors.Is(err, blockdev.ErrBusy) {
-			err = fmt.Errorf("%w: the engine that served it is dead: %w", ErrInUse, err)
+			err = refuse(ErrInUse, "the engine that served %[1]s is dead, and something on the node has it open: end what `fuser -vm %[1]s` shows there", d.Path)
 		}
 		failures = append(failures, err)
 	}

@@ -1,8 +1,8 @@
 package engine
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -55,7 +55,7 @@ func (s *supervisor) respawn(id string, a *attachment, at time.Time) {
 		at = time.Now().Add(pause)
 	}
 	if s.running.Err() == nil {
-		s.giveUp(id, a, fmt.Errorf("no worker started within %v: %w", s.options.IOTimeout, errors.Join(err, ctx.Err())))
+		s.giveUp(id, a, fmt.Errorf("nothing has served it for %.0f s: %w", s.options.IOTimeout.Seconds(), cmp.Or(err, ctx.Err())))
 	}
 }
 

@@ -201,7 +201,7 @@ func (s *served) openDevice(ctx context.Context, k *kept, avoid []string) (err e
 func (s *served) endDevice(ctx context.Context) error {
 	err := s.dev.Detach()
 	if errors.Is(err, blockdev.ErrBusy) {
-		return fmt.Errorf("%w: %s: %w", ErrInUse, s.dev.Path(), err)
+		return refuse(ErrInUse, "something on the node has %[1]s open: end what `fuser -vm %[1]s` shows there", s.dev.Path())
 	}
 	return errors.Join(err, drop(ctx, s.holder, s.lease.Volume().ID))
 }

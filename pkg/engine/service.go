@@ -83,7 +83,7 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 func (s *service) reuse(ctx context.Context, id string) (*attachment, error) {
 	a := s.find(id)
 	if a != nil && a.waiting {
-		return nil, fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
+		return nil, a.replacing()
 	}
 	if a == nil || a.worker == nil {
 		return nil, nil //nolint:nilnil // see above
@@ -131,7 +131,7 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 		}
 	}
 	if a != nil && a.waiting {
-		return nil, fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
+		return nil, a.replacing()
 	}
 	if a != nil && a.worker == nil {
 		if err := s.clearDevices(ctx, p, id); err != nil {

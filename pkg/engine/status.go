@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
 
@@ -66,10 +65,10 @@ func (p *process) said() *api.Attachment {
 func (p *process) question(ctx context.Context) (*api.Attachment, error) {
 	r, err := p.api.List(ctx, &api.ListRequest{})
 	if err != nil {
-		return nil, fmt.Errorf("%w: the worker of %s does not answer: %w", ErrUnavailable, p.volume, err)
+		return nil, refuse(ErrUnavailable, "its worker does not answer: %w", err)
 	}
 	if len(r.GetAttachments()) != 1 {
-		return nil, fmt.Errorf("%w: the worker of %s serves nothing", ErrUnavailable, p.volume)
+		return nil, refuse(ErrUnavailable, "its worker serves nothing")
 	}
 	return r.GetAttachments()[0], nil
 }
@@ -111,7 +110,7 @@ func (p *process) await(ctx context.Context, q *question, patience time.Duration
 	case <-q.done:
 		return q.answer, q.err
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: the worker of %s has not answered for %s: %w",
-			ErrUnavailable, p.volume, time.Since(q.since).Round(time.Millisecond), ctx.Err())
+		return nil, refuse(ErrUnavailable, "its worker has not answered for %s: it is stopped, or waits for the pool's disk",
+			time.Since(q.since).Round(time.Second))
 	}
 }

@@ -20,7 +20,7 @@ import (
 )
 
 // errClosing is the answer of an engine that is shutting down.
-var errClosing = fmt.Errorf("%w: it is shutting down", ErrUnavailable)
+var errClosing = refuse(ErrUnavailable, "the engine is shutting down, another one follows")
 
 // lockPoll is how often an engine that stands by looks whether its turn has come.
 const lockPoll = 2 * time.Millisecond
@@ -86,6 +86,11 @@ type attachment struct {
 
 // fileID is the identity of the file that a device is bound to.
 type fileID struct{ device, inode uint64 }
+
+// replacing says of a waiting attachment why nobody answers for its volume.
+func (a *attachment) replacing() error {
+	return refuse(ErrUnavailable, "another worker is being started for it: %s", a.failure)
+}
 
 func (a *attachment) response() *api.AttachResponse {
 	return &api.AttachResponse{Device: a.device, FileDevice: a.file.device, FileInode: a.file.inode}
@@ -203,7 +208,7 @@ func (s *supervisor) ready(ctx context.Context) (*pool.Pool, error) {
 		err = fmt.Errorf("%w: it was lost just now", pool.ErrNotReady)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return nil, refuse(ErrUnavailable, "%w", err)
 	}
 	return p, nil
 }
@@ -246,10 +251,10 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 		return nil, "", err
 	}
 	if a != nil && a.waiting {
-		return nil, "", fmt.Errorf("%s: %w: its worker is being replaced: %s", id, ErrUnavailable, a.failure)
+		return nil, "", a.replacing()
 	}
 	if a != nil {
-		return nil, "", fmt.Errorf("%s: %w: %s", id, ErrNotAttached, a.failure)
+		return nil, "", refuse(ErrNotAttached, "it has failed: %s", a.failure)
 	}
 	return nil, "", fmt.Errorf("%s: %w", id, ErrNotAttached)
 }
