@@ -129,11 +129,13 @@ func importStream(cmd *cobra.Command, image string, isRaw bool, flags *createFla
 				"If it is a raw disk that happens to look like that, say so with --raw", format)
 		}
 	}
-	return flags.create(cmd.Context(), image, 0, func(img *qcow2.Image) error { return appendStream(cmd.Context(), img, in) })
+	p := newProgress(cmd.ErrOrStderr(), "importing", "standard input")
+	defer p.end()
+	return flags.create(cmd.Context(), image, 0, func(img *qcow2.Image) error { return appendStream(cmd.Context(), img, in, p) })
 }
 
 // appendStream makes what comes from in the content of an image of no length.
-func appendStream(ctx context.Context, img *qcow2.Image, in io.Reader) error {
+func appendStream(ctx context.Context, img *qcow2.Image, in io.Reader, p *progress) error {
 	pieces, end := readPieces(ctx, in), int64(0)
 	for {
 		select {
@@ -153,6 +155,7 @@ func appendStream(ctx context.Context, img *qcow2.Image, in io.Reader) error {
 				return err
 			}
 			end += int64(len(piece.data))
+			p.update(end, 0)
 		}
 	}
 }

@@ -147,14 +147,15 @@ func newImageMapCommand() *cobra.Command {
 data, compressed data, zeros or a hole (never written), and where in the file its data lies. JSON has the
 keys of ` + "`qemu-img map`" + `.
 
-Of an image that is in use, an attached volume's or any with -U, it is what the file says: what its user has not
-committed yet is missing. A snapshot is shown as it is.`,
+The device of an attached volume is flushed first, so that the file says what the disk is. With -U it is what the file
+says: what its user has not committed yet is missing. A snapshot is shown as it is.`,
 		Example: `  csi-qcow2 image map disk.qcow2
   csi-qcow2 image map disk.qcow2 --snapshot before-upgrade -o json`,
 		Args: takes("FILE"),
 	}
 	output, snapshot, look := addOutputFlag(cmd), addSnapshotFlags(cmd), addLookFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		look.current = !snapshot.given
 		var extents []qcow2.Extent
 		err := look.look(cmd.Context(), args[0], func(img *looked) (err error) {
 			extents, err = readMap(img.Image, snapshot)

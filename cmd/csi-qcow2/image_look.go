@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
@@ -26,8 +27,9 @@ const (
 
 // lookFlags are those of the commands that look at an image which others may have open.
 type lookFlags struct {
-	shared bool
-	engine string
+	shared  bool
+	engine  string
+	current bool // what the user of an attached volume has written is committed to the file first
 }
 
 func addLookFlags(cmd *cobra.Command) *lookFlags {
@@ -71,6 +73,25 @@ type attachedVolume struct {
 	snapshots []qcow2.Snapshot // the whole ones
 }
 
+// commit has the volume's worker commit to the file what was written to the device, as its users' own flushes do.
+func (v *attachedVolume) commit() error {
+	if err := v.Err(); err != nil {
+		return err // whoever opened its device would wait, or meet another's
+	}
+	device, err := os.Open(v.Device)
+	if err != nil {
+		return err
+	}
+	info, err := unix.IoctlLoopGetStatus64(int(device.Fd()))
+	if err == nil && (info.Device != v.FileDevice || info.Inode != v.FileInode) {
+		err = errors.New("it is no longer the volume's")
+	}
+	if err == nil {
+		err = device.Sync()
+	}
+	return errors.Join(err, device.Close())
+}
+
 // open opens the image at path for reading. If it is in use, it must be that of an attached volume, or be opened with -U.
 func (l *lookFlags) open(ctx context.Context, path string) (*looked, error) {
 	if l.shared {
@@ -87,6 +108,11 @@ func (l *lookFlags) open(ctx context.Context, path string) (*looked, error) {
 	attached, reason := askEngine(ctx, l.engine, path)
 	if attached == nil {
 		return nil, plainError{fmt.Sprintf("%v%s: with -U it is looked at all the same", err, reason), qcow2.ErrInUse}
+	}
+	if l.current {
+		if err := attached.commit(); err != nil {
+			return nil, fmt.Errorf("%s: flush %s: %w", printable(path), attached.Device, err)
+		}
 	}
 	img, err = qcow2.OpenShared(path)
 	return &looked{Image: img, attached: attached, shared: true}, err

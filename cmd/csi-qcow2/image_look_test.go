@@ -7,11 +7,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/driver"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
@@ -67,7 +69,7 @@ func newNode(t *testing.T) *node {
 // volume makes a volume and returns its ID.
 func (n *node) volume(name string, size int64) string {
 	n.t.Helper()
-	v := pool.Volume{ID: n.pool.NewID(name), Name: name, Size: size}
+	v := pool.Volume{ID: n.pool.NewID(name), Name: name, Size: size, Claim: pool.Claim{Namespace: "default", Name: "claim-" + name}}
 	must(n.t, n.pool.Create(n.t.Context(), v, func(_ context.Context, path string) error {
 		f, err := qcow2.CreateFile(path)
 		if err != nil {
@@ -143,6 +145,17 @@ func TestAttachedVolume(t *testing.T) {
 		t.Errorf("map: %+v", extents)
 	}
 
+	// What was written, and never flushed, is on the map.
+	f, err := os.OpenFile(device, os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteAt(content, 40<<20)
+	must(t, err)
+	decode(t, image1("map", "-o", "json", image), &extents)
+	if !slices.ContainsFunc(extents, func(e mapEntry) bool { return e.Data && e.Start <= 40<<20 && e.Start+e.Length > 40<<20 }) {
+		t.Errorf("map of what was not flushed: %+v", extents)
+	}
+	must(t, f.Close())
+
 	want := make([]byte, 64<<20)
 	copy(want[3<<20:], content)
 	out := filepath.Join(t.TempDir(), "out.raw")
@@ -179,10 +192,13 @@ func (n *node) looksAtVolumes(id, device string) {
 	if len(states) != 2 || states[id] != stateAttached || states[other] != stateDetached {
 		t.Errorf("volume list: %v", states)
 	}
-	for _, name := range []string{id, "v"} {
+	if got := mustRun(t, append([]string{"volume", "list"}, where...)...); !strings.Contains(got, " default/claim-other\n") {
+		t.Errorf("volume list:\n%s", got)
+	}
+	for _, name := range []string{id, "v", "default/claim-v"} {
 		var v volumeInfo
 		decode(t, mustRun(t, append([]string{"volume", "show", name, "-o", "json"}, where...)...), &v)
-		if v.ID != id || v.Device != device || v.Size != 64<<20 || len(v.Snapshots) != 1 || v.Promised != 64<<20 {
+		if v.ID != id || v.Device != device || v.Size != 64<<20 || len(v.Snapshots) != 1 || v.Promised != 64<<20 || v.Claim.Name != "claim-v" {
 			t.Errorf("volume show %s: %+v", name, v)
 		}
 	}
@@ -192,14 +208,45 @@ func (n *node) looksAtVolumes(id, device string) {
 	if got := mustRun(t, "volume", "list", "--pool", n.pool.Dir(), "--engine", "unix:///nowhere.sock"); !strings.Contains(got, stateInUse) {
 		t.Errorf("without an engine:\n%s", got)
 	}
+	n.looksAtPool()
+}
+
+// looksAtPool checks what is said of a pool with two volumes, of which one has a snapshot.
+func (n *node) looksAtPool() {
+	t := n.t
+	t.Helper()
 	var status poolStatus
 	decode(t, mustRun(t, "pool", "status", n.pool.Dir(), "--reserve", "0", "-o", "json"), &status)
 	if len(status.Volumes) != 2 || status.Promised <= 64<<20 || status.Left > status.Free-status.Promised {
 		t.Errorf("pool status: %+v", status)
 	}
-	if got := mustRun(t, "pool", "status", n.pool.Dir()); !strings.Contains(got, "reserved:     1 GiB") {
+	if got := mustRun(t, "pool", "status", n.pool.Dir()); !strings.Contains(got, "reserved:     1 GiB") || !strings.Contains(got, "does not answer") {
 		t.Errorf("pool status:\n%s", got)
 	}
+	// The plugin's own settings, if it can be asked.
+	plugin := strings.Replace(n.endpoint, "engine.sock", "csi.sock", 1)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- driver.Run(ctx, driver.Options{
+			Endpoint: plugin, NodeID: "node", PoolDir: n.pool.Dir(), Engine: n.client, Reserve: 3 << 20, Overcommit: 2.5, Version: "test",
+		})
+	}()
+	for {
+		decode(t, mustRun(t, "pool", "status", n.pool.Dir(), "--plugin", plugin, "-o", "json"), &status)
+		if !status.Assumed || t.Context().Err() != nil {
+			break
+		}
+	}
+	if status.Reserved != 3<<20 || status.Overcommit != 2.5 {
+		t.Errorf("pool status as its plugin counts: %+v", status)
+	}
+	decode(t, mustRun(t, "pool", "status", n.pool.Dir(), "--plugin", plugin, "--overcommit", "4", "-o", "json"), &status)
+	if status.Reserved != 3<<20 || status.Overcommit != 4 {
+		t.Errorf("pool status with another ratio: %+v", status)
+	}
+	stop()
+	must(t, <-ended)
 }
 
 // TestForceShare: with -U an image is looked at whoever has it, and a snapshot that is deleted meanwhile is no good.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -67,5 +68,16 @@ func TestProgressLine(t *testing.T) {
 				t.Errorf("%q has more than %d columns", got, width)
 			}
 		}
+	}
+}
+
+// Of a stream, whose length is not known, there is what has come, and how fast.
+func TestProgressOfStream(t *testing.T) {
+	var out strings.Builder
+	p := newProgress(&out, "importing", "standard input")
+	p.started = p.started.Add(-4 * time.Second)
+	p.update(256<<20, 0)
+	if !regexp.MustCompile(`^importing standard input: 256 MiB, [\d.]+ MiB/s\n$`).MatchString(out.String()) {
+		t.Errorf("got %q", out.String())
 	}
 }

@@ -1,14 +1,25 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"strconv"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/driver"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
+
+// defaultPlugin is where the manifests have the plugin's socket, on the node.
+const defaultPlugin = "unix:///var/lib/kubelet/plugins/" + driver.Name + "/csi.sock"
 
 // poolStatus is the JSON of `pool status`. Sizes are in bytes.
 type poolStatus struct {
@@ -20,6 +31,7 @@ type poolStatus struct {
 	Promised   int64        `json:"promised"` // that volumes may still come to occupy
 	Reserved   int64        `json:"reserved"` // free, and promised to no volume
 	Overcommit float64      `json:"overcommit"`
+	Assumed    bool         `json:"assumed"`   // reserved and overcommit: no plugin was asked
 	Left       int64        `json:"left"`      // that can be promised to new volumes
 	Deletions  int64        `json:"deletions"` // set aside for deletions when the file system is full
 	Volumes    []poolVolume `json:"volumes"`
@@ -39,7 +51,8 @@ func newPoolStatusCommand() *cobra.Command {
 		Short: "Show what a pool has, what it has promised, and to whom",
 		Long: `Show the space of a pool: what is free, what each volume occupies and may still come to occupy, and what is left
 to be promised to new ones, (free - reserved) * overcommit - promised. How much is reserved, and the overcommit
-ratio, are the CSI plugin's settings: give the same here.
+ratio, are the CSI plugin's settings, which it is asked for. Give them to see what others would make of it, or where
+no plugin runs.
 
 A volume may come to occupy its size, and one with snapshots all of its size beside what it has, for they keep
 what it overwrites.`,
@@ -51,21 +64,65 @@ what it overwrites.`,
 	reserve := sizeFlag(driver.DefaultReserve)
 	cmd.Flags().Var(&reserve, "reserve", "space of the pool's file system that is promised to no volume")
 	overcommit := cmd.Flags().Float64("overcommit", driver.DefaultOvercommit, "`bytes` promised to volumes for each free byte")
+	plugin := cmd.Flags().String("plugin", cmp.Or(os.Getenv("CSI_QCOW2_PLUGIN"), defaultPlugin),
+		"`endpoint` of the CSI plugin that is asked for its settings; or in $CSI_QCOW2_PLUGIN")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		status, err := poolStatusOf(args[0], int64(reserve), *overcommit)
+		p, err := pool.Open(args[0])
 		if err != nil {
 			return err
 		}
+		given := settings{int64(reserve), *overcommit}
+		running, err := askPlugin(cmd.Context(), *plugin, p)
+		assumed := err != nil
+		if !assumed {
+			if !cmd.Flags().Changed("reserve") {
+				given.reserve = running.reserve
+			}
+			if !cmd.Flags().Changed("overcommit") {
+				given.overcommit = running.overcommit
+			}
+		}
+		status, err := poolStatusOf(p, given)
+		if err != nil {
+			return err
+		}
+		status.Assumed = assumed
 		return output.print(cmd.OutOrStdout(), status, status.table)
 	}
 	return cmd
 }
 
-func poolStatusOf(dir string, reserve int64, overcommit float64) (poolStatus, error) {
-	p, err := pool.Open(dir)
+// settings are those by which a plugin promises its pool's space.
+type settings struct {
+	reserve    int64 // bytes
+	overcommit float64
+}
+
+// askPlugin returns the settings of the plugin at endpoint, an error if that does not tell them for the pool.
+func askPlugin(ctx context.Context, endpoint string, p *pool.Pool) (s settings, err error) {
+	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		return poolStatus{}, err
+		return s, err
 	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, enginePatience)
+	defer cancel()
+	info, err := csi.NewIdentityClient(conn).GetPluginInfo(ctx, &csi.GetPluginInfoRequest{})
+	if err != nil {
+		return s, err
+	}
+	manifest := info.GetManifest()
+	if manifest[driver.ManifestPool] != p.UUID() {
+		return s, errors.New("it serves another pool")
+	}
+	if s.reserve, err = strconv.ParseInt(manifest[driver.ManifestReserve], 10, 64); err != nil {
+		return s, err
+	}
+	s.overcommit, err = strconv.ParseFloat(manifest[driver.ManifestOvercommit], 64)
+	return s, err
+}
+
+func poolStatusOf(p *pool.Pool, with settings) (poolStatus, error) {
 	space, err := p.Space(nil)
 	if err != nil {
 		return poolStatus{}, err
@@ -80,8 +137,9 @@ func poolStatusOf(dir string, reserve int64, overcommit float64) (poolStatus, er
 	}
 	s := poolStatus{
 		Directory: p.Dir(), UUID: p.UUID(), Total: space.Total, Free: space.Free, Occupied: space.Used, Promised: space.Promised,
-		Reserved: reserve, Overcommit: overcommit, Left: max(0, driver.Left(space, reserve, overcommit)), Deletions: deletions,
-		Volumes: make([]poolVolume, 0, len(accounts)),
+		Reserved: with.reserve, Overcommit: with.overcommit, Left: max(0, driver.Left(space, with.reserve, with.overcommit)),
+		Deletions: deletions,
+		Volumes:   make([]poolVolume, 0, len(accounts)),
 	}
 	for _, a := range accounts {
 		s.Volumes = append(s.Volumes, poolVolume{
@@ -99,7 +157,11 @@ func (s poolStatus) table(w io.Writer) {
 	fmt.Fprintf(w, "promised:\t%s more to them\n", humanSize(s.Promised))
 	fmt.Fprintf(w, "reserved:\t%s, promised to none\n", humanSize(s.Reserved))
 	fmt.Fprintf(w, "overcommit:\t%g\n", s.Overcommit)
-	fmt.Fprintf(w, "left:\t%s for new volumes\n", humanSize(s.Left))
+	left := "for new volumes"
+	if s.Assumed {
+		left += ", if its plugin, which does not answer, reserves and overcommits that much"
+	}
+	fmt.Fprintf(w, "left:\t%s %s\n", humanSize(s.Left), left)
 	fmt.Fprintf(w, "set aside:\t%s for deletions on a full disk\n", humanSize(s.Deletions))
 	if len(s.Volumes) == 0 {
 		return

@@ -58,7 +58,7 @@ func widthOf(w io.Writer) int {
 	return defaultWidth
 }
 
-// update tells that done of total bytes, or whatever the unit is, are done. Many may call it at once.
+// update tells that done of total bytes are done; a total of 0 is not known. Many may call it at once.
 func (p *progress) update(done, total int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -66,14 +66,18 @@ func (p *progress) update(done, total int64) {
 	if p.terminal {
 		interval = progressTerminal
 	}
-	if total <= 0 || now.Sub(p.started) < progressAfter || now.Sub(p.last) < interval {
+	if done+total <= 0 || now.Sub(p.started) < progressAfter || now.Sub(p.last) < interval {
 		return
 	}
 	p.last = now
 	state := p.state(done, total, now.Sub(p.started))
 	if p.terminal {
 		p.shown = true
-		line := progressLine(p.what, state, float64(done)/float64(total), widthOf(p.w)-1) // the last column may wrap
+		width := widthOf(p.w) - 1 // the last column may wrap
+		line := shortened(p.what+" "+state, width)
+		if total > 0 {
+			line = progressLine(p.what, state, float64(done)/float64(total), width)
+		}
 		fmt.Fprintf(p.w, "\r\x1b[K%s", line)
 		return
 	}
@@ -82,11 +86,14 @@ func (p *progress) update(done, total int64) {
 
 // state says how far the work is, how fast, and how long it still takes if it goes on like that.
 func (p *progress) state(done, total int64, elapsed time.Duration) string {
-	state := fmt.Sprintf("%3.0f %%", 100*float64(done)/float64(total))
+	state := humanSize(done)
+	if total > 0 {
+		state = fmt.Sprintf("%3.0f %%", 100*float64(done)/float64(total))
+	}
 	if seconds := elapsed.Seconds(); seconds > 0 {
 		state += fmt.Sprintf(", %s/s", humanSize(int64(float64(done)/seconds)))
 	}
-	if done > 0 {
+	if done > 0 && total > 0 {
 		left := time.Duration(float64(elapsed) * float64(total-done) / float64(done))
 		state += fmt.Sprintf(", %v left", left.Round(time.Second))
 	}

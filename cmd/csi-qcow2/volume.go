@@ -71,9 +71,10 @@ type volumeInfo struct {
 	Device     string            `json:"device,omitempty"`
 	WorkerPID  int               `json:"worker-pid,omitempty"`
 	Trouble    string            `json:"trouble,omitempty"`
-	Size       int64             `json:"size"`     // virtual bytes
-	Occupied   int64             `json:"occupied"` // bytes of the pool's file system
-	Promised   int64             `json:"promised"` // bytes that it may still come to occupy
+	Size       int64             `json:"size"`           // virtual bytes
+	Occupied   int64             `json:"occupied"`       // bytes of the pool's file system
+	Promised   int64             `json:"promised"`       // bytes that it may still come to occupy
+	Claim      pool.Claim        `json:"claim,omitzero"` // what it was made for, as far as known
 	Mode       string            `json:"mode,omitempty"`
 	Source     string            `json:"source,omitempty"`
 	Created    time.Time         `json:"created"`
@@ -97,7 +98,7 @@ const (
 // describeVolume tells all about a volume. served is what the engine serves, nil if it does not answer.
 func describeVolume(p *pool.Pool, a pool.Account, served map[string]engine.Attachment) volumeInfo {
 	v := volumeInfo{
-		ID: a.ID, Name: a.Name, Size: max(a.LeastSize(), a.DiskSize), Occupied: a.Occupied, Promised: a.Promised, Mode: a.Mode,
+		ID: a.ID, Name: a.Name, Size: max(a.LeastSize(), a.DiskSize), Occupied: a.Occupied, Promised: a.Promised, Claim: a.Claim, Mode: a.Mode,
 		Source: a.Source, Created: a.Created, Parameters: a.Parameters, Image: p.ImagePath(a.ID), State: stateDetached,
 		Snapshots: []snapshotInfo{},
 	}
@@ -152,7 +153,7 @@ func newVolumeListCommand() *cobra.Command {
 		Use:   "list",
 		Short: "List the volumes of a pool",
 		Long: `List the volumes of a pool: their disk's size, what their image occupies, how many snapshots it holds, and whether
-the engine serves them. "deleted" is a volume of which only the snapshots remain; it goes with the last one.
+the engine serves them, and for which claim they were made. "deleted" is a volume of which only the snapshots remain; it goes with the last one.
 
 If no engine answers, a volume that any process has open is "in use".`,
 		Example: `  csi-qcow2 volume list
@@ -166,13 +167,10 @@ If no engine answers, a volume that any process has open is "in use".`,
 			return err
 		}
 		return output.print(cmd.OutOrStdout(), list, func(w io.Writer) {
-			fmt.Fprintln(w, "NAME\tSIZE\tOCCUPIES\tSNAPSHOTS\tSTATE")
+			fmt.Fprintln(w, "NAME\tSIZE\tOCCUPIES\tSNAPSHOTS\tSTATE\tCLAIM")
 			for _, v := range list {
-				name := v.Name
-				if name == "" {
-					name = v.ID
-				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", printable(name), humanSize(v.Size), humanSize(v.Occupied), len(v.Snapshots), v.State)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\n", printable(cmp.Or(v.Name, v.ID)), humanSize(v.Size), humanSize(v.Occupied),
+					len(v.Snapshots), v.State, printable(cmp.Or(v.claim(), "-")))
 			}
 		})
 	}
@@ -183,7 +181,7 @@ func newVolumeShowCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "show ID",
 		Short:   "Show what is known of a volume",
-		Long:    "Show what is known of a volume. ID is its ID, the volumeHandle of its PersistentVolume, or its name.",
+		Long:    "Show what is known of a volume. ID is its ID, the volumeHandle of its PersistentVolume, its name, or NAMESPACE/NAME of its claim.",
 		Example: `  csi-qcow2 volume show pvc-0d2b7ac4-9b4e-4a57-8b0e-9a4f1d3c2e11 -o json`,
 		Args:    takes("ID"),
 	}
@@ -202,12 +200,20 @@ func newVolumeShowCommand() *cobra.Command {
 	return cmd
 }
 
-// chooseVolume returns the volume that has the ID, or the name; of one name, that which is not deleted.
+// claim returns the claim's namespace and name, as in "default/data"; "" if it is not known.
+func (v volumeInfo) claim() string {
+	if v.Claim.Name == "" {
+		return ""
+	}
+	return v.Claim.Namespace + "/" + v.Claim.Name
+}
+
+// chooseVolume returns the volume that has the ID, or the name, or the claim; of one name, that which is not deleted.
 func chooseVolume(list []volumeInfo, name string) (volumeInfo, error) {
 	for _, match := range []func(volumeInfo) bool{
 		func(v volumeInfo) bool { return v.ID == name },
-		func(v volumeInfo) bool { return v.Name == name && v.State != stateDeleted },
-		func(v volumeInfo) bool { return v.Name == name },
+		func(v volumeInfo) bool { return (v.Name == name || v.claim() == name) && v.State != stateDeleted },
+		func(v volumeInfo) bool { return v.Name == name || v.claim() == name },
 	} {
 		if i := slices.IndexFunc(list, match); i >= 0 {
 			return list[i], nil
@@ -234,6 +240,9 @@ func (v volumeInfo) table(w io.Writer) {
 	row("size", "%s (%d bytes)", humanSize(v.Size), v.Size)
 	row("occupies", "%s", humanSize(v.Occupied))
 	row("promised", "%s more", humanSize(v.Promised))
+	if v.claim() != "" {
+		row("claim", "%s", printable(v.claim()))
+	}
 	if v.Mode != "" {
 		row("mode", "%s", v.Mode)
 	}

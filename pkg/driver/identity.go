@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"strconv"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -12,8 +13,22 @@ type identity struct {
 	*Driver
 }
 
+// Keys of the manifest in the answer to GetPluginInfo: by which settings the plugin promises the space of which pool.
+const (
+	ManifestPool       = "pool"       // its UUID; missing while it is not ready
+	ManifestReserve    = "reserve"    // bytes
+	ManifestOvercommit = "overcommit" // a ratio
+)
+
 func (i *identity) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
-	return &csi.GetPluginInfoResponse{Name: Name, VendorVersion: i.version}, nil
+	manifest := map[string]string{
+		ManifestReserve:    strconv.FormatInt(i.capacity.reserve, 10),
+		ManifestOvercommit: strconv.FormatFloat(i.capacity.overcommit, 'g', -1, 64),
+	}
+	if p, err := i.pool(); err == nil {
+		manifest[ManifestPool] = p.UUID()
+	}
+	return &csi.GetPluginInfoResponse{Name: Name, VendorVersion: i.version, Manifest: manifest}, nil
 }
 
 func (i *identity) GetPluginCapabilities(
