@@ -43,6 +43,7 @@ It needs root, loop devices, FUSE, mkfs.ext4 and qemu-img.`,
 			}
 			o.In, o.Out, o.Err = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
 			o.Colour = isTerminal(o.Out) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+			o.Width = widthOf(o.Out)
 			return demo.Run(cmd.Context(), o)
 		},
 	}

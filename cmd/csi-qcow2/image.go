@@ -172,7 +172,11 @@ of 512); the new part reads as zeros. Snapshots keep their own size. An image ca
 					}
 					size += img.Size()
 				}
-				return img.Resize(roundUp(size, 512))
+				if size = roundUp(size, 512); size < img.Size() {
+					return plainError{fmt.Sprintf("%s has %s, and an image cannot be made smaller: %s are asked for",
+						printable(args[0]), humanSize(img.Size()), humanSize(size)), qcow2.ErrUnsupported}
+				}
+				return img.Resize(size)
 			})
 		},
 	}

@@ -240,7 +240,7 @@ func TestResize(t *testing.T) {
 	mustRun(t, "image", "resize", image, "1G")
 	qemuIO(t, image, "read -P 7 0 1M", "read -P 0 1M 1M", "write -P 8 1023M 1M")
 	verify(t, image)
-	for size, want := range map[string]string{"1M": "shrink", "+9223372036854775807": "too large"} {
+	for size, want := range map[string]string{"1M": "cannot be made smaller", "+9223372036854775807": "too large"} {
 		if r := run(t, "image", "resize", image, size); r.status != 1 || !strings.Contains(r.stderr, want) {
 			t.Errorf("to %s: %+v, want %q", size, r, want)
 		}

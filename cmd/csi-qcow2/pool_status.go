@@ -157,12 +157,11 @@ func (s poolStatus) table(w io.Writer) {
 	fmt.Fprintf(w, "promised:\t%s more to them\n", humanSize(s.Promised))
 	fmt.Fprintf(w, "reserved:\t%s, promised to none\n", humanSize(s.Reserved))
 	fmt.Fprintf(w, "overcommit:\t%g\n", s.Overcommit)
-	left := "for new volumes"
-	if s.Assumed {
-		left += ", if its plugin, which does not answer, reserves and overcommits that much"
-	}
-	fmt.Fprintf(w, "left:\t%s %s\n", humanSize(s.Left), left)
+	fmt.Fprintf(w, "left:\t%s for new volumes\n", humanSize(s.Left))
 	fmt.Fprintf(w, "set aside:\t%s for deletions on a full disk\n", humanSize(s.Deletions))
+	if s.Assumed {
+		fmt.Fprintln(w, "assumed:\treserved and overcommit, since no plugin answers (--plugin)")
+	}
 	if len(s.Volumes) == 0 {
 		return
 	}

@@ -134,7 +134,7 @@ func describeVolume(p *pool.Pool, a pool.Account, served map[string]engine.Attac
 func (v *volumeFlags) volumes(ctx context.Context) ([]volumeInfo, error) {
 	p, err := pool.Open(v.pool)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: --pool says where it is", err)
 	}
 	accounts, err := p.Accounts()
 	if err != nil {

@@ -21,6 +21,7 @@ type Options struct {
 	Out     io.Writer
 	Err     io.Writer // of the shell that Keep starts
 	Colour  bool      // Out is a terminal that shows some
+	Width   int       // columns of Out
 	Pause   bool      // wait for a line of In before each step
 	Keep    bool      // start a shell on In before everything is taken down
 }
@@ -47,10 +48,10 @@ func Run(ctx context.Context, o Options) (err error) {
 			fmt.Fprint(o.Out, proved)
 		}
 	}()
-	fmt.Fprintf(o.Out, "csi-qcow2 %s: the life of two volumes, over the CSI socket, in\n%s\n", o.Version, w.dir)
-	p := &play{report: &report{w: o.Out, colour: o.Colour}, world: w, source: o.Source}
+	fmt.Fprintf(o.Out, "csi-qcow2 %s: the life of two volumes\nover the CSI socket, in %s\n", o.Version, w.dir)
+	p := &play{report: &report{w: o.Out, colour: o.Colour, width: min(o.Width, maxWidth)}, world: w, source: o.Source}
 	if o.Pause {
-		p.pause = pauser(ctx, o.In, o.Out)
+		p.pause = pauser(ctx, o.In, o.Out, o.Colour)
 	}
 	p.start(ctx)
 	p.fileSystem(ctx)
@@ -101,7 +102,7 @@ func (p *play) start(ctx context.Context) {
 		p.tree, err = readTree(ctx, p.source)
 		return p.source + ": " + p.tree.String(), err
 	})
-	p.show(ctx, "csi-qcow2", "pool", "status", ".", "--reserve", "0")
+	p.show(ctx, "csi-qcow2", "pool", "status", ".")
 }
 
 // create returns a new volume, empty or from a snapshot.

@@ -35,7 +35,7 @@ func (p *play) fileSystem(ctx context.Context) {
 
 // copyTree copies the tree into the volume, and takes a snapshot when a third of it is there.
 func (p *play) copyTree(ctx context.Context) (snapshot string, c cut) {
-	if p.wait(); p.err != nil {
+	if p.wait("copy the original, and take a snapshot meanwhile"); p.err != nil {
 		return "", cut{}
 	}
 	pause := p.pause

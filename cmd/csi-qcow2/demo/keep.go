@@ -12,8 +12,8 @@ import (
 	"path/filepath"
 )
 
-// pauser returns what waits for a line of in before each step.
-func pauser(ctx context.Context, in io.Reader, out io.Writer) func() error {
+// pauser returns what waits for a line of in before each step. On a terminal its prompt gives way to the step.
+func pauser(ctx context.Context, in io.Reader, out io.Writer, terminal bool) func(next string) error {
 	lines := make(chan struct{})
 	asked := make(chan struct{})
 	// A read from a terminal cannot be interrupted: then the goroutine stays, and ends with the process. It reads only when it is
@@ -33,11 +33,11 @@ func pauser(ctx context.Context, in io.Reader, out io.Writer) func() error {
 		}
 	}()
 	ended := false
-	return func() error {
+	return func(next string) error {
 		if ended {
 			return ctx.Err()
 		}
-		fmt.Fprint(out, margin+"[Enter] ")
+		fmt.Fprintf(out, "%s[Enter] %s … ", margin, next)
 		select {
 		case asked <- struct{}{}:
 		case <-lines: // at its end
@@ -49,7 +49,9 @@ func pauser(ctx context.Context, in io.Reader, out io.Writer) func() error {
 		}
 		select {
 		case _, more := <-lines:
-			ended = !more
+			if ended = !more; more && terminal {
+				fmt.Fprint(out, "\x1b[A\x1b[J")
+			}
 			return ctx.Err()
 		case <-ctx.Done():
 			return ctx.Err()

@@ -13,7 +13,8 @@ import (
 )
 
 const (
-	lineWidth = 80 // columns, of all lines that are ours
+	maxWidth  = 80 // columns, of all lines that are ours
+	timeWidth = len("12345.67 s")
 	margin    = "     "
 )
 
@@ -31,7 +32,8 @@ const (
 type report struct {
 	w      io.Writer
 	colour bool
-	pause  func() error // nil: it goes on by itself
+	width  int                     // columns
+	pause  func(next string) error // nil: it goes on by itself
 	steps  int
 	err    error // of the step that failed
 }
@@ -60,23 +62,23 @@ func (r *report) note(text string) {
 // inCluster shows the command by which a user of a cluster causes what the step does.
 func (r *report) inCluster(command string) { r.note("in a cluster: " + command) }
 
-// wait waits for the user, if there is one.
-func (r *report) wait() {
+// wait waits for the user, if there is one, who is told what comes next.
+func (r *report) wait(next string) {
 	if r.err == nil && r.pause != nil {
-		r.err = r.pause()
+		r.err = r.pause(fmt.Sprintf("%.*s", r.width-len(margin+"[Enter]  … "), next))
 	}
 }
 
 // step does one step and shows it. What do returns is shown below.
 func (r *report) step(what string, do func() (string, error)) {
-	if r.wait(); r.err != nil {
+	if r.wait(what); r.err != nil {
 		return
 	}
 	r.steps++
-	fmt.Fprintf(r.w, "%3d  %-64s", r.steps, what)
+	fmt.Fprintf(r.w, "%3d  %-*s ", r.steps, r.width-len(margin)-timeWidth-1, what)
 	start := time.Now()
 	result, err := do()
-	took := fmt.Sprintf("%8.2f s", time.Since(start).Seconds())
+	took := fmt.Sprintf("%*.2f s", timeWidth-len(" s"), time.Since(start).Seconds())
 	if err != nil {
 		how := "FAILED"
 		if errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled {
@@ -94,10 +96,10 @@ func (r *report) step(what string, do func() (string, error)) {
 
 // command runs what a user would type, and shows it with its output.
 func (r *report) command(words []string, run func() (string, error)) {
-	if r.wait(); r.err != nil {
+	if r.wait(strings.Join(words[:min(len(words), 4)], " ")); r.err != nil {
 		return
 	}
-	fmt.Fprintf(r.w, "\n%s\n", r.paint(cyan, "$ "+wrapped(words)))
+	fmt.Fprintf(r.w, "\n%s\n", r.paint(cyan, "$ "+wrapped(words, r.width)))
 	out, err := run()
 	if err != nil {
 		r.err = err
@@ -108,14 +110,14 @@ func (r *report) command(words []string, run func() (string, error)) {
 	}
 }
 
-// wrapped joins the words of a command, in lines that a shell takes for one.
-func wrapped(words []string) string {
+// wrapped joins the words of a command, in lines of at most width columns that a shell takes for one.
+func wrapped(words []string, width int) string {
 	var b strings.Builder
 	column := len("$ ")
 	for i, word := range words {
 		switch {
 		case i == 0:
-		case column+len(word)+len("  \\") > lineWidth:
+		case column+len(word)+len("  \\") > width:
 			b.WriteString(" \\\n    ")
 			column = 4
 		default:

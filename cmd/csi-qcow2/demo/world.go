@@ -128,7 +128,7 @@ func (w *world) awaitReady(ctx context.Context) error {
 
 // environment tells the commands of this program where they are.
 func (w *world) environment() []string {
-	return []string{"CSI_QCOW2_POOL=" + w.pool.Dir(), "CSI_QCOW2_ENGINE=" + w.endpoint("engine")}
+	return []string{"CSI_QCOW2_POOL=" + w.pool.Dir(), "CSI_QCOW2_ENGINE=" + w.endpoint("engine"), "CSI_QCOW2_PLUGIN=" + w.endpoint("csi")}
 }
 
 // shell runs a command of a user, this program's or another's, in the pool's directory, and returns its output.
