@@ -41,6 +41,8 @@ func TestErrors(t *testing.T) {
 		"image snapshto":             "did you mean snapshot?",
 		"image info image --nothing": "unknown flag: --nothing",
 		"image create NEW 1GB":       `"1GB" is not a size`,
+		"node --overcommit 0":        `"0" is not a ratio`,
+		"node --overcommit NaN":      `"NaN" is not a ratio`,
 	}, 1: {
 		"image check":                             "usage: csi-qcow2 image check FILE", // 2 would mean corrupt
 		"image check image --nothing":             "unknown flag",

@@ -147,8 +147,8 @@ func newImageMapCommand() *cobra.Command {
 data, compressed data, zeros or a hole (never written), and where in the file its data lies. JSON has the
 keys of ` + "`qemu-img map`" + `.
 
-The device of an attached volume is flushed first, so that the file says what the disk is. With -U it is what the file
-says: what its user has not committed yet is missing. A snapshot is shown as it is.`,
+The device of an attached volume is flushed first, so that the file says what the disk is. With -U it is what the
+file says: what its user has not committed yet is missing. A snapshot is shown as it is.`,
 		Example: `  csi-qcow2 image map disk.qcow2
   csi-qcow2 image map disk.qcow2 --snapshot before-upgrade -o json`,
 		Args: takes("FILE"),

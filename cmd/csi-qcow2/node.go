@@ -17,7 +17,7 @@ func newNodeCommand() *cobra.Command {
 	var inCluster bool
 	var metrics metricsServer
 	o := driver.Options{Version: version}
-	reserve := sizeFlag(driver.DefaultReserve)
+	reserve, overcommit := sizeFlag(driver.DefaultReserve), ratioFlag(driver.DefaultOvercommit)
 	cmd := &cobra.Command{
 		Use:   "node",
 		Short: "Serve the CSI plugin of one node",
@@ -34,7 +34,7 @@ file systems, so it must run as root and in the mount namespace where kubelet se
 				return err
 			}
 			defer func() { err = errors.Join(err, client.Close()) }()
-			o.Engine, o.Reserve = client, int64(reserve)
+			o.Engine, o.Reserve, o.Overcommit = client, int64(reserve), float64(overcommit)
 			if inCluster {
 				if o.Cluster, err = rest.InClusterConfig(); err != nil {
 					return err
@@ -52,7 +52,7 @@ file systems, so it must run as root and in the mount namespace where kubelet se
 	flags.StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")
 	flags.StringVar(&engineEndpoint, "engine", "", "`endpoint` of the engine, unix:///path")
 	flags.Var(&reserve, "reserve", "space of the pool's file system that is promised to no volume")
-	flags.Float64Var(&o.Overcommit, "overcommit", driver.DefaultOvercommit, "`bytes` promised to volumes for each free byte")
+	flags.Var(&overcommit, "overcommit", "bytes promised to volumes for each free byte")
 	flags.Int64Var(&o.SnapshotLimit, "snapshot-limit", driver.DefaultSnapshotLimit,
 		"`percent` of a volume's size that its snapshots may keep, if its StorageClass says nothing")
 	flags.Int64Var(&o.MaxVolumes, "max-volumes-per-node", 256, "`number` of volumes in use at once for which the scheduler takes the node; 0: any")

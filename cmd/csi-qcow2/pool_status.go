@@ -51,8 +51,8 @@ func newPoolStatusCommand() *cobra.Command {
 		Short: "Show what a pool has, what it has promised, and to whom",
 		Long: `Show the space of a pool: what is free, what each volume occupies and may still come to occupy, and what is left
 to be promised to new ones, (free - reserved) * overcommit - promised. How much is reserved, and the overcommit
-ratio, are the CSI plugin's settings, which it is asked for. Give them to see what others would make of it, or where
-no plugin runs.
+ratio, are the CSI plugin's settings, for which it is asked. Give them to see what others would make of it, or
+where no plugin runs.
 
 A volume may come to occupy its size, and one with snapshots all of its size beside what it has, for they keep
 what it overwrites.`,
@@ -63,16 +63,17 @@ what it overwrites.`,
 	output := addOutputFlag(cmd)
 	reserve := sizeFlag(driver.DefaultReserve)
 	cmd.Flags().Var(&reserve, "reserve", "space of the pool's file system that is promised to no volume")
-	overcommit := cmd.Flags().Float64("overcommit", driver.DefaultOvercommit, "`bytes` promised to volumes for each free byte")
-	plugin := cmd.Flags().String("plugin", cmp.Or(os.Getenv("CSI_QCOW2_PLUGIN"), defaultPlugin),
-		"`endpoint` of the CSI plugin that is asked for its settings; or in $CSI_QCOW2_PLUGIN")
+	overcommit := ratioFlag(driver.DefaultOvercommit)
+	cmd.Flags().Var(&overcommit, "overcommit", "bytes promised to volumes for each free byte")
+	plugin := cmd.Flags().String("plugin", os.Getenv("CSI_QCOW2_PLUGIN"),
+		"`endpoint` of the CSI plugin that is asked; or in $CSI_QCOW2_PLUGIN; without, the node's")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		p, err := pool.Open(args[0])
 		if err != nil {
 			return err
 		}
-		given := settings{int64(reserve), *overcommit}
-		running, err := askPlugin(cmd.Context(), *plugin, p)
+		given := settings{int64(reserve), float64(overcommit)}
+		running, err := askPlugin(cmd.Context(), cmp.Or(*plugin, defaultPlugin), p)
 		assumed := err != nil
 		if !assumed {
 			if !cmd.Flags().Changed("reserve") {

@@ -90,6 +90,21 @@ func (f *sizeFlag) Set(s string) error {
 	return err
 }
 
+// ratioFlag is a flag whose value is a number above 0.
+type ratioFlag float64
+
+func (f *ratioFlag) String() string { return strconv.FormatFloat(float64(*f), 'g', -1, 64) }
+func (f *ratioFlag) Type() string   { return "ratio" }
+
+func (f *ratioFlag) Set(s string) error {
+	n, err := strconv.ParseFloat(s, 64)
+	if err != nil || !(n > 0) || math.IsInf(n, 0) { // nor NaN
+		return fmt.Errorf("%q is not a ratio: a number above 0, as in 1.5", s)
+	}
+	*f = ratioFlag(n)
+	return nil
+}
+
 // formatSize writes n bytes as parseSize reads them, exactly.
 func formatSize(n int64) string {
 	suffix := -1

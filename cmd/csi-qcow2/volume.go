@@ -153,7 +153,8 @@ func newVolumeListCommand() *cobra.Command {
 		Use:   "list",
 		Short: "List the volumes of a pool",
 		Long: `List the volumes of a pool: their disk's size, what their image occupies, how many snapshots it holds, and whether
-the engine serves them, and for which claim they were made. "deleted" is a volume of which only the snapshots remain; it goes with the last one.
+the engine serves them, and for which claim they were made. "deleted" is a volume of which only the snapshots
+remain; it goes with the last one.
 
 If no engine answers, a volume that any process has open is "in use".`,
 		Example: `  csi-qcow2 volume list
@@ -179,9 +180,10 @@ If no engine answers, a volume that any process has open is "in use".`,
 
 func newVolumeShowCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "show ID",
-		Short:   "Show what is known of a volume",
-		Long:    "Show what is known of a volume. ID is its ID, the volumeHandle of its PersistentVolume, its name, or NAMESPACE/NAME of its claim.",
+		Use:   "show ID",
+		Short: "Show what is known of a volume",
+		Long: `Show what is known of a volume. ID is its ID, the volumeHandle of its PersistentVolume, or its name, or
+NAMESPACE/NAME of its claim.`,
 		Example: `  csi-qcow2 volume show pvc-0d2b7ac4-9b4e-4a57-8b0e-9a4f1d3c2e11 -o json`,
 		Args:    takes("ID"),
 	}
