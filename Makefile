@@ -62,6 +62,7 @@ lint: verify ## check style, the generated code and the scripts
 	$(GO) mod tidy -diff
 	$(TOOL) golangci-lint run --allow-parallel-runners
 	hack/imports.sh
+	$(GO) run ./hack/circles
 	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet ./...
 	CGO_ENABLED=0 GOARCH=arm64 $(GO) build -o /dev/null ./cmd/csi-qcow2
 	shellcheck hack/*.sh .ci/run test/e2e/*.sh test/e2e/cluster/*.sh test/e2e/cluster/kubectl test/e2e/guest/*
