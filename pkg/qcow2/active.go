@@ -2,64 +2,11 @@ package qcow2
 
 import "fmt"
 
-// chunk is a part of a request that lies under one L2 table.
-type chunk struct {
-	off, n      int64 // guest bytes
-	table       int64 // index in L1
-	first, last int64 // entries in the L2 table, both included
-}
-
-// maxChunk bounds what a request holds in memory at once.
-const maxChunk = 4 << 20
-
-// chunks calls fn for each part of n bytes at off, in order.
-func (g geometry) chunks(off, n int64, fn func(chunk) error) error {
-	return g.parts(off, n, max(maxChunk, g.clusterSize), fn)
-}
-
-// parts is chunks with parts of at most so many bytes, a multiple of the cluster size.
-func (g geometry) parts(off, n, most int64, fn func(chunk) error) error {
-	for n > 0 {
-		k := min(n, g.l2Coverage-off%g.l2Coverage, most-g.inCluster(off))
-		c := chunk{off: off, n: k, table: g.l1Index(off), first: g.l2Index(off), last: g.l2Index(off + k - 1)}
-		if err := fn(c); err != nil {
-			return err
-		}
-		off, n = off+k, n-k
-	}
-	return nil
-}
-
-// guest returns the guest clusters of c, end excluded.
-func (c chunk) guest(g geometry) (first, end int64) {
-	return c.off >> g.clusterBits, (c.off+c.n-1)>>g.clusterBits + 1
-}
-
 // lock takes the guest clusters of c.
 func (img *Image) lock(c chunk, exclusive bool) (unlock func()) {
 	first, end := c.guest(img.g)
 	r := img.guests.lock(first, end, exclusive)
 	return func() { img.guests.unlock(r) }
-}
-
-// readL2 reads the L2 table at off.
-func readL2(f File, g geometry, off int64) (table, error) {
-	t := g.newTable()
-	return t, t.read(f, off)
-}
-
-func (t table) read(f File, off int64) error {
-	length, err := f.Size()
-	if err != nil {
-		return err
-	}
-	if off >= length {
-		return fmt.Errorf("%w: L2 table at file offset %#x, beyond the end of the file", ErrCorrupt, off)
-	}
-	if err := readPadded(f, t.b, off); err != nil {
-		return fmt.Errorf("read the L2 table at file offset %#x: %w", off, err)
-	}
-	return nil
 }
 
 // activeTable returns the active L2 table of an L1 entry, nil if there is none. Called with mu held, which it gives up

@@ -3,7 +3,6 @@ package qcow2
 import (
 	"errors"
 	"fmt"
-	"math"
 	"math/bits"
 )
 
@@ -90,14 +89,6 @@ func create(f File, g geometry, size int64, o CreateOptions) error {
 		}
 	}
 	return l.writeHeader(f)
-}
-
-// roundToSectors rounds a disk's size up, as QEMU does: it cannot serve a part of a sector.
-func roundToSectors(size int64) int64 {
-	if size > math.MaxInt64-sectorSize {
-		return size // too large in any case
-	}
-	return (size + sectorSize - 1) &^ (sectorSize - 1)
 }
 
 // requireEmpty refuses to write over anything.

@@ -1,9 +1,6 @@
 package qcow2
 
-import (
-	"container/list"
-	"math/bits"
-)
+import "container/list"
 
 // l2Table is an L2 table of the active state in memory.
 type l2Table struct {
@@ -99,75 +96,4 @@ func (c *l2Cache) drop(index int64) {
 func (c *l2Cache) clear() {
 	clear(c.tables)
 	c.recent.Init()
-}
-
-// sectorSet is a set of the sectors of a table.
-type sectorSet []uint64
-
-func (s *sectorSet) add(i int64) {
-	for int64(len(*s)) <= i/64 {
-		*s = append(*s, 0)
-	}
-	(*s)[i/64] |= 1 << (i % 64)
-}
-
-// addRange adds the sectors that bytes [from, to) touch.
-func (s *sectorSet) addRange(from, to int64) {
-	for i := from / sectorSize; i*sectorSize < to; i++ {
-		s.add(i)
-	}
-}
-
-// allSectors is the set of all sectors of a table.
-func (g geometry) allSectors() sectorSet {
-	var s sectorSet
-	s.addRange(0, g.clusterSize)
-	return s
-}
-
-func (s *sectorSet) addAll(o sectorSet) {
-	for w, b := range o {
-		for ; b != 0; b &= b - 1 {
-			s.add(int64(w*64 + bits.TrailingZeros64(b)))
-		}
-	}
-}
-
-func (s sectorSet) has(i int64) bool {
-	return i/64 < int64(len(s)) && s[i/64]&(1<<(i%64)) != 0
-}
-
-func (s sectorSet) empty() bool {
-	for _, b := range s {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
-}
-
-// each calls fn for each maximal run of neighbours in the set.
-func (s sectorSet) each(fn func(first, n int64)) {
-	end := int64(len(s)) * 64
-	for i := int64(0); i < end; {
-		if !s.has(i) {
-			i++
-			continue
-		}
-		first := i
-		for i < end && s.has(i) {
-			i++
-		}
-		fn(first, i-first)
-	}
-}
-
-// parts returns copies of the sectors in the set of b, which lies at off.
-func (s sectorSet) parts(b []byte, off int64) []metaWrite {
-	var ps []metaWrite
-	s.each(func(first, n int64) {
-		at, end := first*sectorSize, min((first+n)*sectorSize, int64(len(b)))
-		ps = append(ps, metaWrite{off + at, append([]byte(nil), b[at:end]...)})
-	})
-	return ps
 }

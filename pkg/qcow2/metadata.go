@@ -239,14 +239,3 @@ func (img *Image) noteTables() error {
 	}
 	return nil
 }
-
-// checkL1Entry refuses an entry that no legal image holds: its L2 table must not be other metadata.
-func (img *Image) checkL1Entry(e l1Entry) error {
-	if err := e.check(img.g); err != nil {
-		return err
-	}
-	if img.alloc != nil && img.alloc.metadata.kind(e.offset()>>img.g.clusterBits) == metadataSole && e.offset() != 0 {
-		return fmt.Errorf("%w: the L2 table at file offset %#x is other metadata", ErrCorrupt, e.offset())
-	}
-	return nil
-}

@@ -83,17 +83,6 @@ func checkSnapshotName(name string) error {
 	return nil
 }
 
-// activeL1 returns a copy of the active L1 table with COPIED cleared.
-func (img *Image) activeL1() []l1Entry {
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	l1 := make([]l1Entry, len(img.l1))
-	for i, e := range img.l1 {
-		l1[i] = e &^ flagCopied
-	}
-	return l1
-}
-
 // create makes row a snapshot of the state that l1 maps. The snapshot gets its L2 tables; the active state gets new
 // ones where COPIED is set, for it shares all that was mapped.
 func (n *generation) create(row *snapshotRow, l1 []l1Entry) (err error) {
@@ -243,29 +232,4 @@ func (img *Image) Resize(size int64) error {
 		n.l1 = append(n.l1, make([]l1Entry, max(need-int64(len(n.l1)), 0))...)
 		return nil
 	}})
-}
-
-// snapshotL1 reads a snapshot's L1 table, COPIED flags cleared: QEMU leaves them set.
-func (img *Image) snapshotL1(row *snapshotRow) ([]l1Entry, error) {
-	l1, err := readL1(img.f, img.g, row.l1Offset, row.l1Size, false)
-	if err != nil {
-		return nil, fmt.Errorf("%s: L1 table of snapshot %q: %w", img.f.Name(), row.name, err)
-	}
-	for i := range l1 {
-		l1[i] &^= flagCopied
-	}
-	return l1, nil
-}
-
-// snapshotDiskL1 is snapshotL1 with entries for all of the snapshot's disk.
-func (img *Image) snapshotDiskL1(row *snapshotRow) ([]l1Entry, error) {
-	need := img.g.l1Entries(row.diskSize)
-	if need > maxL1Bytes/8 {
-		return nil, fmt.Errorf("%s: %w: disk of %d bytes in snapshot %q", img.f.Name(), ErrLimit, row.diskSize, row.name)
-	}
-	l1, err := img.snapshotL1(row)
-	if err != nil {
-		return nil, err
-	}
-	return append(l1, make([]l1Entry, max(need-int64(len(l1)), 0))...), nil
 }

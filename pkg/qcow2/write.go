@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 )
@@ -217,32 +216,6 @@ func (img *Image) fillBounds(e l2Entry, from, to int64) (int64, int64) {
 		return from, to
 	}
 	return 0, img.g.clusterSize
-}
-
-// leadingZeros returns with how many zeros b begins, in whole sectors.
-func leadingZeros(b []byte) int64 {
-	n := int64(0)
-	for ; n+sectorSize <= int64(len(b)) && onlyZeros(b[n:n+sectorSize]); n += sectorSize {
-	}
-	return n
-}
-
-// nonzero returns where the zeros begin that b ends with, in whole sectors.
-func nonzero(b []byte) int64 {
-	n := int64(len(b))
-	for ; n >= sectorSize && onlyZeros(b[n-sectorSize:n]); n -= sectorSize {
-	}
-	return n
-}
-
-// onlyZeros tells whether all of a sector is zeros.
-func onlyZeros(sector []byte) bool {
-	for ; len(sector) >= 8; sector = sector[8:] {
-		if binary.NativeEndian.Uint64(sector) != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // needsBarrier tells whether the data must be durable before the mapping: unless each changed entry replaces

@@ -51,32 +51,6 @@ func (img *Image) toZero(off, n int64, replace func(l2Entry) l2Entry) error {
 	})
 }
 
-// wholeClusters splits c into the parts of clusters at its ends and what lies between. The last cluster of the
-// disk is whole if all of the disk in it is.
-func (g geometry) wholeClusters(c chunk, size int64) []chunk {
-	part := func(from, to int64) chunk {
-		return chunk{off: from, n: to - from, table: c.table, first: g.l2Index(from), last: g.l2Index(to - 1)}
-	}
-	end := c.off + c.n
-	from := (c.off + g.clusterSize - 1) &^ (g.clusterSize - 1)
-	to := end &^ (g.clusterSize - 1)
-	if end == size {
-		to = end
-	}
-	if from >= to {
-		return []chunk{c}
-	}
-	var parts []chunk
-	if from > c.off {
-		parts = append(parts, part(c.off, from))
-	}
-	parts = append(parts, part(from, to))
-	if to < end {
-		parts = append(parts, part(to, end))
-	}
-	return parts
-}
-
 // zeroPart makes one part read as zeros: c is whole clusters, or lies in one.
 func (img *Image) zeroPart(c chunk, replace func(l2Entry) l2Entry) error {
 	old, err := img.mappedEntries(c)
