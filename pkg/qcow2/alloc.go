@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"encoding/binary"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -28,8 +27,8 @@ type allocator struct {
 
 	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
 	rc     *refcounts
-	search *leakSearch // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
-	build  *generation // of a running operation: it holds free clusters, and follows each change of a count
+	search *leakSearch    // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
+	build  nextGeneration // of a running operation, nil if there is none
 	// unsafe: refcount blocks whose free clusters are being punched, those before unsafeEnd. Nothing is taken of these.
 	unsafe    map[int64]struct{}
 	unsafeEnd int64
@@ -40,18 +39,19 @@ type allocator struct {
 	length    atomic.Int64 // of the file, bytes; changed with mu held
 }
 
-// A reservation starts small, so that a short visit leaks little when it crashes, and doubles while it is
-// used up: what one sync can pay for.
-const (
-	firstBatchBytes  = 4 << 20
-	beforeBuildBytes = 16 << 20 // when guests are about to copy on write
-	maxBatchBytes    = 64 << 20
-	maxBatch         = 4096 // clusters
-)
-
-// batch returns how many clusters to reserve at once for so many bytes: of small clusters fewer bytes.
-func (g geometry) batch(bytes int64) int64 {
-	return min(max(bytes>>g.clusterBits, 1), maxBatch*bytes/maxBatchBytes)
+// nextGeneration is the metadata's next generation while it is built, as the allocator sees it: it holds free clusters, and
+// follows each change of a live count. Its methods are called with the allocator's mu held.
+type nextGeneration interface {
+	// holds tells that a cluster, which is free in the live generation, is not to be had.
+	holds(c int64) bool
+	// mirror makes a change of live counts in the next ones too.
+	mirror(r run, delta int) error
+	// unmake forgets live refcount block k at off, which the table on disk has never had, with the count of its cluster.
+	unmake(k, off int64)
+	// searchFrom is the cluster from which on it takes more.
+	searchFrom() int64
+	// ended is closed when the operation has ended.
+	ended() <-chan struct{}
 }
 
 // newAllocator leaves the functions and the map of metadata to the image.
@@ -67,106 +67,6 @@ func newAllocator(f File, g geometry, h *header) (*allocator, error) {
 	a := &allocator{f: f, g: g, rc: rc, next: 1, batch: g.batch(firstBatchBytes)}
 	a.length.Store(length)
 	return a, nil
-}
-
-// take hands out n clusters, neighbours where possible. Whoever fails to use them gives them to release.
-func (a *allocator) take(n int64) (runs, error) {
-	for {
-		got, missing := a.takeReady(n)
-		if missing == 0 {
-			return got, nil
-		}
-		if err := a.reserve(n); err != nil {
-			return nil, err
-		}
-	}
-}
-
-// takeReady hands out n reserved clusters, or says how many are missing.
-func (a *allocator) takeReady(n int64) (got runs, missing int64) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if have := a.ready.clusters(); have < n {
-		return nil, n - have
-	}
-	for n > 0 {
-		r := a.ready[0]
-		k := min(n, r.n)
-		got.add(run{r.first, k})
-		a.search.touch(run{r.first, k})
-		n -= k
-		if a.ready[0] = (run{r.first + k, r.n - k}); k == r.n {
-			a.ready = a.ready[1:]
-		}
-	}
-	a.reserveAhead()
-	return got, 0
-}
-
-// reserveAhead has clusters reserved in the background when half of the last reservation is used up. Called with mu held.
-func (a *allocator) reserveAhead() {
-	low := a.batch / 4 // it doubles each time
-	if a.ahead || a.ready.clusters() >= low {
-		return
-	}
-	a.ahead = true
-	a.background.Go(func() {
-		_ = a.reserve(low) // whoever needs them will try again, and be told
-		a.mu.Lock()
-		a.ahead = false
-		a.mu.Unlock()
-	})
-}
-
-// reserve makes n clusters ready, in rounds between which others get at the counts. What it got before it fails is ready.
-func (a *allocator) reserve(n int64) error {
-	total := int64(0)
-	for total < n {
-		got, err := a.reserveRound(n)
-		if err != nil {
-			return fmt.Errorf("reserve %d clusters: %w", n, err)
-		}
-		if got == 0 { // somebody else did
-			break
-		}
-		total += got
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if total > 0 {
-		a.batch = min(max(a.batch, n)*2, a.g.batch(maxBatchBytes))
-	}
-	return nil
-}
-
-// reserveRound makes clusters ready, if n are not yet, and says how many; or it fails and has changed nothing.
-func (a *allocator) reserveRound(n int64) (int64, error) {
-	a.ledger.Lock()
-	defer a.ledger.Unlock()
-	a.mu.Lock()
-	n -= a.ready.clusters()
-	c := claim{a: a, at: a.next, next: a.next, missing: max(n, a.batch), need: n}
-	a.mu.Unlock()
-	if n <= 0 {
-		return 0, nil
-	}
-	err := c.search()
-	if err == nil {
-		err = a.prepare(c.got)
-	}
-	if err == nil && len(c.newBlocks) > 0 {
-		err = a.link(c.newBlocks)
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if err != nil {
-		c.undo()
-		return 0, err
-	}
-	for _, r := range c.got {
-		a.ready.add(r)
-	}
-	return c.got.clusters(), nil
 }
 
 // fetch reads those of the refcount blocks ks that are not in memory, together. Called with ledger held, so that nobody
@@ -203,7 +103,7 @@ func (a *allocator) fetch(ks []int64) error {
 
 // free tells that no running operation holds a cluster whose count is 0.
 func (a *allocator) free(c int64) bool {
-	return a.build == nil || !a.build.holds(c) && !a.build.room.has(c)
+	return a.build == nil || !a.build.holds(c)
 }
 
 // add changes live counts, and with them those of a generation that is being built.
@@ -232,47 +132,6 @@ func (a *allocator) refuse(r run) error {
 	return nil
 }
 
-// prepare makes reserved clusters read as zeros and, with their counts, durable. Called with ledger held.
-func (a *allocator) prepare(got runs) error {
-	for _, r := range got {
-		if at := r.first << a.g.clusterBits; at < a.length.Load() {
-			if err := a.f.PunchHole(at, min(r.n<<a.g.clusterBits, a.length.Load()-at)); err != nil {
-				return err
-			}
-		}
-	}
-	if err := a.writeBack(); err != nil {
-		return err
-	}
-	if err := a.reach(got); err != nil {
-		return err
-	}
-	return a.sync()
-}
-
-// reach makes the file at least so long that clusters lie inside it. Called with ledger held.
-func (a *allocator) reach(rs runs) error {
-	a.growth.Lock()
-	defer a.growth.Unlock()
-	length, err := a.f.Size() // a new refcount block, or an operation, may have made it longer
-	if err != nil {
-		return err
-	}
-	end := max(length, a.length.Load())
-	for _, r := range rs {
-		end = max(end, r.end()<<a.g.clusterBits)
-	}
-	if end > length {
-		if err := a.f.Truncate(end); err != nil {
-			return err
-		}
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.length.Store(end)
-	return nil
-}
-
 // writeBack writes what has changed in the refcount blocks. It does not sync. Called with ledger held, but not mu.
 func (a *allocator) writeBack() error {
 	a.mu.Lock()
@@ -285,15 +144,34 @@ func (a *allocator) writeBack() error {
 	return err
 }
 
-// link makes the refcount table point at new blocks, whose content is durable. Called with ledger held.
-func (a *allocator) link(blocks []int64) error {
-	for _, k := range blocks {
-		var e [8]byte
-		binary.BigEndian.PutUint64(e[:], uint64(a.rc.table[k]))
-		if _, err := a.f.WriteAt(e[:], a.rc.tableAt.first<<a.g.clusterBits+k*8); err != nil {
-			// Whether the table on disk has the block is unknown now.
-			return a.fail(fmt.Errorf("write refcount table entry %d: %w", k, err))
-		}
+// count returns how often a host cluster is counted.
+func (a *allocator) count(cluster int64) (uint64, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	b, err := a.rc.block(cluster >> a.g.blockBits)
+	if err != nil || b == nil {
+		return 0, err
 	}
-	return a.sync()
+	return b.counts.get(cluster & (a.g.blockCounts - 1)), nil
+}
+
+// searching tells whether ReclaimLeaks counts references.
+func (a *allocator) searching() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.search != nil
+}
+
+// A reservation starts small, so that a short visit leaks little when it crashes, and doubles while it is
+// used up: what one sync can pay for.
+const (
+	firstBatchBytes  = 4 << 20
+	beforeBuildBytes = 16 << 20 // when guests are about to copy on write
+	maxBatchBytes    = 64 << 20
+	maxBatch         = 4096 // clusters
+)
+
+// batch returns how many clusters to reserve at once for so many bytes: of small clusters fewer bytes.
+func (g geometry) batch(bytes int64) int64 {
+	return min(max(bytes>>g.clusterBits, 1), maxBatch*bytes/maxBatchBytes)
 }

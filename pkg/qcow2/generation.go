@@ -91,6 +91,8 @@ func (img *Image) newGeneration() *generation {
 	}
 }
 
+func (n *generation) ended() <-chan struct{} { return n.done }
+
 // cancel ends the build early, if it is not too late.
 func (n *generation) cancel(why error) { n.cancelled.CompareAndSwap(nil, &why) }
 

@@ -162,8 +162,11 @@ func (n *generation) mirror(r run, delta int) error {
 	})
 }
 
-// holds tells that a cluster, which is free in the live generation, is not in this one.
+// holds tells that a cluster, which is free in the live generation, is not in this one, or is kept for it.
 func (n *generation) holds(c int64) bool {
+	if n.room.has(c) {
+		return true
+	}
 	_, ok := slices.BinarySearchFunc(n.taken, c, func(r run, c int64) int {
 		switch {
 		case r.end() <= c:
@@ -175,6 +178,8 @@ func (n *generation) holds(c int64) bool {
 	})
 	return ok
 }
+
+func (n *generation) searchFrom() int64 { return n.next }
 
 // take allocates k neighbouring clusters for the next generation.
 func (n *generation) take(k int64) (run, error) {

@@ -68,35 +68,6 @@ func (img *Image) reclaim(ctx context.Context, r *Reclaimed) error {
 // searchClusters is how many host clusters a search looks at, in a byte each.
 const searchClusters = 64 << 20
 
-// leakSearch is what a search has learnt about the host clusters from first on: how often each is referenced.
-// The allocator's lock guards it.
-type leakSearch struct {
-	first     int64
-	seen      []uint8
-	last      bool // nothing lies behind
-	disturbed bool // an operation has begun since the search did
-}
-
-const (
-	seenCount  uint8 = 1<<7 - 1 // the references; as many as this, or unknown: leave the cluster alone
-	seenActive uint8 = 1 << 7   // one of them is the active state's
-)
-
-// add counts references to a run.
-func (s *leakSearch) add(r run, times int64, flag uint8) {
-	for c := max(r.first, s.first); c < min(r.end(), s.first+int64(len(s.seen))); c++ {
-		v := s.seen[c-s.first]
-		s.seen[c-s.first] = v&seenActive | flag | uint8(min(int64(v&seenCount)+times, int64(seenCount)))
-	}
-}
-
-// touch excludes clusters. It may be called on nil.
-func (s *leakSearch) touch(r run) {
-	if s != nil {
-		s.add(r, int64(seenCount), 0)
-	}
-}
-
 // startSearch begins at an instant at which no guest request is under way and no operation runs.
 func (img *Image) startSearch(ctx context.Context, first, end int64) (*leakSearch, error) {
 	for {
@@ -123,7 +94,7 @@ func (img *Image) tryStartSearch(first, end int64) (s *leakSearch, running <-cha
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.build != nil {
-		return nil, a.build.done, nil
+		return nil, a.build.ended(), nil
 	}
 	all := a.g.clusters(a.length.Load()) + maxBatch // a crash may leave clusters counted behind the end
 	s = &leakSearch{first: first, seen: make([]uint8, max(0, min(end, all)-first)), last: end >= all}

@@ -228,14 +228,3 @@ func (img *Image) redoEntry(e l2Entry) (l2Entry, error) {
 	}
 	return e.withCopied(n == 1), err
 }
-
-// count returns how often a host cluster is counted.
-func (a *allocator) count(cluster int64) (uint64, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	b, err := a.rc.block(cluster >> a.g.blockBits)
-	if err != nil || b == nil {
-		return 0, err
-	}
-	return b.counts.get(cluster & (a.g.blockCounts - 1)), nil
-}

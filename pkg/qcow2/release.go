@@ -183,3 +183,22 @@ func (a *allocator) giveBack() error {
 	}
 	return a.rc.writeBack()
 }
+
+// punchCounted punches those clusters that are counted once. Called with ledger held.
+func (a *allocator) punchCounted(rs runs) error {
+	for part, blocks := range a.g.byBlocks(rs, min(releaseBlocks, a.rc.limit)) {
+		if err := a.fetch(blocks); err != nil {
+			return err
+		}
+		sole, _, err := a.bySoleness(part)
+		if err != nil {
+			return err
+		}
+		for _, r := range sole {
+			if err := a.punchHole(r); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -76,13 +76,6 @@ func (img *Image) tableClusters() run {
 	return run{img.hdr.Load().snapshotsOffset >> img.g.clusterBits, img.g.clusters(img.rowBytes)}
 }
 
-// searching tells whether ReclaimLeaks counts references.
-func (a *allocator) searching() bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.search != nil
-}
-
 // strike makes the header select the snapshot table without a row: the same one if it is the last row, else a new one.
 func (img *Image) strike(rows []snapshotRow, at int) error {
 	h := *img.hdr.Load()
@@ -198,25 +191,6 @@ func (img *Image) punchSole(l1 []l1Entry) error {
 		}
 		if err := a.punchCounted(hosts); err != nil {
 			return err
-		}
-	}
-	return nil
-}
-
-// punchCounted punches those clusters that are counted once. Called with ledger held.
-func (a *allocator) punchCounted(rs runs) error {
-	for part, blocks := range a.g.byBlocks(rs, min(releaseBlocks, a.rc.limit)) {
-		if err := a.fetch(blocks); err != nil {
-			return err
-		}
-		sole, _, err := a.bySoleness(part)
-		if err != nil {
-			return err
-		}
-		for _, r := range sole {
-			if err := a.punchHole(r); err != nil {
-				return err
-			}
 		}
 	}
 	return nil

@@ -11,7 +11,7 @@ import (
 func (a *allocator) growTable() error {
 	first := max(int64(len(a.rc.table))<<a.g.blockBits, a.g.clusters(a.length.Load()))
 	if a.build != nil {
-		first = max(first, a.build.next)
+		first = max(first, a.build.searchFrom())
 	}
 	k := (first + a.g.blockCounts - 1) >> a.g.blockBits
 	first = k << a.g.blockBits

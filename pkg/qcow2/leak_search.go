@@ -1,0 +1,30 @@
+package qcow2
+
+// leakSearch is what a search has learnt about the host clusters from first on: how often each is referenced.
+// The allocator's lock guards it.
+type leakSearch struct {
+	first     int64
+	seen      []uint8
+	last      bool // nothing lies behind
+	disturbed bool // an operation has begun since the search did
+}
+
+const (
+	seenCount  uint8 = 1<<7 - 1 // the references; as many as this, or unknown: leave the cluster alone
+	seenActive uint8 = 1 << 7   // one of them is the active state's
+)
+
+// add counts references to a run.
+func (s *leakSearch) add(r run, times int64, flag uint8) {
+	for c := max(r.first, s.first); c < min(r.end(), s.first+int64(len(s.seen))); c++ {
+		v := s.seen[c-s.first]
+		s.seen[c-s.first] = v&seenActive | flag | uint8(min(int64(v&seenCount)+times, int64(seenCount)))
+	}
+}
+
+// touch excludes clusters. It may be called on nil.
+func (s *leakSearch) touch(r run) {
+	if s != nil {
+		s.add(r, int64(seenCount), 0)
+	}
+}
