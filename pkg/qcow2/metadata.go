@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"errors"
 	"fmt"
 	"math"
 	"math/bits"
@@ -155,87 +154,4 @@ func (m *metadataMap) refuse(r run) error {
 		return err == nil
 	})
 	return err
-}
-
-// noteMetadata fills the map of an image that is being opened. Structures of which each has its clusters to itself must
-// not overlap; an L2 table where something else is makes its use fail, not the opening.
-func (img *Image) noteMetadata() error {
-	h, g, m := img.hdr.Load(), img.g, img.alloc.metadata
-	note := func(what string, off, length int64) error {
-		if err := m.add(run{off >> g.clusterBits, g.clusters(length)}, metadataSole); err != nil {
-			return fmt.Errorf("%s at file offset %#x: %w", what, off, err)
-		}
-		return nil
-	}
-	if err := note("header", 0, g.clusterSize); err != nil {
-		return err
-	}
-	if err := note("refcount table", h.refTableOffset, h.refTableClusters<<g.clusterBits); err != nil {
-		return err
-	}
-	for _, off := range img.alloc.rc.table {
-		if off == 0 {
-			continue
-		}
-		if err := note("refcount block", off, g.clusterSize); err != nil {
-			return err
-		}
-	}
-	if err := note("active L1 table", h.l1Offset, h.l1Size*8); err != nil {
-		return err
-	}
-	if err := note("snapshot table", h.snapshotsOffset, img.rowBytes); err != nil {
-		return err
-	}
-	scan := int64(maxScan)
-	for i := range img.rows {
-		row := &img.rows[i]
-		if scan -= row.l1Size * 8; scan < 0 {
-			break
-		}
-		if err := note("L1 table of snapshot "+row.name, row.l1Offset, row.l1Size*8); err != nil {
-			return err
-		}
-	}
-	return img.noteTables()
-}
-
-// noteTables notes L2 tables: one that is COPIED must be nobody else's.
-func (img *Image) noteTables() error {
-	note := func(l1 []l1Entry) error {
-		for i, e := range l1 {
-			c, kind := e.offset()>>img.g.clusterBits, metadataL2
-			if e.copied() {
-				kind = metadataOwnL2
-			}
-			if c == 0 || img.alloc.metadata.kind(c) == metadataSole {
-				continue // checkL1Entry refuses it when it is used
-			}
-			if err := img.alloc.metadata.add(run{c, 1}, kind); err != nil {
-				return fmt.Errorf("L1 entry %d: %w", i, err)
-			}
-		}
-		return nil
-	}
-	if err := note(img.l1); err != nil {
-		return err
-	}
-	scan := int64(maxScan)
-	for i := range img.rows {
-		row := &img.rows[i]
-		if scan -= row.l1Size * 8; scan < 0 {
-			break
-		}
-		l1, err := img.snapshotL1(row)
-		if errors.Is(err, ErrCorrupt) {
-			continue // whoever uses the snapshot is told
-		}
-		if err != nil {
-			return err
-		}
-		if err := note(l1); err != nil {
-			return fmt.Errorf("snapshot %q: %w", row.name, err)
-		}
-	}
-	return nil
 }

@@ -9,36 +9,6 @@ import (
 // maxSnapshotName is the longest name in bytes: QEMU cuts longer ones off when it lists them.
 const maxSnapshotName = 255
 
-// Snapshots returns the snapshots in table order.
-func (img *Image) Snapshots() []Snapshot {
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	ss := make([]Snapshot, len(img.rows))
-	for i := range img.rows {
-		ss[i] = img.rows[i].snapshot()
-	}
-	return ss
-}
-
-// FindSnapshot returns the snapshot that s selects, or ErrNotFound.
-func (img *Image) FindSnapshot(s Selector) (Snapshot, error) {
-	row, err := img.findRow(s)
-	if err != nil {
-		return Snapshot{}, err
-	}
-	return row.snapshot(), nil
-}
-
-func (img *Image) findRow(s Selector) (snapshotRow, error) {
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	i, err := findSnapshot(img.rows, s)
-	if err != nil {
-		return snapshotRow{}, fmt.Errorf("%s: %w", img.f.Name(), err)
-	}
-	return img.rows[i], nil
-}
-
 // CreateSnapshot takes a snapshot of the active disk: of all requests that completed before the call and none that
 // comes after it returns. Guests wait only for the instant itself, however large the disk is. cut, if not nil, is
 // called once at that instant with what the snapshot will be: a frozen file system may be thawed. ErrExists if the name is taken, ErrLimit if a
@@ -125,8 +95,6 @@ func (img *Image) GotoSnapshot(s Selector) error {
 		return n.restore(img.activeL1())
 	}})
 }
-
-func nothing(*generation) error { return nil }
 
 // DeleteSnapshot removes a snapshot and frees what nothing else needs. Guests go on; the snapshot is listed until it
 // is gone. ErrNotFound; ErrInUse while a View of it is open.

@@ -112,3 +112,33 @@ func newSnapshotID(rows []snapshotRow) string {
 	}
 	return strconv.FormatUint(next, 10)
 }
+
+// Snapshots returns the snapshots in table order.
+func (img *Image) Snapshots() []Snapshot {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	ss := make([]Snapshot, len(img.rows))
+	for i := range img.rows {
+		ss[i] = img.rows[i].snapshot()
+	}
+	return ss
+}
+
+// FindSnapshot returns the snapshot that s selects, or ErrNotFound.
+func (img *Image) FindSnapshot(s Selector) (Snapshot, error) {
+	row, err := img.findRow(s)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	return row.snapshot(), nil
+}
+
+func (img *Image) findRow(s Selector) (snapshotRow, error) {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	i, err := findSnapshot(img.rows, s)
+	if err != nil {
+		return snapshotRow{}, fmt.Errorf("%s: %w", img.f.Name(), err)
+	}
+	return img.rows[i], nil
+}

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"encoding/binary"
-	"fmt"
 	"math"
 	"time"
 )
@@ -145,54 +144,4 @@ func lease(f File) int64 {
 		_ = setMark(k, soundMark{Open: true, File: st, Boot: shortBoot(k.Boot()), Until: now + int64(markLease)})
 	}
 	return now + int64(markLease)/2
-}
-
-// verify walks through all metadata of an image for which nothing vouches. ErrCorrupt, and nothing changed, if a cluster is
-// counted less often than it is referenced, or anything else contradicts the format. COPIED flags that the counts do not
-// allow are cleared: without them a write goes elsewhere.
-func verify(f File, h header) error {
-	c, err := newChecker(func() error { return nil }, f, h, nil)
-	if err == nil {
-		err = c.check()
-	}
-	if err != nil {
-		return fmt.Errorf("verify what others have written: %w", err)
-	}
-	if n := c.result.Corruptions - c.harmless; n+c.result.Errors > 0 {
-		return fmt.Errorf("%w: others have written it, and %d of its references and counts cannot be right (%s): to write would destroy data; %w",
-			ErrCorrupt, max(n, 1), c.worst, errRepair)
-	}
-	if err := c.clearCopied(); err != nil {
-		return fmt.Errorf("clear COPIED flags of clusters that are shared: %w", err)
-	}
-	return nil
-}
-
-// clearCopied clears the flags that check has found on clusters that are not counted once.
-func (c *checker) clearCopied() error {
-	for at, size := range c.miscopied {
-		b := make([]byte, size)
-		if err := readPadded(c.file, b, at); err != nil {
-			return err
-		}
-		stride := int64(8)
-		if at != c.h.l1Offset {
-			stride = c.g.l2EntrySize()
-		}
-		var dirty sectorSet
-		for i := int64(0); i < size; i += stride {
-			e := binary.BigEndian.Uint64(b[i:])
-			if e&(flagCopied|flagCompressed) == flagCopied && e&offsetMask != 0 && c.stored(int64(e&offsetMask)) != 1 {
-				binary.BigEndian.PutUint64(b[i:], e&^flagCopied)
-				dirty.add(i / sectorSize)
-			}
-		}
-		if err := writeAll(c.file, dirty.parts(b, at)); err != nil {
-			return err
-		}
-	}
-	if len(c.miscopied) == 0 {
-		return nil
-	}
-	return c.file.Sync()
 }
