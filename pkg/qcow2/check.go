@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 )
 
 // CheckResult is the verdict on an image's metadata.
@@ -35,28 +34,6 @@ func (r CheckResult) ExitStatus() int {
 	return 0
 }
 
-// Check checks the image as it is on disk after a flush. Guest requests wait for it. progress, if not nil, is called
-// with the bytes of L2 tables done and to do. An error means that it could not be checked.
-func (img *Image) Check(ctx context.Context, progress func(done, total int64)) (CheckResult, error) {
-	img.changeMu.Lock()
-	defer img.changeMu.Unlock()
-	img.gate.Lock()
-	defer img.gate.Unlock()
-	if err := img.usable(false); err != nil {
-		return CheckResult{}, err
-	}
-	if !img.readOnly {
-		if err := img.commit(); err != nil {
-			return CheckResult{}, err
-		}
-		img.background.Wait()
-		if err := img.alloc.endReservation(); err != nil {
-			return CheckResult{}, err
-		}
-	}
-	return checkImage(ctx, img.f, *img.hdr.Load(), progress)
-}
-
 // Check checks the image in f, which nobody may change meanwhile, also one that is too damaged to be opened. progress,
 // if not nil, is called with the bytes of L2 tables done and to do. An error means that the image could not be checked.
 func Check(ctx context.Context, f File, progress func(done, total int64)) (CheckResult, error) {
@@ -68,29 +45,6 @@ func Check(ctx context.Context, f File, progress func(done, total int64)) (Check
 		return CheckResult{}, fmt.Errorf("check %s: %w", f.Name(), err)
 	}
 	return checkImage(ctx, f, h, progress)
-}
-
-// checker recomputes from the mappings how often each host cluster is referenced and holds that against
-// the counts in the image. It needs about a byte of memory per host cluster in use, reads each table once
-// however many paths lead to it, and never follows a reference out of the file; so neither loops nor
-// claims of size can make it work longer than the file is.
-type checker struct {
-	stop   func() error // says why to end early
-	file   File
-	h      *header
-	g      geometry
-	length int64 // of the file, rounded up to sectors
-
-	clusterMap
-	harmless  int64           // of the corruptions: whoever writes to the image destroys nothing for their sake
-	worst     string          // the first of the others
-	miscopied map[int64]int64 // offset and length of tables with COPIED on what is not counted once
-
-	clusters int64               // host clusters: in the file, or the one behind it that a reference begins in
-	l1       []l1Region          // L1 tables to walk, the active one first
-	l2       []l2Region          // L2 tables found in them
-	progress func(done, _ int64) // never nil
-	result   CheckResult
 }
 
 // checkImage checks the image in f whose header is h. It only reads f, which must not change meanwhile.
@@ -105,24 +59,6 @@ func checkImage(ctx context.Context, f File, h header, progress func(done, total
 		return CheckResult{}, fmt.Errorf("check %s: %w", f.Name(), err)
 	}
 	return c.result, nil
-}
-
-func newChecker(stop func() error, f File, h header, progress func(done, total int64)) (*checker, error) {
-	size, err := f.Size()
-	if err != nil {
-		return nil, err
-	}
-	if progress == nil {
-		progress = func(_, _ int64) {}
-	}
-	c := &checker{
-		stop: stop, file: f, h: &h, g: h.geometry(), progress: progress, clusterMap: newClusterMap(),
-		miscopied: make(map[int64]int64),
-		length:    (size + sectorSize - 1) &^ (sectorSize - 1),
-	}
-	c.clusters = c.g.clusters(c.length)
-	c.result.Clusters = c.g.clusters(h.size)
-	return c, nil
 }
 
 func (c *checker) check() error {
@@ -172,58 +108,6 @@ func (c *checker) markSnapshotTable() error {
 			continue
 		}
 		c.l1 = append(c.l1, l1Region{offset: row.l1Offset, entries: row.l1Size, from: origin{use: useSnapshotL1, table: row.l1Offset, index: int64(i)}})
-	}
-	return nil
-}
-
-// corrupt notes a corruption that n paths lead to.
-func (c *checker) corrupt(n int64, format string, args ...any) {
-	if c.worst == "" {
-		c.worst = fmt.Sprintf(format, args...)
-	}
-	c.result.Corruptions += n
-	c.problem(format, args...)
-}
-
-// blemish notes a corruption that is harmless.
-func (c *checker) blemish(n int64, format string, args ...any) {
-	c.harmless += n
-	c.result.Corruptions += n
-	c.problem(format, args...)
-}
-
-// leak notes a leaked cluster.
-func (c *checker) leak(format string, args ...any) {
-	c.result.Leaks++
-	c.problem(format, args...)
-}
-
-func (c *checker) problem(format string, args ...any) {
-	if len(c.result.Problems) < maxProblems {
-		c.result.Problems = append(c.result.Problems, fmt.Sprintf(format, args...))
-	}
-}
-
-// readBytes is how much of a table is read at a time.
-const readBytes = 1 << 20
-
-// scan reads n bytes at off piece by piece and passes each piece, with its distance from off, to fn.
-// Bytes behind the end of the file are zeros.
-func (c *checker) scan(off, n int64, fn func(b []byte, at int64) error) error {
-	buf := make([]byte, min(n, max(readBytes, c.g.clusterSize)))
-	for at := int64(0); at < n; at += int64(len(buf)) {
-		if err := c.stop(); err != nil {
-			return err
-		}
-		buf = buf[:min(int64(len(buf)), n-at)]
-		got, err := c.file.ReadAt(buf, off+at)
-		if err != nil && !errors.Is(err, io.EOF) {
-			return fmt.Errorf("read at offset %#x: %w", off+at, err)
-		}
-		clear(buf[got:])
-		if err := fn(buf, at); err != nil {
-			return err
-		}
 	}
 	return nil
 }

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"errors"
 	"fmt"
 )
 
@@ -44,30 +43,6 @@ func Repair(ctx context.Context, f File, kind RepairKind, progress func(done, to
 	return r.result, err
 }
 
-// repairer is a running Repair.
-type repairer struct {
-	stop     func() error
-	f        File
-	kind     RepairKind
-	progress func(done, total int64)
-	phase    int64
-	found    *checker // the check before the repair, nil if it could not be made
-	result   RepairResult
-}
-
-// repairPhases is how often a repair walks the L2 tables at most: check, rebuild twice, check.
-const repairPhases = 4
-
-// nextPhase returns the progress of one more walk over the L2 tables.
-func (r *repairer) nextPhase() func(done, total int64) {
-	if r.progress == nil {
-		return nil
-	}
-	phase := r.phase
-	r.phase++
-	return func(done, total int64) { r.progress(phase*total+done, repairPhases*total) }
-}
-
 func (r *repairer) run() error {
 	h, err := readHeader(r.f, parseHeader)
 	if err != nil {
@@ -97,30 +72,6 @@ func (r *repairer) run() error {
 	}
 	return r.verify()
 }
-
-// maxKnown bounds what isAllKnown reads, in bytes.
-const maxKnown = 64 << 30
-
-// isAllKnown tells whether everything in the file but zeros is in use: then no table that is missing has led to it.
-func (r *repairer) isAllKnown() bool {
-	c := r.found
-	if c == nil || c.length > maxKnown {
-		return false
-	}
-	b := make([]byte, c.g.clusterSize)
-	for cluster := range c.g.clusters(c.length) {
-		if k, i := c.group(cluster); k.refs.get(i) > 0 {
-			continue
-		}
-		if readPadded(r.f, b, cluster<<c.g.clusterBits) != nil || !onlyZeros(b) {
-			return false
-		}
-	}
-	return true
-}
-
-// isDamage tells whether what was read is wrong. What merely cannot be read just now must not be given up.
-func isDamage(err error) bool { return errors.Is(err, ErrCorrupt) || errors.Is(err, ErrLimit) }
 
 // check also returns what the check has learnt.
 func (r *repairer) check(h header) (*checker, error) {
@@ -164,29 +115,6 @@ func (r *repairer) verify() error {
 		vouch(r.f)
 	}
 	return nil
-}
-
-// switchHeader makes h the live header. All that it selects has been written.
-func (r *repairer) switchHeader(h header) error {
-	if err := r.f.Sync(); err != nil {
-		return err
-	}
-	if _, err := r.f.WriteAt(h.encode(), 0); err != nil {
-		return fmt.Errorf("write the header: %w", err)
-	}
-	return r.f.Sync()
-}
-
-func (r *repairer) note(format string, args ...any) {
-	if len(r.result.Mended) < maxProblems {
-		r.result.Mended = append(r.result.Mended, fmt.Sprintf(format, args...))
-	}
-}
-
-// lose notes that a reference to content was given up.
-func (r *repairer) lose(format string, args ...any) {
-	r.result.Lost++
-	r.note(format, args...)
 }
 
 // recount makes the counts, and the COPIED flags that follow from them, right in an image whose writer postponed them.

@@ -8,20 +8,6 @@ import (
 	"slices"
 )
 
-// rebuild makes the next generation of a damaged image: what can be read stays where it is, and whatever has to change is
-// written behind the end of the file, where one write of the header selects it. References are counted anew; the old
-// refcount structures count for nothing and are never in the way. Neither is other metadata in the way of data: it moves.
-type rebuild struct {
-	*checker              // its refs are the counts of the next generation
-	r           *repairer // to report to
-	rows        []snapshotRow
-	rowsChanged bool
-	first, next int64           // clusters of the new structures: next begins the next one
-	moved       map[int64]int64 // where L2 tables have gone, by their old offset
-	copied      int64           // bytes
-	failure     error           // of a copy
-}
-
 // rebuild with lossless set fails with ErrCorrupt, and changes nothing, where a reference would have to be given up.
 func (r *repairer) rebuild(h header, lossless bool) error {
 	c, err := newChecker(r.stop, r.f, h, nil)
@@ -48,11 +34,6 @@ func (r *repairer) rebuild(h header, lossless bool) error {
 	}
 	b.h.incompatible &^= incompatDirty | incompatCorrupt
 	return r.switchHeader(*b.h)
-}
-
-// behindEnd tells whether an L1 table reaches behind the last cluster of the file. As QEMU has it, what it says there is nothing.
-func (b *rebuild) behindEnd(l1 l1Region) bool {
-	return l1.offset+l1.entries*8 > b.g.clusters(b.length)<<b.g.clusterBits
 }
 
 // salvageRows reads the snapshot table as far as it goes.
@@ -118,44 +99,6 @@ func (b *rebuild) salvageRow(i int, row *snapshotRow) {
 		from: origin{use: useSnapshotL1, table: row.l1Offset, index: int64(len(b.rows))},
 	})
 	b.rows = append(b.rows, *row)
-}
-
-// write puts content, padded to whole clusters, behind all else and returns its offset.
-func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
-	if err := b.stop(); err != nil {
-		return 0, err
-	}
-	n := max(b.g.clusters(int64(len(content))), 1)
-	padded := content
-	if int64(len(content)) != n<<b.g.clusterBits {
-		padded = make([]byte, n<<b.g.clusterBits)
-		copy(padded, content)
-	}
-	off := b.next << b.g.clusterBits
-	if _, err := b.file.WriteAt(padded, off); err != nil {
-		return 0, fmt.Errorf("write %s: %w", use, err)
-	}
-	b.next += n
-	return off, nil
-}
-
-// isNew tells whether the rebuild wrote what is at off: then it may be written again.
-func (b *rebuild) isNew(off int64) bool { return off>>b.g.clusterBits >= b.first }
-
-// occupy counts a structure of n bytes that is used times often. It returns false if something else is there.
-func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
-	first, end := off>>b.g.clusterBits, b.g.clusters(off+n)
-	for cluster := first; cluster < end; cluster++ {
-		if k, i := b.group(cluster); k.refs.get(i) != 0 {
-			return false
-		}
-	}
-	for cluster := first; cluster < end; cluster++ {
-		k, i := b.group(cluster)
-		k.refs.set(i, uint64(times))
-		k.setUse(i, use)
-	}
-	return true
 }
 
 // settleL2Tables gives each L2 table a place of its own.
@@ -235,15 +178,6 @@ func (b *rebuild) repoint(es []l1Entry, active bool) (changed bool) {
 		es[i] = e
 	}
 	return changed
-}
-
-// vacate forgets the references to n bytes at off.
-func (c *checker) vacate(off, n int64) {
-	for cluster := off >> c.g.clusterBits; cluster < c.g.clusters(off+n); cluster++ {
-		k, i := c.group(cluster)
-		k.refs.set(i, 0)
-		k.setUse(i, useNothing)
-	}
 }
 
 // settleBitmaps counts the clusters of dirty bitmaps. Should anything be wrong with them, they are given up: so does QEMU
