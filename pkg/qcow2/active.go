@@ -222,3 +222,20 @@ func (img *Image) giveBack(rs runs, err error) error {
 	}
 	return err
 }
+
+// lockTable takes mu and returns an active table of which n entries can be changed: the redo log has room for them, for a
+// commit empties it. mu is held also when it fails.
+func (img *Image) lockTable(index int64, n int) (*l2Table, error) {
+	for {
+		img.mu.Lock()
+		t, err := img.activeTable(index)
+		if err != nil || img.redo.room(n) {
+			return t, err
+		}
+		img.mu.Unlock()
+		if err := img.commit(); err != nil {
+			img.mu.Lock()
+			return nil, err
+		}
+	}
+}

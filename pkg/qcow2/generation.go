@@ -117,65 +117,6 @@ func (n *generation) locked(fn func() error) error {
 	return fn()
 }
 
-// giveUp takes away the references that guests have given up durably. The live counts keep them.
-func (n *generation) giveUp() error {
-	n.img.mu.Lock()
-	rs := n.deferred[n.given:]
-	n.given = len(n.deferred)
-	n.img.mu.Unlock()
-	for _, r := range rs {
-		if err := n.preload(n.g.blocksOf(r)); err != nil {
-			return err
-		}
-		if err := n.locked(func() error { return n.giveUpRun(r) }); err != nil {
-			return err
-		}
-	}
-	return n.trim()
-}
-
-// giveUpRun is giveUp for one run. Called with the allocator's lock held.
-func (n *generation) giveUpRun(r run) error {
-	for c := r.first; c < r.end(); {
-		if n.ahead[c] > 0 {
-			n.ahead[c]--
-			c++
-			continue
-		}
-		end := c + 1
-		for end < r.end() && n.ahead[end] == 0 {
-			end++
-		}
-		if err := n.add(run{c, end - c}, -1); err != nil {
-			return err
-		}
-		c = end
-	}
-	return nil
-}
-
-// place takes clusters for b, has it written and returns its offset.
-func (n *generation) place(b []byte) (int64, error) {
-	var r run
-	k := max(n.g.clusters(int64(len(b))), 1)
-	err := n.seek(k)
-	if err == nil {
-		err = n.locked(func() (err error) {
-			r, err = n.take(k)
-			return err
-		})
-	}
-	if err != nil {
-		return 0, err
-	}
-	n.img.alloc.metadata.put(r, metadataSole)
-	off := r.first << n.g.clusterBits
-	if err := n.out.write(off, b); err != nil {
-		return 0, err
-	}
-	return off, n.out.zeros(r.n<<n.g.clusterBits - int64(len(b)))
-}
-
 // abort gives back what the build has written, and returns why it ended. The live generation is as if it had never
 // begun.
 func (n *generation) abort(cause error) error {

@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"fmt"
-	"math"
 	"slices"
 )
 
@@ -181,164 +180,16 @@ func (n *generation) holds(c int64) bool {
 
 func (n *generation) searchFrom() int64 { return n.next }
 
-// take allocates k neighbouring clusters for the next generation.
-func (n *generation) take(k int64) (run, error) {
-	if err := n.search(k, math.MaxInt64); err != nil {
-		return run{}, err
-	}
-	r := run{n.next, k}
-	if err := n.img.alloc.refuse(r); err != nil {
-		return run{}, err
-	}
-	n.next = r.end()
-	n.taken.add(r)
-	return r, n.add(r, 1)
-}
-
 // drop gives up the clusters of a structure of length bytes.
 func (n *generation) drop(off, length int64) error {
 	return n.add(run{off >> n.g.clusterBits, n.g.clusters(length)}, -1)
 }
 
-// The following are called without the allocator's lock.
-
-// placeBlocks gives each changed refcount block a place, which changes counts, perhaps in one more block.
-func (n *generation) placeBlocks() error {
-	for {
-		var ks []int64
-		if err := n.locked(func() error {
-			for k, b := range n.blocks {
-				if b.at == 0 && !b.dirty.empty() {
-					ks = append(ks, k)
-				}
-			}
-			return nil
-		}); err != nil || len(ks) == 0 {
-			return err
-		}
-		slices.Sort(ks)
-		for _, k := range ks {
-			if err := n.seek(1); err != nil {
-				return err
-			}
-			if err := n.locked(func() error { return n.placeBlock(k) }); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// placeBlock gives one block a place. Called with the allocator's lock held.
-func (n *generation) placeBlock(k int64) error {
-	r, err := n.take(1)
-	if err != nil {
-		return err
-	}
-	n.img.alloc.metadata.put(r, metadataSole)
-	b := n.blocks[k]
-	b.at, b.dirty = r.first<<n.g.clusterBits, n.g.allSectors()
-	return n.dropBlock(k)
-}
-
-// dropBlock gives up the live block that block k replaces, if there is one and it has not been done. Called with the
-// allocator's lock held.
-func (n *generation) dropBlock(k int64) error {
-	b, table := n.blocks[k], n.img.alloc.rc.table
-	if k >= int64(len(table)) || table[k] == b.old {
-		return nil
-	}
-	b.old = table[k]
-	return n.drop(b.old, n.g.clusterSize)
-}
-
-// unmake forgets live block k at off, which the table on disk has never had, with the count of its cluster. Called with the
-// allocator's lock held.
+// unmake forgets live block k at off, which the table on disk has never had, with the count of its cluster.
 func (n *generation) unmake(k, off int64) {
 	if b := n.blocks[k]; b != nil && b.at != 0 && b.old == off {
 		b.old = 0 // dropBlock has taken the count away
 		return
 	}
 	_ = n.mirror(run{off >> n.g.clusterBits, 1}, -1)
-}
-
-// writeBlocks writes what has changed in blocks that have a place.
-func (n *generation) writeBlocks() error {
-	var ks []int64
-	if err := n.locked(func() error {
-		for k, b := range n.blocks {
-			if b.at != 0 && !b.dirty.empty() {
-				ks = append(ks, k)
-			}
-		}
-		return nil
-	}); err != nil {
-		return err
-	}
-	slices.Sort(ks)
-	for _, k := range ks {
-		if err := n.writeBlock(k); err != nil {
-			return err
-		}
-		n.pace(0)
-	}
-	return nil
-}
-
-func (n *generation) writeBlock(k int64) error {
-	var b *shadowBlock
-	var dirty sectorSet
-	if err := n.locked(func() error {
-		b = n.blocks[k]
-		dirty, b.dirty = b.dirty, nil
-		return nil
-	}); err != nil {
-		return err
-	}
-	var err error
-	dirty.each(func(first, m int64) {
-		at, end := first*sectorSize, min((first+m)*sectorSize, n.g.clusterSize)
-		if err == nil {
-			err = n.out.room(b.at+at, end-at)
-		}
-		if err == nil {
-			err = n.locked(func() error { n.out.b = append(n.out.b, b.counts.b[at:end]...); return nil })
-		}
-	})
-	return err
-}
-
-// trim puts refcount blocks out of memory when there are too many.
-func (n *generation) trim() error {
-	var many bool
-	if err := n.locked(func() error { many = len(n.blocks) > n.limit() && n.resident() > n.limit(); return nil }); err != nil || !many {
-		return err
-	}
-	for _, step := range []func() error{n.placeBlocks, n.writeBlocks, n.out.flush} {
-		if err := step(); err != nil {
-			return err
-		}
-	}
-	return n.locked(func() error {
-		for k, b := range n.blocks {
-			switch {
-			case b.clean():
-				n.forget(k)
-			case b.dirty.empty() && !b.counts.none():
-				n.spare = append(n.spare, b.counts)
-				b.counts = counts{}
-			}
-		}
-		return nil
-	})
-}
-
-// resident returns how many blocks are in memory. Called with the allocator's lock held.
-func (n *generation) resident() int {
-	count := 0
-	for _, b := range n.blocks {
-		if !b.counts.none() {
-			count++
-		}
-	}
-	return count
 }

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"fmt"
 	"iter"
+	"math"
 )
 
 // This file looks for clusters that are free in the live and in the next generation, and reads refcount blocks ahead of
@@ -110,6 +111,20 @@ func (n *generation) leave(k int64) {
 	if b := n.blocks[k]; b != nil && b.clean() && len(n.blocks) > n.limit() {
 		n.forget(k)
 	}
+}
+
+// take allocates k neighbouring clusters for the next generation.
+func (n *generation) take(k int64) (run, error) {
+	if err := n.search(k, math.MaxInt64); err != nil {
+		return run{}, err
+	}
+	r := run{n.next, k}
+	if err := n.img.alloc.refuse(r); err != nil {
+		return run{}, err
+	}
+	n.next = r.end()
+	n.taken.add(r)
+	return r, n.add(r, 1)
 }
 
 // preload reads refcount blocks that are not in memory. Called without the allocator's lock.

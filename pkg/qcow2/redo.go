@@ -2,8 +2,6 @@ package qcow2
 
 import (
 	"fmt"
-	"maps"
-	"slices"
 	"sync/atomic"
 )
 
@@ -134,97 +132,4 @@ func (l *RedoLog) changes(g geometry) (map[int64]map[int64]l2Entry, error) {
 		}
 	}
 	return tables, nil
-}
-
-// lockTable takes mu and returns an active table of which n entries can be changed: the redo log has room for them, for a
-// commit empties it. mu is held also when it fails.
-func (img *Image) lockTable(index int64, n int) (*l2Table, error) {
-	for {
-		img.mu.Lock()
-		t, err := img.activeTable(index)
-		if err != nil || img.redo.room(n) {
-			return t, err
-		}
-		img.mu.Unlock()
-		if err := img.commit(); err != nil {
-			img.mu.Lock()
-			return nil, err
-		}
-	}
-}
-
-// replay makes durable what a dead process had acknowledged and not committed. Only what an entry became in the end
-// counts: what it was in between has been given up, or would be by the process that is dead.
-func (img *Image) replay(l *RedoLog) error {
-	if was := l.words[redoCluster]; was != 0 && was != uint64(img.g.clusterSize) {
-		return fmt.Errorf("%w: redo log of an image with clusters of %d bytes", ErrCorrupt, was)
-	}
-	l.words[redoCluster] = uint64(img.g.clusterSize)
-	tables, err := l.changes(img.g)
-	if err != nil {
-		return err
-	}
-	for _, index := range slices.Sorted(maps.Keys(tables)) {
-		if err := img.redoTable(index, tables[index]); err != nil {
-			return fmt.Errorf("redo changes under active L1 entry %d: %w", index, err)
-		}
-	}
-	if len(tables) > 0 {
-		err = img.commit()
-	}
-	if err == nil {
-		l.forget(l.end())
-		img.redo = l
-	}
-	return err
-}
-
-// redoTable changes entries of one active L2 table again.
-func (img *Image) redoTable(index int64, changed map[int64]l2Entry) error {
-	keys := slices.Sorted(maps.Keys(changed))
-	c := chunk{table: index, first: keys[0], last: keys[len(keys)-1]}
-	if index >= int64(len(img.l1)) {
-		return fmt.Errorf("%w: the L1 table has %d", ErrCorrupt, len(img.l1))
-	}
-	c.off = index*img.g.l2Coverage + c.first<<img.g.clusterBits
-	c.n = (c.last - c.first + 1) << img.g.clusterBits
-	old, err := img.entries(c)
-	if err != nil {
-		return err
-	}
-	es := slices.Clone(old)
-	for i, e := range changed {
-		is := &es[i-c.first]
-		if is.reference() == e.reference() && is.sub == e.sub {
-			continue // it was committed; whether the cluster is shared by now, the image knows
-		}
-		if *is, err = img.redoEntry(e); err != nil {
-			return fmt.Errorf("entry %d: %w", i, err)
-		}
-	}
-	if slices.Equal(old, es) {
-		return nil
-	}
-	if err := img.ownTable(index); err != nil {
-		return err
-	}
-	return img.setEntries(c, old, es, true)
-}
-
-// redoEntry checks an entry of the log: its host cluster must be counted. COPIED is what the count says.
-func (img *Image) redoEntry(e l2Entry) (l2Entry, error) {
-	if err := e.check(img.g, img.version); err != nil {
-		return e, err
-	}
-	if e.desc&flagCompressed != 0 {
-		return e, fmt.Errorf("%w: guests write no compressed clusters", ErrCorrupt)
-	}
-	if e.offset() == 0 {
-		return e, nil
-	}
-	n, err := img.alloc.count(e.offset() >> img.g.clusterBits)
-	if err == nil && n == 0 {
-		err = fmt.Errorf("%w: host cluster at %#x is free", ErrCorrupt, e.offset())
-	}
-	return e.withCopied(n == 1), err
 }
