@@ -24,3 +24,9 @@ type File interface {
 	// Close releases the file and its locks.
 	Close() error
 }
+
+// A writebacker is a File that can begin to write what is in the page cache.
+type writebacker interface {
+	// StartWriteback begins to write n bytes at off and waits for nothing. It promises nothing: Sync does.
+	StartWriteback(off, n int64)
+}

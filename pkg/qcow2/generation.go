@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"errors"
 	"fmt"
 	"sync/atomic"
 )
@@ -12,7 +11,7 @@ import (
 // punched and free.
 //
 // Guests may go on meanwhile: every change of a live count is made to both generations, nothing that guests give up
-// is released, and L2 tables that they change are brought up to date. See switch.go for the order of it all.
+// is released, and L2 tables that they change are brought up to date. See operation.go and generation_switch.go for the order of it all.
 type generation struct {
 	img *Image
 	g   geometry
@@ -26,7 +25,7 @@ type generation struct {
 	replaces bool
 
 	frees bool // a guest that meets a full file system waits for the end, rather than end it
-	room  run  // clusters for this generation alone; see room.go
+	room  run  // clusters for this generation alone; see changeInRoom
 
 	cancelled atomic.Pointer[error] // why the build has to end early
 	done      chan struct{}         // closed when the operation has ended
@@ -117,40 +116,11 @@ func (n *generation) locked(fn func() error) error {
 	return fn()
 }
 
-// abort gives back what the build has written, and returns why it ended. The live generation is as if it had never
-// begun.
-func (n *generation) abort(cause error) error {
-	cause = errors.Join(cause, n.out.wait()) // first: a write may take long
-	n.img.commitMu.Lock()
-	defer n.img.commitMu.Unlock()
-	n.img.alloc.ledger.Lock()
-	defer n.img.alloc.ledger.Unlock()
-	return n.abortLocked(cause)
-}
-
-// abortLocked is abort for who holds its locks.
-func (n *generation) abortLocked(cause error) error {
-	img, a := n.img, n.img.alloc
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.build = nil
-	img.mu.Lock()
-	img.build = nil
-	for _, t := range n.late {
-		if t.old != 0 {
-			img.freed.add(run{t.old >> n.g.clusterBits, 1})
-		}
+// waitForSpace is called when a guest's write has met a full disk while n is being built: it returns when a new attempt
+// may find space. An operation that frees space is waited for, any other is given up.
+func (n *generation) waitForSpace(full error) {
+	if !n.frees {
+		n.cancel(fmt.Errorf("given up for a guest's write: %w", full))
 	}
-	img.mu.Unlock()
-	cause = errors.Join(fmt.Errorf("%s: %w", img.f.Name(), cause), n.out.wait())
-	if img.failed() != nil {
-		return cause
-	}
-	if err := a.releaseLocked(n.deferred); err != nil {
-		return errors.Join(cause, img.fail(err))
-	}
-	if len(n.taken) == 0 {
-		return cause
-	}
-	return errors.Join(cause, a.punch(n.taken), img.f.Truncate(a.length.Load()))
+	<-n.done
 }

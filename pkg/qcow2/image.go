@@ -3,7 +3,7 @@
 //
 // After a crash at any point an image opens, each listed snapshot and the active content are exactly what they
 // were or what they were to become, and everything flushed is there. To that end writes follow a fixed
-// order: see alloc.go (reservation), commit.go (guest flush) and generation.go (snapshot operations).
+// order: see reserve.go (reservation), commit.go (guest flush) and generation.go (snapshot operations).
 package qcow2
 
 import (

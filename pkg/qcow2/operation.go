@@ -1,3 +1,231 @@
 package qcow2
 
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// operation is a change of the metadata's generation: a snapshot created, deleted or gone to, a resize.
+type operation struct {
+	// prepare, if not nil, changes the active disk before the operation begins, as a guest does.
+	prepare func() error
+	// begin checks the request and notes what it wants. Guest requests wait for it, all that came before is
+	// committed; it reads nothing.
+	begin func(n *generation) error
+	// build prepares the next generation; it may take long. Guests go on, unless they have to stop.
+	build func(n *generation) error
+	// stop: guests wait until the operation has ended.
+	stop bool
+	// frees: it gives more space than it takes.
+	frees bool
+	// takeRoom, if not nil, makes room on a full file system, and returns it. Guests wait.
+	takeRoom func() (run, error)
+	// unlist, if not nil, is what there is room for on a full file system of which nobody keeps any; it makes room for build.
+	// Guests wait.
+	unlist func() error
+}
+
+// nothing is a begin that has nothing to check.
 func nothing(*generation) error { return nil }
+
+// change carries out an operation. If it fails before the header is written nothing has changed; if it fails there
+// the image has failed.
+func (img *Image) change(op operation) (err error) {
+	defer func() { err = img.judge(err) }()
+	img.changeMu.Lock()
+	defer img.changeMu.Unlock()
+	err = img.attempt(op)
+	if op.frees && errors.Is(err, ErrNoSpace) && img.failed() == nil {
+		err = img.changeInRoom(op, err)
+	}
+	return err
+}
+
+func (img *Image) attempt(op operation) error {
+	if op.prepare != nil {
+		if err := op.prepare(); err != nil {
+			return err
+		}
+	}
+	if op.takeRoom == nil { // else the commit may need it, too
+		if err := img.settleFirst(); err != nil {
+			return err
+		}
+	}
+	n, err := img.start(op)
+	if err != nil {
+		return err
+	}
+	defer close(n.done)
+	if op.stop {
+		defer img.gate.Unlock()
+	}
+	if err := op.build(n); err != nil {
+		return n.abort(err)
+	}
+	if !op.stop {
+		if err := n.catchUp(); err != nil {
+			return n.abort(err)
+		}
+	}
+	if err := n.finish(); err != nil {
+		return err
+	}
+	n.punchZeroed()
+	return nil
+}
+
+// settleFirst commits, so that little is left to be committed when the operation begins, and reserves clusters for guests.
+func (img *Image) settleFirst() error {
+	img.gate.RLock() // as a guest's request, but for the count of those
+	err := img.usable(true)
+	img.gate.RUnlock()
+	if err != nil {
+		return err
+	}
+	if img.requests.Load() > 0 {
+		if err := img.alloc.reserve(img.g.batch(beforeBuildBytes)); err != nil {
+			return err
+		}
+	}
+	return img.commitMapping()
+}
+
+// start begins a generation at an instant at which no guest request is under way, and commits what came before. Guests
+// stop for the instant only, which waits for no sync, unless the operation wants them to.
+func (img *Image) start(op operation) (*generation, error) {
+	slab := newMemory(slabBytes)
+	if img.requests.Load() > 0 {
+		populate(slab)
+	}
+	n, err := img.freezeFor(op, slab)
+	if err != nil || op.stop {
+		return n, err
+	}
+	if err := img.commitMapping(); err != nil { // what it freezes; finish syncs the data
+		err = n.abort(err)
+		close(n.done)
+		return nil, err
+	}
+	return n, nil
+}
+
+// freezeFor stops guests and begins a generation, which gets slab.
+func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
+	img.gate.Lock()
+	ok := false
+	defer func() {
+		if !ok || !op.stop {
+			img.gate.Unlock()
+		}
+	}()
+	if err := img.usable(true); err != nil {
+		return nil, err
+	}
+	var room run
+	if op.takeRoom != nil {
+		var err error
+		if room, err = op.takeRoom(); err != nil {
+			return nil, err
+		}
+	}
+	if op.stop {
+		if err := img.commitMapping(); err != nil {
+			return nil, err // data may wait for the sync before the switch
+		}
+	}
+	n := img.newGeneration()
+	n.slab = slab
+	if n.frees, n.room = op.frees, room; room.n > 0 {
+		n.next = room.first
+	}
+	if err := op.begin(n); err != nil {
+		return nil, fmt.Errorf("%s: %w", img.f.Name(), err)
+	}
+	ok = true
+	img.mu.Lock()
+	if img.build = n; n.frozen {
+		img.freeze()
+	}
+	img.mu.Unlock()
+	img.alloc.mu.Lock()
+	img.alloc.build = n
+	if img.alloc.search != nil {
+		img.alloc.search.disturbed = true
+	}
+	img.alloc.mu.Unlock()
+	return n, nil
+}
+
+// An operation that frees space must be possible on a file system that is full to its last byte, and writes new metadata
+// before it frees the old. OpenOptions.MakeRoom gives back blocks that somebody has kept for that. They are taken at once, for
+// the operation alone: all that it writes goes behind the end of the file, to blocks that are allocated there.
+
+// changeInRoom is attempt with room of its own. cause is why it is needed.
+func (img *Image) changeInRoom(op operation, cause error) error {
+	allocator, ok := img.f.File.(Allocator)
+	switch {
+	case img.makeRoom != nil && ok:
+	case op.unlist != nil:
+		return img.changeInPlace(op, cause)
+	default:
+		return cause
+	}
+	op.takeRoom = func() (run, error) {
+		if err := img.makeRoom(); err != nil {
+			return run{}, errors.Join(cause, err)
+		}
+		img.alloc.mu.Lock()
+		defer img.alloc.mu.Unlock()
+		room := run{img.g.clusters(img.alloc.length.Load()), img.roomNeeded()}
+		return room, allocator.Allocate(room.first<<img.g.clusterBits, room.n<<img.g.clusterBits)
+	}
+	err := img.attempt(op)
+	img.alloc.ledger.Lock()
+	defer img.alloc.ledger.Unlock()
+	if img.failed() != nil {
+		return err
+	}
+	return errors.Join(err, img.f.Truncate(img.alloc.length.Load())) // what was not used goes back
+}
+
+// roomNeeded returns how many clusters an operation that frees space may write: all active L2 tables, all refcount blocks
+// and the tables that lead to them. Called with the allocator's lock held.
+func (img *Image) roomNeeded() int64 {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	need := img.g.clusters(int64(len(img.l1))*8) + img.g.clusters(img.rowBytes) + img.alloc.rc.tableAt.n
+	for _, e := range img.l1 {
+		if e.offset() != 0 {
+			need++
+		}
+	}
+	for _, off := range img.alloc.rc.table {
+		if off != 0 {
+			need++
+		}
+	}
+	return need + need>>img.g.blockBits + 4 // new refcount blocks, for what is new
+}
+
+// changeInPlace is attempt after unlist. cause is why it is needed.
+func (img *Image) changeInPlace(op operation, cause error) error {
+	gone := false
+	op.takeRoom = func() (run, error) {
+		err := op.unlist()
+		if gone = err == nil; !gone {
+			err = errors.Join(cause, err)
+		}
+		return run{}, err
+	}
+	op.begin = nothing
+	err := img.attempt(op)
+	if !gone || !errors.Is(err, ErrNoSpace) || img.failed() != nil {
+		return err
+	}
+	// There is no room for new tables of the active disk. What it shared with the snapshot stays counted twice, and what guests
+	// change meanwhile is leaked until the next search.
+	_, err = img.ReclaimLeaks(context.Background()) //nolint:forbidigo // a deletion has none
+	return err
+}

@@ -42,9 +42,3 @@ func (n *generation) busy() bool {
 	n.idle = n.img.requests.Load()
 	return n.idle != last
 }
-
-// A writebacker is a File that can begin to write what is in the page cache.
-type writebacker interface {
-	// StartWriteback begins to write n bytes at off and waits for nothing. It promises nothing: Sync does.
-	StartWriteback(off, n int64)
-}

@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -10,27 +9,6 @@ import (
 // A file system may be full to its last byte when nobody has kept room on it. A snapshot is deleted then in three steps: it is
 // struck off the table; what only it had is punched, which makes room and leaves the counts as they are; and these are put right
 // as by any other deletion. Between them a crash leaks.
-
-// changeInPlace is attempt after unlist. cause is why it is needed.
-func (img *Image) changeInPlace(op operation, cause error) error {
-	gone := false
-	op.takeRoom = func() (run, error) {
-		err := op.unlist()
-		if gone = err == nil; !gone {
-			err = errors.Join(cause, err)
-		}
-		return run{}, err
-	}
-	op.begin = nothing
-	err := img.attempt(op)
-	if !gone || !errors.Is(err, ErrNoSpace) || img.failed() != nil {
-		return err
-	}
-	// There is no room for new tables of the active disk. What it shared with the snapshot stays counted twice, and what guests
-	// change meanwhile is leaked until the next search.
-	_, err = img.ReclaimLeaks(context.Background()) //nolint:forbidigo // a deletion has none
-	return err
-}
 
 // unlist strikes a snapshot off the table, durably, and punches what only it had. Called with gate held exclusively, and no
 // operation under way.

@@ -2,10 +2,50 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 )
+
+const (
+	catchUpRounds = 8
+	fewTables     = 16
+)
+
+// catchUp writes most of what finish would have to write while guests wait for their flushes: refcount blocks, and
+// what guests have changed meanwhile.
+func (n *generation) catchUp() error {
+	for round := range catchUpRounds {
+		n.img.mu.Lock()
+		changed := n.changed()
+		n.img.mu.Unlock()
+		for _, i := range changed {
+			n.img.mu.Lock()
+			c := n.takeChange(i, n.memory()[:n.g.clusterSize])
+			n.img.mu.Unlock()
+			if err := n.apply(c); err != nil {
+				return err
+			}
+			n.pace(n.g.clusterSize)
+		}
+		for _, step := range []func() error{n.giveUp, n.placeBlocks, n.writeBlocks, n.out.flush} {
+			if err := step(); err != nil {
+				return err
+			}
+		}
+		if round == 0 && !n.busy() {
+			break // nobody waits for a long sync
+		}
+		if err := n.img.sync(); err != nil {
+			return err
+		}
+		if len(changed) <= fewTables {
+			break
+		}
+	}
+	return nil
+}
 
 // finish completes the generation and switches to it: two syncs, and what has changed since catchUp. Commits and
 // reservations wait meanwhile; guests' reads and writes go on, to clusters that are reserved.
@@ -333,4 +373,42 @@ func (n *generation) adoptLate(l lateTable) {
 func (n *generation) rowBytes() int64 {
 	b, _ := encodeSnapshotTable(n.row) // complete has encoded it before
 	return int64(len(b))
+}
+
+// abort gives back what the build has written, and returns why it ended. The live generation is as if it had never
+// begun.
+func (n *generation) abort(cause error) error {
+	cause = errors.Join(cause, n.out.wait()) // first: a write may take long
+	n.img.commitMu.Lock()
+	defer n.img.commitMu.Unlock()
+	n.img.alloc.ledger.Lock()
+	defer n.img.alloc.ledger.Unlock()
+	return n.abortLocked(cause)
+}
+
+// abortLocked is abort for who holds its locks.
+func (n *generation) abortLocked(cause error) error {
+	img, a := n.img, n.img.alloc
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.build = nil
+	img.mu.Lock()
+	img.build = nil
+	for _, t := range n.late {
+		if t.old != 0 {
+			img.freed.add(run{t.old >> n.g.clusterBits, 1})
+		}
+	}
+	img.mu.Unlock()
+	cause = errors.Join(fmt.Errorf("%s: %w", img.f.Name(), cause), n.out.wait())
+	if img.failed() != nil {
+		return cause
+	}
+	if err := a.releaseLocked(n.deferred); err != nil {
+		return errors.Join(cause, img.fail(err))
+	}
+	if len(n.taken) == 0 {
+		return cause
+	}
+	return errors.Join(cause, a.punch(n.taken), img.f.Truncate(a.length.Load()))
 }
