@@ -11,7 +11,8 @@ import (
 // punched and free.
 //
 // Guests may go on meanwhile: every change of a live count is made to both generations, nothing that guests give up
-// is released, and L2 tables that they change are brought up to date. See operation.go and generation_switch.go for the order of it all.
+// is released, and L2 tables that they change are brought up to date. See operation.go and generation_switch.go for the order
+// of it all.
 type generation struct {
 	img *Image
 	g   geometry
