@@ -64,7 +64,7 @@ func newAllocator(f File, g geometry, h *header) (*allocator, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &allocator{f: f, g: g, rc: rc, next: 1, batch: g.batch(firstBatchBytes)}
+	a := &allocator{f: f, g: g, rc: rc, next: 1, batch: batch(g, firstBatchBytes)}
 	a.length.Store(length)
 	return a, nil
 }
@@ -172,6 +172,6 @@ const (
 )
 
 // batch returns how many clusters to reserve at once for so many bytes: of small clusters fewer bytes.
-func (g geometry) batch(bytes int64) int64 {
+func batch(g geometry, bytes int64) int64 {
 	return min(max(bytes>>g.clusterBits, 1), maxBatch*bytes/maxBatchBytes)
 }

@@ -76,16 +76,6 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	return host, true
 }
 
-// zeros tells whether entries first to last are sound and read as zeros.
-func (t table) zeros(g geometry, version int, first, last int64) bool {
-	for i := first; i <= last; i++ {
-		if e := t.entry(i); !e.kind().readsZero() || e.check(g, version) != nil {
-			return false
-		}
-	}
-	return true
-}
-
 // tryLock is lock for who does not wait; it uses r, which unlock takes.
 func (l *rangeLock) tryLock(r *guestRange) bool {
 	l.mu.Lock()

@@ -212,3 +212,11 @@ func (t table) set(i int64, e l2Entry) {
 	}
 	binary.BigEndian.PutUint64(t.b[i*8:], e.desc)
 }
+
+// next is the n-th entry after e of a run.
+func (e l2Entry) next(g geometry, n int) l2Entry {
+	if e.desc&flagCompressed == 0 && e.offset() != 0 {
+		e.desc += uint64(n) << g.clusterBits
+	}
+	return e
+}

@@ -96,3 +96,13 @@ func (t table) clearCopied() bool {
 	}
 	return seen&(flagCopied>>56) != 0
 }
+
+// zeros tells whether entries first to last are sound and read as zeros.
+func (t table) zeros(g geometry, version int, first, last int64) bool {
+	for i := first; i <= last; i++ {
+		if e := t.entry(i); !e.kind().readsZero() || e.check(g, version) != nil {
+			return false
+		}
+	}
+	return true
+}

@@ -32,7 +32,7 @@ func (g kindGroup) kind(c int64) metadataKind {
 
 // kindGroups calls fn for each group that r touches, until it returns false, with the group's number and the clusters of
 // r in it as a mask.
-func (r run) kindGroups(fn func(group int64, mask uint64) bool) {
+func kindGroups(r run, fn func(group int64, mask uint64) bool) {
 	for c := r.first; c < r.end(); {
 		end := min((c/kindGroupClusters+1)*kindGroupClusters, r.end())
 		mask := uint64(math.MaxUint64) >> (kindGroupClusters - uint(end-c)) << (uint(c) % kindGroupClusters)
@@ -118,7 +118,7 @@ func (m *metadataMap) set(c int64, kind metadataKind) {
 func (m *metadataMap) remove(r run) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	r.kindGroups(func(group int64, mask uint64) bool {
+	kindGroups(r, func(group int64, mask uint64) bool {
 		g, ok := m.groups[group]
 		if !ok {
 			return true
@@ -145,7 +145,7 @@ func (m *metadataMap) refuse(r run) error {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	var err error
-	r.kindGroups(func(group int64, mask uint64) bool {
+	kindGroups(r, func(group int64, mask uint64) bool {
 		g := m.groups[group]
 		if used := (g.low | g.high) & mask; used != 0 {
 			c := group*kindGroupClusters + int64(bits.TrailingZeros64(used))

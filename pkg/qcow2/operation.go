@@ -85,7 +85,7 @@ func (img *Image) settleFirst() error {
 		return err
 	}
 	if img.requests.Load() > 0 {
-		if err := img.alloc.reserve(img.g.batch(beforeBuildBytes)); err != nil {
+		if err := img.alloc.reserve(batch(img.g, beforeBuildBytes)); err != nil {
 			return err
 		}
 	}

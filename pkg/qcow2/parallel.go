@@ -34,12 +34,6 @@ func together(n int, do func(i int) error) error {
 	return errors.Join(errs[:]...)
 }
 
-// metaWrite is a part of the metadata on its way to the disk.
-type metaWrite struct {
-	off int64
-	b   []byte // a copy
-}
-
 // writeAll makes writes that do not overlap; their order means nothing.
 func writeAll(f File, ws []metaWrite) error {
 	write := func(i int) error {

@@ -7,8 +7,15 @@ import (
 	"io"
 )
 
+// source is a file that metadata is read from.
+type source interface {
+	io.ReaderAt
+	// Size returns the length in bytes.
+	Size() (int64, error)
+}
+
 // readPadded fills p from off on; what lies beyond the end of the file is zeros, for the last cluster may be cut.
-func readPadded(f File, p []byte, off int64) error {
+func readPadded(f io.ReaderAt, p []byte, off int64) error {
 	if len(p) == 0 {
 		return nil // off may be anything: that of a table without entries
 	}
@@ -21,7 +28,7 @@ func readPadded(f File, p []byte, off int64) error {
 }
 
 // readHeader reads and decodes the header, whose extensions may fill the first cluster.
-func readHeader(f File, decode func([]byte) (header, error)) (header, error) {
+func readHeader(f io.ReaderAt, decode func([]byte) (header, error)) (header, error) {
 	b := make([]byte, sectorSize)
 	if err := readPadded(f, b, 0); err != nil {
 		return header{}, err
@@ -38,7 +45,7 @@ func readHeader(f File, decode func([]byte) (header, error)) (header, error) {
 // readL1 reads a table of entries L1 entries. What follows from it is bounded by the file, whatever the header claims. Some writers
 // leave the active table out at the end of the file if it is zeros. With missing set it may be so; else it is ErrCorrupt, for a file
 // that was cut short looks the same.
-func readL1(f File, g geometry, off, entries int64, missing bool) ([]l1Entry, error) {
+func readL1(f source, g geometry, off, entries int64, missing bool) ([]l1Entry, error) {
 	length, err := f.Size()
 	if err != nil {
 		return nil, err
@@ -66,12 +73,12 @@ func readL1(f File, g geometry, off, entries int64, missing bool) ([]l1Entry, er
 }
 
 // readL2 reads the L2 table at off.
-func readL2(f File, g geometry, off int64) (table, error) {
+func readL2(f source, g geometry, off int64) (table, error) {
 	t := g.newTable()
 	return t, t.read(f, off)
 }
 
-func (t table) read(f File, off int64) error {
+func (t table) read(f source, off int64) error {
 	length, err := f.Size()
 	if err != nil {
 		return err

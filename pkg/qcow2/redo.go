@@ -97,14 +97,6 @@ func (l *RedoLog) note(g geometry, first int64, es []l2Entry) {
 	atomic.StoreUint64(&l.words[redoEnd], end)
 }
 
-// next is the n-th entry after e of a run.
-func (e l2Entry) next(g geometry, n int) l2Entry {
-	if e.desc&flagCompressed == 0 && e.offset() != 0 {
-		e.desc += uint64(n) << g.clusterBits
-	}
-	return e
-}
-
 // forget drops the records before end, which are durable by other means.
 func (l *RedoLog) forget(end uint64) {
 	if l != nil {

@@ -70,7 +70,7 @@ func (a *allocator) reserve(n int64) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if total > 0 {
-		a.batch = min(max(a.batch, n)*2, a.g.batch(maxBatchBytes))
+		a.batch = min(max(a.batch, n)*2, batch(a.g, maxBatchBytes))
 	}
 	return nil
 }

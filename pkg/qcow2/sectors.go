@@ -110,3 +110,9 @@ func (s sectorSet) parts(b []byte, off int64) []metaWrite {
 	})
 	return ps
 }
+
+// metaWrite is a part of the metadata on its way to the disk.
+type metaWrite struct {
+	off int64
+	b   []byte // a copy
+}

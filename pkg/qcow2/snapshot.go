@@ -37,13 +37,13 @@ func (img *Image) CreateSnapshot(name string, cut func(Snapshot)) (Snapshot, err
 			// A VM's state lies beyond the disk. It belongs to the snapshot alone from now on.
 			n.l1Keep = min(n.g.l1Entries(n.h.size), n.l1Keep)
 			if cut != nil {
-				cut(row.snapshot())
+				cut(newSnapshot(&row))
 			}
 			return nil
 		},
 		build: func(n *generation) error { return n.create(&row, l1) },
 	})
-	return row.snapshot(), err
+	return newSnapshot(&row), err
 }
 
 func checkSnapshotName(name string) error {

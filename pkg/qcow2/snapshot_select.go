@@ -17,6 +17,20 @@ type Snapshot struct {
 	Icount      uint64        // guest instructions; all ones: unknown
 }
 
+// newSnapshot returns what a row of the snapshot table says. Sizes and times beyond what that can hold, which
+// are data only, are cut to the largest.
+func newSnapshot(r *snapshotRow) Snapshot {
+	return Snapshot{
+		ID:          r.id,
+		Name:        r.name,
+		Date:        time.Unix(int64(r.dateSec), int64(r.dateNsec)).UTC(),
+		VMClock:     time.Duration(min(r.vmClock, math.MaxInt64)),
+		VMStateSize: int64(min(r.vmStateSize, math.MaxInt64)),
+		DiskSize:    r.diskSize,
+		Icount:      r.icount,
+	}
+}
+
 // Selector names a snapshot; make one with ByID, ByName, ByIDAndName or ByIDOrName. Names need not be
 // unique in a table that QEMU wrote: the first row in table order is meant.
 type Selector struct {
@@ -119,7 +133,7 @@ func (img *Image) Snapshots() []Snapshot {
 	defer img.mu.Unlock()
 	ss := make([]Snapshot, len(img.rows))
 	for i := range img.rows {
-		ss[i] = img.rows[i].snapshot()
+		ss[i] = newSnapshot(&img.rows[i])
 	}
 	return ss
 }
@@ -130,7 +144,7 @@ func (img *Image) FindSnapshot(s Selector) (Snapshot, error) {
 	if err != nil {
 		return Snapshot{}, err
 	}
-	return row.snapshot(), nil
+	return newSnapshot(&row), nil
 }
 
 func (img *Image) findRow(s Selector) (snapshotRow, error) {

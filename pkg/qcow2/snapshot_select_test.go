@@ -72,7 +72,7 @@ func TestSnapshotOfRow(t *testing.T) {
 	want := Snapshot{
 		ID: "1", Name: "n", Date: time.Date(1970, 1, 1, 0, 1, 0, 5, time.UTC), VMClock: math.MaxInt64, VMStateSize: math.MaxInt64, DiskSize: 7, Icount: 3,
 	}
-	if got := row.snapshot(); got != want {
+	if got := newSnapshot(&row); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"time"
 )
 
 const (
@@ -51,23 +50,9 @@ func (r *snapshotRow) check(g geometry) error {
 	return nil
 }
 
-// snapshot converts a row to its exported form. Sizes and times beyond what that can hold, which
-// are data only, are cut to the largest.
-func (r *snapshotRow) snapshot() Snapshot {
-	return Snapshot{
-		ID:          r.id,
-		Name:        r.name,
-		Date:        time.Unix(int64(r.dateSec), int64(r.dateNsec)).UTC(),
-		VMClock:     time.Duration(min(r.vmClock, math.MaxInt64)),
-		VMStateSize: int64(min(r.vmStateSize, math.MaxInt64)),
-		DiskSize:    r.diskSize,
-		Icount:      r.icount,
-	}
-}
-
 // readSnapshotTable reads and checks the table that h names. It returns the rows and how many bytes
 // they take up. What the table claims is never allocated before it was read.
-func readSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
+func readSnapshotTable(f io.ReaderAt, h *header) ([]snapshotRow, int64, error) {
 	rows, size, err := scanSnapshotTable(f, h)
 	if err != nil {
 		return nil, 0, err
@@ -84,7 +69,7 @@ func readSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
 
 // scanSnapshotTable is readSnapshotTable without the check of each row, for the checker, which
 // reports what it finds and goes on.
-func scanSnapshotTable(f File, h *header) ([]snapshotRow, int64, error) {
+func scanSnapshotTable(f io.ReaderAt, h *header) ([]snapshotRow, int64, error) {
 	if h.snapshots > maxSnapshots {
 		return nil, 0, fmt.Errorf("%w: %d snapshots", ErrLimit, h.snapshots)
 	}
@@ -99,7 +84,7 @@ type snapshotReader struct {
 	shorten  bool  // what is too much extra data, instead of refusing it
 }
 
-func newSnapshotReader(f File, h *header) *snapshotReader {
+func newSnapshotReader(f io.ReaderAt, h *header) *snapshotReader {
 	return &snapshotReader{
 		r:        bufio.NewReaderSize(io.NewSectionReader(f, h.snapshotsOffset, math.MaxInt64-h.snapshotsOffset), 64<<10),
 		diskSize: h.size,

@@ -236,7 +236,7 @@ func TestSnapshotTableQEMU(t *testing.T) {
 				t.Fatalf("%d rows: %+v", len(rows), rows)
 			}
 			for i := range rows {
-				s := rows[i].snapshot()
+				s := newSnapshot(&rows[i])
 				if s.Name != names[i+1] || s.ID != fmt.Sprint(i+2) || s.DiskSize != 3<<20 {
 					t.Errorf("row %d: %+v", i, s)
 				}

@@ -19,7 +19,7 @@ func (img *Image) Discard(off, n int64) error {
 }
 
 // maxZeroed is how many bytes one change of the mapping zeroes at most.
-func (g geometry) maxZeroed() int64 { return min(g.l2Coverage, maxRedoEntries<<g.clusterBits) }
+func maxZeroed(g geometry) int64 { return min(g.l2Coverage, maxRedoEntries<<g.clusterBits) }
 
 // zeroEntry maps a cluster that reads as zeros: no backing file is ever behind an unallocated one.
 func (img *Image) zeroEntry() l2Entry { return l2Entry{} }
@@ -39,7 +39,7 @@ func (img *Image) toZero(off, n int64, replace func(l2Entry) l2Entry) error {
 		return err
 	}
 	defer img.end()
-	return img.g.parts(off, n, img.g.maxZeroed(), func(c chunk) error {
+	return img.g.parts(off, n, maxZeroed(img.g), func(c chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.wholeClusters(c, img.Size()) {
@@ -88,7 +88,7 @@ func (img *Image) zeroBehindEnd() error {
 	defer img.end()
 	size := img.Size()
 	end := img.g.l1Entries(size) * img.g.l2Coverage
-	return img.g.parts(size, end-size, img.g.maxZeroed(), func(c chunk) error {
+	return img.g.parts(size, end-size, maxZeroed(img.g), func(c chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.wholeClusters(c, end) {
