@@ -1,10 +1,14 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // lock takes the guest clusters of c.
-func (img *Image) lock(c chunk, exclusive bool) (unlock func()) {
-	first, end := c.guest(img.g)
+func (img *Image) lock(c format.Chunk, exclusive bool) (unlock func()) {
+	first, end := c.Guest(img.g)
 	r := img.guests.lock(first, end, exclusive)
 	return func() { img.guests.unlock(r) }
 }
@@ -20,7 +24,7 @@ func (img *Image) activeTable(index int64) (*l2Table, error) {
 		if err := img.checkL1Entry(e); err != nil {
 			return nil, fmt.Errorf("%s: active L1 entry %d: %w", img.f.Name(), index, err)
 		}
-		if e.offset() == 0 {
+		if e.Offset() == 0 {
 			return nil, nil
 		}
 		if err := img.loadTable(index, e); err != nil {
@@ -31,7 +35,7 @@ func (img *Image) activeTable(index int64) (*l2Table, error) {
 
 // loadTable reads a table into the cache, or waits until somebody else has tried to: with two at it, one might bring what
 // the other's guest has changed and written meanwhile. Called with mu held, which it gives up.
-func (img *Image) loadTable(index int64, e l1Entry) error {
+func (img *Image) loadTable(index int64, e format.L1Entry) error {
 	if done := img.loading[index]; done != nil {
 		img.mu.Unlock()
 		<-done
@@ -40,9 +44,9 @@ func (img *Image) loadTable(index int64, e l1Entry) error {
 	}
 	done := make(chan struct{})
 	img.loading[index] = done
-	t := &l2Table{index: index, offset: e.offset(), data: img.l2.newTable(img.g)}
+	t := &l2Table{index: index, offset: e.Offset(), data: img.l2.newTable(img.g)}
 	img.mu.Unlock()
-	err := t.data.read(img.f, t.offset)
+	err := t.data.Read(img.f, t.offset)
 	img.mu.Lock()
 	delete(img.loading, index)
 	close(done)
@@ -57,47 +61,47 @@ func (img *Image) owns(host int64) bool {
 	if img.build == nil || !img.build.frozen {
 		return true
 	}
-	_, ok := img.build.own[host>>img.g.clusterBits]
+	_, ok := img.build.own[host>>img.g.ClusterBits]
 	return ok
 }
 
 // mapped notes for a running operation that entry i of an active table has changed, and what it maps. Called with mu
 // held.
-func (img *Image) mapped(index, i int64, e l2Entry) {
+func (img *Image) mapped(index, i int64, e format.L2Entry) {
 	if img.build == nil {
 		return
 	}
-	img.build.note(index).add(i * img.g.l2EntrySize() / sectorSize)
-	if e.own() {
-		img.build.own[e.offset()>>img.g.clusterBits] = struct{}{}
+	img.build.note(index).Add(i * img.g.L2EntrySize() / format.SectorSize)
+	if e.Own() {
+		img.build.own[e.Offset()>>img.g.ClusterBits] = struct{}{}
 	}
 }
 
 // entries returns a copy of the checked entries of c. COPIED is set in those that may be written in place.
-func (img *Image) entries(c chunk) ([]l2Entry, error) {
+func (img *Image) entries(c format.Chunk) ([]format.L2Entry, error) {
 	es, err := img.mappedEntries(c)
 	if es == nil {
-		es = make([]l2Entry, c.last-c.first+1)
+		es = make([]format.L2Entry, c.Last-c.First+1)
 	}
 	return es, err
 }
 
 // mappedEntries is entries, or nil if there is no L2 table: a disk may be larger than there is time to look at it all.
-func (img *Image) mappedEntries(c chunk) ([]l2Entry, error) {
+func (img *Image) mappedEntries(c format.Chunk) ([]format.L2Entry, error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	t, err := img.activeTable(c.table)
+	t, err := img.activeTable(c.Table)
 	if err != nil || t == nil {
 		return nil, err
 	}
-	es := make([]l2Entry, c.last-c.first+1)
+	es := make([]format.L2Entry, c.Last-c.First+1)
 	for i := range es {
-		es[i] = t.data.entry(c.first + int64(i))
-		if err := es[i].check(img.g, img.version); err != nil {
-			return nil, fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.first+int64(i), err)
+		es[i] = t.data.Entry(c.First + int64(i))
+		if err := es[i].Check(img.g, img.version); err != nil {
+			return nil, fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.First+int64(i), err)
 		}
-		if es[i].own() && !img.owns(es[i].offset()) {
-			es[i] = es[i].withCopied(false)
+		if es[i].Own() && !img.owns(es[i].Offset()) {
+			es[i] = es[i].WithCopied(false)
 		}
 	}
 	return es, nil
@@ -109,22 +113,22 @@ func (img *Image) mappedEntries(c chunk) ([]l2Entry, error) {
 func (img *Image) ownTable(index int64) error {
 	img.tableMu.Lock()
 	defer img.tableMu.Unlock()
-	var content table
+	var content format.L2Table
 	for {
 		old, shared, err := img.sharedTable(index, content)
 		if err != nil || !shared {
 			return err
 		}
-		if content.b == nil {
-			content = img.g.newTable()
+		if content.B == nil {
+			content = img.g.NewTable()
 			continue
 		}
 		got, err := img.alloc.take(1)
 		if err != nil {
 			return err
 		}
-		off := got[0].first << img.g.clusterBits
-		if _, err := img.f.WriteAt(content.b, off); err != nil {
+		off := got[0].First << img.g.ClusterBits
+		if _, err := img.f.WriteAt(content.B, off); err != nil {
 			return img.giveBack(got, fmt.Errorf("write a new L2 table: %w", err))
 		}
 		if img.replaceTable(index, old, &l2Table{index: index, offset: off, data: content}) {
@@ -134,81 +138,81 @@ func (img *Image) ownTable(index int64) error {
 		if err := img.giveBack(got, nil); err != nil {
 			return err
 		}
-		content = table{}
+		content = format.L2Table{}
 	}
 }
 
 // sharedTable returns the L1 entry of a table, and whether the active state must not change it in place, or has not got it;
 // then it is copied, if content has room for it.
-func (img *Image) sharedTable(index int64, content table) (l1Entry, bool, error) {
+func (img *Image) sharedTable(index int64, content format.L2Table) (format.L1Entry, bool, error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	t, err := img.activeTable(index)
 	e := img.l1[index]
-	if err != nil || t != nil && e.copied() && img.owns(e.offset()) {
+	if err != nil || t != nil && e.Copied() && img.owns(e.Offset()) {
 		return e, false, err
 	}
 	if t != nil {
-		copy(content.b, t.data.b)
+		copy(content.B, t.data.B)
 	}
 	return e, true, nil
 }
 
 // replaceTable makes t the active table if the L1 entry is still what it was.
-func (img *Image) replaceTable(index int64, old l1Entry, t *l2Table) bool {
+func (img *Image) replaceTable(index int64, old format.L1Entry, t *l2Table) bool {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	if img.l1[index] != old {
 		return false
 	}
 	img.l2.put(t)
-	img.l1[index] = l1Entry(t.offset) | flagCopied
-	img.l1Dirty.add(index * 8 / sectorSize)
-	img.alloc.metadata.put(run{t.offset >> img.g.clusterBits, 1}, metadataL2)
-	if old.offset() != 0 {
+	img.l1[index] = format.L1Entry(t.offset) | format.FlagCopied
+	img.l1Dirty.Add(index * 8 / format.SectorSize)
+	img.alloc.metadata.put(format.Run{First: t.offset >> img.g.ClusterBits, N: 1}, metadataL2)
+	if old.Offset() != 0 {
 		img.barrier = true // the copy must be durable before L1 points at it
 	}
 	if n := img.build; n != nil {
-		n.own[t.offset>>img.g.clusterBits] = struct{}{}
+		n.own[t.offset>>img.g.ClusterBits] = struct{}{}
 		n.note(index)
 		if n.settled {
-			n.late = append(n.late, lateTable{index, old.offset(), t.offset})
+			n.late = append(n.late, lateTable{index, old.Offset(), t.offset})
 			return true
 		}
 	}
-	if old.offset() != 0 {
-		img.freed.add(run{old.offset() >> img.g.clusterBits, 1})
+	if old.Offset() != 0 {
+		img.freed.Add(format.Run{First: old.Offset() >> img.g.ClusterBits, N: 1})
 	}
 	return true
 }
 
 // setEntries replaces the entries of c, in a table that the active state owns, and queues the clusters that
 // they gave up. barrier says that the data must be durable before the new entries are.
-func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
-	t, err := img.lockTable(c.table, len(es))
+func (img *Image) setEntries(c format.Chunk, old, es []format.L2Entry, barrier bool) error {
+	t, err := img.lockTable(c.Table, len(es))
 	defer img.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	for i, e := range es {
-		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].reference() != e.reference() {
-			if err := img.alloc.metadata.refuse(run{first, n}); err != nil {
-				return fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.first+int64(i), err)
+		if first, n := old[i].HostClusters(img.g); n > 0 && old[i].Reference() != e.Reference() {
+			if err := img.alloc.metadata.refuse(format.Run{First: first, N: n}); err != nil {
+				return fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.First+int64(i), err)
 			}
 		}
 	}
-	if t.dirty.empty() {
+	if t.dirty.Empty() {
 		img.dirty++
 	}
-	img.redo.note(img.g, c.off>>img.g.clusterBits, es)
+	img.redo.note(img.g, c.Off>>img.g.ClusterBits, es)
 	for i, e := range es {
 		if e == old[i] {
 			continue
 		}
-		t.set(c.first+int64(i), e)
-		img.mapped(c.table, c.first+int64(i), e)
-		if first, n := old[i].hostClusters(img.g); n > 0 && old[i].reference() != e.reference() {
-			img.freed.add(run{first, n})
+		t.set(c.First+int64(i), e)
+		img.mapped(c.Table, c.First+int64(i), e)
+		if first, n := old[i].HostClusters(img.g); n > 0 && old[i].Reference() != e.Reference() {
+			img.freed.Add(format.Run{First: first, N: n})
 		}
 	}
 	img.barrier = img.barrier || barrier
@@ -216,7 +220,7 @@ func (img *Image) setEntries(c chunk, old, es []l2Entry, barrier bool) error {
 }
 
 // giveBack releases clusters that were taken and not used, and returns err.
-func (img *Image) giveBack(rs runs, err error) error {
+func (img *Image) giveBack(rs format.Runs, err error) error {
 	if e := img.alloc.release(rs); e != nil {
 		return img.fail(e)
 	}

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // allocator hands out host clusters and takes them back. It reserves them in batches ahead of need (Spec A,
@@ -11,10 +13,10 @@ import (
 // nothing references it. What a crash leaves of a reservation is leaked, not lost.
 type allocator struct {
 	f            File
-	g            geometry
+	g            format.Geometry
 	sync         func() error // of f; a failure fails the image
 	fail         func(error) error
-	switchHeader func(change func(*header)) error
+	switchHeader func(change func(*format.Header)) error
 	metadata     *metadataMap
 	background   *sync.WaitGroup // the image's
 
@@ -33,7 +35,7 @@ type allocator struct {
 	unsafe    map[int64]struct{}
 	unsafeEnd int64
 	next      int64        // no cluster below is free
-	ready     runs         // reserved
+	ready     format.Runs  // reserved
 	batch     int64        // clusters of the next reservation
 	ahead     bool         // a reservation in the background is due or under way
 	length    atomic.Int64 // of the file, bytes; changed with mu held
@@ -45,7 +47,7 @@ type nextGeneration interface {
 	// holds tells that a cluster, which is free in the live generation, is not to be had.
 	holds(c int64) bool
 	// mirror makes a change of live counts in the next ones too.
-	mirror(r run, delta int) error
+	mirror(r format.Run, delta int) error
 	// unmake forgets live refcount block k at off, which the table on disk has never had, with the count of its cluster.
 	unmake(k, off int64)
 	// searchFrom is the cluster from which on it takes more.
@@ -55,7 +57,7 @@ type nextGeneration interface {
 }
 
 // newAllocator leaves the functions and the map of metadata to the image.
-func newAllocator(f File, g geometry, h *header) (*allocator, error) {
+func newAllocator(f File, g format.Geometry, h *format.Header) (*allocator, error) {
 	rc, err := loadRefcounts(f, g, h)
 	if err != nil {
 		return nil, err
@@ -107,7 +109,7 @@ func (a *allocator) free(c int64) bool {
 }
 
 // add changes live counts, and with them those of a generation that is being built.
-func (a *allocator) add(r run, delta int) (zero runs, err error) {
+func (a *allocator) add(r format.Run, delta int) (zero format.Runs, err error) {
 	a.search.touch(r)
 	zero, err = a.rc.add(r, delta)
 	if err == nil && a.build != nil {
@@ -122,12 +124,12 @@ const maxGap = 1 << 30
 
 // refuse returns ErrCorrupt for what is known to be metadata although its count is 0, and for what lies so far behind the
 // end of the file that the counts before it must be wrong: the file would become many times larger.
-func (a *allocator) refuse(r run) error {
-	if length := a.length.Load(); r.end()<<a.g.clusterBits > 2*length+maxGap {
-		return fmt.Errorf("%s: %w: all clusters are in use, up to %d, but the file has only %d bytes", a.f.Name(), ErrCorrupt, r.first, length)
+func (a *allocator) refuse(r format.Run) error {
+	if length := a.length.Load(); r.End()<<a.g.ClusterBits > 2*length+maxGap {
+		return fmt.Errorf("%s: %w: all clusters are in use, up to %d, but the file has only %d bytes", a.f.Name(), ErrCorrupt, r.First, length)
 	}
 	if err := a.metadata.refuse(r); err != nil {
-		return fmt.Errorf("%s: allocate clusters %d to %d: %w", a.f.Name(), r.first, r.end()-1, err)
+		return fmt.Errorf("%s: allocate clusters %d to %d: %w", a.f.Name(), r.First, r.End()-1, err)
 	}
 	return nil
 }
@@ -148,11 +150,11 @@ func (a *allocator) writeBack() error {
 func (a *allocator) count(cluster int64) (uint64, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	b, err := a.rc.block(cluster >> a.g.blockBits)
+	b, err := a.rc.block(cluster >> a.g.BlockBits)
 	if err != nil || b == nil {
 		return 0, err
 	}
-	return b.counts.get(cluster & (a.g.blockCounts - 1)), nil
+	return b.counts.Get(cluster & (a.g.BlockCounts - 1)), nil
 }
 
 // searching tells whether ReclaimLeaks counts references.
@@ -172,6 +174,6 @@ const (
 )
 
 // batch returns how many clusters to reserve at once for so many bytes: of small clusters fewer bytes.
-func batch(g geometry, bytes int64) int64 {
-	return min(max(bytes>>g.clusterBits, 1), maxBatch*bytes/maxBatchBytes)
+func batch(g format.Geometry, bytes int64) int64 {
+	return min(max(bytes>>g.ClusterBits, 1), maxBatch*bytes/maxBatchBytes)
 }

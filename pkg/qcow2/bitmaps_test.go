@@ -3,6 +3,8 @@ package qcow2
 import (
 	"encoding/binary"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // bitmapImage is an image with a persistent dirty bitmap of QEMU's, which tracks a write.
@@ -13,15 +15,15 @@ func bitmapImage(t *testing.T) (path string, f *memFile, extension, directory in
 	qemuImg(t, "bitmap", "--add", "-g", "512", path, "tracked")
 	qemuIO(t, path, "write -P 1 0 1M")
 	f = loadMemFile(t, path)
-	h, err := readHeader(f, decodeHeader)
+	h, err := format.ReadHeader(f, format.DecodeHeader)
 	must(t, err)
 	// The extension follows the header: find it by its type (specification: "Header extensions").
-	for at := h.length; ; {
+	for at := h.Length; ; {
 		kind, n := get64(f, at)>>32, int64(get64(f, at)&0xffffffff)
 		if kind == 0x23852875 {
-			return path, f, at + 8, int64(binary.BigEndian.Uint64(h.bitmaps[16:]))
+			return path, f, at + 8, int64(binary.BigEndian.Uint64(h.Bitmaps[16:]))
 		}
-		at += 8 + align8(n)
+		at += 8 + format.Align8(n)
 	}
 }
 

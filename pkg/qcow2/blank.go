@@ -1,6 +1,10 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // Blank tells whether the image holds nothing: no L2 table, of the disk or of a snapshot, and no cluster in use but for
 // the header and the tables that say so. A disk of which all was discarded is not blank, as long as it has the L2 tables
@@ -29,7 +33,7 @@ func (img *Image) mapsSomething() bool {
 	return hasTable(img.l1)
 }
 
-func hasTable(l1 []l1Entry) bool {
+func hasTable(l1 []format.L1Entry) bool {
 	for _, e := range l1 {
 		if e != 0 {
 			return true
@@ -42,7 +46,7 @@ func hasTable(l1 []l1Entry) bool {
 func (img *Image) holdsNothing() (bool, error) {
 	h, g := img.hdr.Load(), img.g
 	length, err := img.f.Size()
-	if err != nil || h.l1Offset+h.l1Size*8 > length { // a table that was cut off says nothing
+	if err != nil || h.L1Offset+h.L1Size*8 > length { // a table that was cut off says nothing
 		return false, err
 	}
 	rc, err := loadRefcounts(img.f, g, h)
@@ -51,23 +55,23 @@ func (img *Image) holdsNothing() (bool, error) {
 	}
 	metadata := map[int64]bool{0: true} // by cluster
 	note := func(off, length int64) {
-		for c := off >> g.clusterBits; c < off>>g.clusterBits+g.clusters(length); c++ {
+		for c := off >> g.ClusterBits; c < off>>g.ClusterBits+g.Clusters(length); c++ {
 			metadata[c] = true
 		}
 	}
-	note(h.refTableOffset, h.refTableClusters<<g.clusterBits)
-	note(h.l1Offset, h.l1Size*8)
-	note(h.snapshotsOffset, img.rowBytes)
+	note(h.RefTableOffset, h.RefTableClusters<<g.ClusterBits)
+	note(h.L1Offset, h.L1Size*8)
+	note(h.SnapshotsOffset, img.rowBytes)
 	for _, row := range img.rows {
-		l1, err := readL1(img.f, g, row.l1Offset, row.l1Size, false)
-		if err != nil || hasTable(l1) || row.l1Offset+row.l1Size*8 > length {
+		l1, err := format.ReadL1(img.f, g, row.L1Offset, row.L1Size, false)
+		if err != nil || hasTable(l1) || row.L1Offset+row.L1Size*8 > length {
 			return false, err
 		}
-		note(row.l1Offset, row.l1Size*8)
+		note(row.L1Offset, row.L1Size*8)
 	}
 	for _, off := range rc.table {
 		if off != 0 {
-			note(off, g.clusterSize)
+			note(off, g.ClusterSize)
 		}
 	}
 	return countsOnly(rc, metadata)
@@ -83,8 +87,8 @@ func countsOnly(rc *refcounts, set map[int64]bool) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		for i := b.counts.nextNonzero(0); i < b.counts.len(); i = b.counts.nextNonzero(i + 1) {
-			if !set[int64(k)<<rc.g.blockBits+i] {
+		for i := b.counts.NextNonzero(0); i < b.counts.Len(); i = b.counts.NextNonzero(i + 1) {
+			if !set[int64(k)<<rc.g.BlockBits+i] {
 				return false, nil
 			}
 		}

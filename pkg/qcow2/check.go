@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // CheckResult is the verdict on an image's metadata.
@@ -37,9 +39,9 @@ func (r CheckResult) ExitStatus() int {
 // Check checks the image in f, which nobody may change meanwhile, also one that is too damaged to be opened. progress,
 // if not nil, is called with the bytes of L2 tables done and to do. An error means that the image could not be checked.
 func Check(ctx context.Context, f File, progress func(done, total int64)) (CheckResult, error) {
-	h, err := readHeader(f, parseHeader)
+	h, err := format.ReadHeader(f, format.ParseHeader)
 	if err == nil {
-		err = h.checkable()
+		err = h.Checkable()
 	}
 	if err != nil {
 		return CheckResult{}, fmt.Errorf("check %s: %w", f.Name(), err)
@@ -50,7 +52,7 @@ func Check(ctx context.Context, f File, progress func(done, total int64)) (Check
 // checkImage checks the image in f whose header is h. It only reads f, which must not change meanwhile.
 // progress, when not nil, is called with the bytes of L2 tables done and to do. An error means that the
 // image could not be checked: f cannot be read, ctx ended, or the snapshot table is beyond reading.
-func checkImage(ctx context.Context, f File, h header, progress func(done, total int64)) (CheckResult, error) {
+func checkImage(ctx context.Context, f File, h format.Header, progress func(done, total int64)) (CheckResult, error) {
 	c, err := newChecker(ctx.Err, f, h, progress)
 	if err == nil {
 		err = c.check()
@@ -76,38 +78,38 @@ func (c *checker) check() error {
 }
 
 func (c *checker) markHeader() error {
-	c.reference(origin{use: useHeader}, 0, c.g.clusterSize, 1)
+	c.reference(origin{use: useHeader}, 0, c.g.ClusterSize, 1)
 	return nil
 }
 
 // markSnapshotTable also notes the L1 table of each snapshot.
 func (c *checker) markSnapshotTable() error {
-	c.l1 = append(c.l1, l1Region{offset: c.h.l1Offset, entries: c.h.l1Size, from: origin{use: useL1}})
-	if c.h.snapshots == 0 {
+	c.l1 = append(c.l1, l1Region{offset: c.h.L1Offset, entries: c.h.L1Size, from: origin{use: useL1}})
+	if c.h.Snapshots == 0 {
 		return nil
 	}
-	rows, size, err := scanSnapshotTable(c.file, c.h)
+	rows, size, err := format.ScanSnapshotTable(c.file, c.h)
 	switch {
 	case errors.Is(err, ErrCorrupt):
 		c.corrupt(1, "%v", err)
 	case err != nil:
 		return err
 	}
-	c.reference(origin{use: useSnapshotTable}, c.h.snapshotsOffset, size, 1)
+	c.reference(origin{use: useSnapshotTable}, c.h.SnapshotsOffset, size, 1)
 	for i := range rows {
 		row := &rows[i]
-		if c.h.version >= 3 && row.extraSize < 16 {
+		if c.h.Version >= 3 && row.ExtraSize < 16 {
 			c.blemish(1, "snapshot table row %d (id %q, name %q) has %d bytes of extra data, at least 16 are due",
-				i, row.id, row.name, row.extraSize)
+				i, row.ID, row.Name, row.ExtraSize)
 		}
-		if row.l1Offset < 0 && c.g.aligned(row.l1Offset) && row.l1Size > 0 {
+		if row.L1Offset < 0 && c.g.Aligned(row.L1Offset) && row.L1Size > 0 {
 			c.result.Errors++ // like QEMU, which cannot read it
 		}
-		if err := row.check(c.g); err != nil {
-			c.corrupt(1, "snapshot table row %d (id %q, name %q): %v", i, row.id, row.name, err)
+		if err := row.Check(c.g); err != nil {
+			c.corrupt(1, "snapshot table row %d (id %q, name %q): %v", i, row.ID, row.Name, err)
 			continue
 		}
-		c.l1 = append(c.l1, l1Region{offset: row.l1Offset, entries: row.l1Size, from: origin{use: useSnapshotL1, table: row.l1Offset, index: int64(i)}})
+		c.l1 = append(c.l1, l1Region{offset: row.L1Offset, entries: row.L1Size, from: origin{use: useSnapshotL1, table: row.L1Offset, index: int64(i)}})
 	}
 	return nil
 }

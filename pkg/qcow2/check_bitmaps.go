@@ -1,6 +1,10 @@
 package qcow2
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 const (
 	autoclearBitmaps = 1 << 0 // the bitmaps extension is consistent
@@ -23,8 +27,8 @@ const (
 // markBitmaps counts the clusters of the persistent dirty bitmaps (specification: "Bitmaps"). Without the autoclear
 // bit the extension is stale and references nothing.
 func (c *checker) markBitmaps() error {
-	ext := c.h.bitmaps
-	if ext == nil || c.h.autoclear&autoclearBitmaps == 0 {
+	ext := c.h.Bitmaps
+	if ext == nil || c.h.Autoclear&autoclearBitmaps == 0 {
 		return nil
 	}
 	if len(ext) != bitmapsExtensionBytes {
@@ -37,7 +41,7 @@ func (c *checker) markBitmaps() error {
 	case count == 0 || count > maxBitmaps || size < bitmapRowBytes || size > maxBitmapDirectoryBytes:
 		c.unusable("the bitmaps extension has %d bitmaps in a directory of %d bytes", count, size)
 		return nil
-	case off == 0 || off >= maxHostOffset || !c.g.aligned(int64(off)):
+	case off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(int64(off)):
 		c.unusable("the bitmap directory is at offset %#x", off)
 		return nil
 	}
@@ -68,9 +72,9 @@ func (c *checker) markBitmaps() error {
 }
 
 // unusable notes damage that makes QEMU give up the check.
-func (c *checker) unusable(format string, args ...any) {
+func (c *checker) unusable(text string, args ...any) {
 	c.result.Errors++
-	c.corrupt(1, format, args...)
+	c.corrupt(1, text, args...)
 }
 
 // bitmapRow is a row of the bitmap directory.
@@ -87,21 +91,21 @@ func (c *checker) bitmapRows(directory []byte, count int64) ([]bitmapRow, bool) 
 			return nil, false
 		}
 		b := directory
-		length := align8(bitmapRowBytes + int64(binary.BigEndian.Uint16(b[18:])) + int64(binary.BigEndian.Uint32(b[20:])))
+		length := format.Align8(bitmapRowBytes + int64(binary.BigEndian.Uint16(b[18:])) + int64(binary.BigEndian.Uint32(b[20:])))
 		if length > int64(len(directory)) {
 			c.unusable("the bitmap directory ends within row %d of %d", i, count)
 			return nil, false
 		}
 		directory = directory[length:]
 		off, entries := binary.BigEndian.Uint64(b), int64(binary.BigEndian.Uint32(b[8:]))
-		if off == 0 || off >= maxHostOffset || !c.g.aligned(int64(off)) || entries == 0 || entries<<c.g.clusterBits > maxBitmapBytes {
+		if off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(int64(off)) || entries == 0 || entries<<c.g.ClusterBits > maxBitmapBytes {
 			c.unusable("row %d of the bitmap directory names a table of %d entries at offset %#x", i, entries, off)
 			return nil, false
 		}
 		flags, kind, granularity := binary.BigEndian.Uint32(b[12:]), b[16], b[17]
 		name, extra := binary.BigEndian.Uint16(b[18:]), binary.BigEndian.Uint32(b[20:])
 		if flags&bitmapFlagsReserved != 0 || kind != bitmapDirty || granularity < 9 || granularity > 31 ||
-			name == 0 || name > maxBitmapName || extra != 0 || flags&bitmapInUse == 0 && !covers(entries<<c.g.clusterBits, granularity, c.h.size) {
+			name == 0 || name > maxBitmapName || extra != 0 || flags&bitmapInUse == 0 && !covers(entries<<c.g.ClusterBits, granularity, c.h.Size) {
 			c.unusable("row %d of the bitmap directory has flags %#x, type %d, granularity %d, %d bytes of name, %d of extra data",
 				i, flags, kind, granularity, name, extra)
 			return nil, false
@@ -125,12 +129,12 @@ func (c *checker) markBitmapData(tableOffset, entries int64) error {
 		for i := 0; i < len(b); i += 8 {
 			from := origin{use: useBitmapData, table: tableOffset, index: (at + int64(i)) / 8}
 			e := binary.BigEndian.Uint64(b[i:])
-			off := int64(e & offsetMask)
+			off := int64(e & format.OffsetMask)
 			switch {
-			case e&bitmapReserved != 0 || off != 0 && (e&bitmapAllOnes != 0 || !c.g.aligned(off)):
+			case e&bitmapReserved != 0 || off != 0 && (e&bitmapAllOnes != 0 || !c.g.Aligned(off)):
 				c.corrupt(1, "%s: bitmap table entry %#x", from, e)
 			case off != 0:
-				c.reference(from, off, c.g.clusterSize, 1)
+				c.reference(from, off, c.g.ClusterSize, 1)
 			}
 		}
 		return nil

@@ -6,6 +6,8 @@ import (
 	"iter"
 	"maps"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // clusterUse is what a host cluster holds.
@@ -109,7 +111,7 @@ func (k *clusterGroup) setUse(i int64, u clusterUse) { k.uses.set(i, uint64(u)) 
 // agree tells whether the first n clusters are counted as often as they are referenced, as far as that is seen at once, and
 // then which is the last one that is.
 func (k *clusterGroup) agree(n int64) (last int64, yes bool) {
-	if k.stored.numbers.order != k.refs.numbers.order || !bytes.Equal(k.stored.numbers.b, k.refs.numbers.b) {
+	if k.stored.numbers.Order != k.refs.numbers.Order || !bytes.Equal(k.stored.numbers.B, k.refs.numbers.B) {
 		return 0, false
 	}
 	for last = n - 1; last >= 0 && k.refs.get(last) == 0; last-- {
@@ -118,31 +120,31 @@ func (k *clusterGroup) agree(n int64) (last int64, yes bool) {
 }
 
 // tally holds a number for each cluster of a group, in as many bits as the largest needs. The zero value is all 0.
-type tally struct{ numbers counts }
+type tally struct{ numbers format.Counts }
 
 func (t *tally) get(i int64) uint64 {
-	if t.numbers.none() {
+	if t.numbers.None() {
 		return 0
 	}
-	return t.numbers.get(i)
+	return t.numbers.Get(i)
 }
 
 func (t *tally) set(i int64, v uint64) { t.fill(i, 1, v) }
 
 // fill sets n numbers from i on.
 func (t *tally) fill(i, n int64, v uint64) {
-	if t.numbers.none() && v == 0 {
+	if t.numbers.None() && v == 0 {
 		return
 	}
 	t.fit(v)
-	t.numbers.fill(i, n, v)
+	t.numbers.Fill(i, n, v)
 }
 
 // alike returns the first of n indexes from i on whose number is not v, or i+n.
 func (t *tally) alike(i, n int64, v uint64) int64 {
 	switch {
-	case !t.numbers.none() && v <= t.numbers.max():
-		return t.numbers.alike(i, n, v)
+	case !t.numbers.None() && v <= t.numbers.Max():
+		return t.numbers.Alike(i, n, v)
 	case v == 0:
 		return i + n
 	}
@@ -161,17 +163,17 @@ func (t *tally) runs(i, n int64, fn func(i, n int64, v uint64)) {
 
 // fit gives each number at least as many bits as v needs, 2 at first.
 func (t *tally) fit(v uint64) {
-	wide := counts{order: 1}
-	if !t.numbers.none() {
-		wide.order = t.numbers.order
+	wide := format.Counts{Order: 1}
+	if !t.numbers.None() {
+		wide.Order = t.numbers.Order
 	}
-	for v > wide.max() {
-		wide.order++
+	for v > wide.Max() {
+		wide.Order++
 	}
-	if !t.numbers.none() && wide.order == t.numbers.order {
+	if !t.numbers.None() && wide.Order == t.numbers.Order {
 		return
 	}
-	wide.b = make([]byte, groupClusters<<wide.order>>3)
-	t.runs(0, groupClusters, wide.fill)
+	wide.B = make([]byte, groupClusters<<wide.Order>>3)
+	t.runs(0, groupClusters, wide.Fill)
 	t.numbers = wide
 }

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"encoding/binary"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // l1Region is an L1 table on disk.
@@ -36,7 +38,7 @@ func (c *checker) walkL1Tables() error {
 			}
 			err := c.scan(l1.offset, l1.entries*8, func(b []byte, at int64) error {
 				for i := 0; i < len(b); i += 8 {
-					if e := l1Entry(binary.BigEndian.Uint64(b[i:])); e != 0 {
+					if e := format.L1Entry(binary.BigEndian.Uint64(b[i:])); e != 0 {
 						c.checkL1Entry(e, origin{use: useL2, table: l1.offset, index: (at + int64(i)) / 8}, active)
 					}
 				}
@@ -47,7 +49,7 @@ func (c *checker) walkL1Tables() error {
 			}
 		}
 		for i := range c.l2 {
-			k, at := c.group(c.l2[i].offset >> c.g.clusterBits)
+			k, at := c.group(c.l2[i].offset >> c.g.ClusterBits)
 			c.l2[i].times = int64(k.refs.get(at))
 			if active {
 				c.l2[i].active = c.l2[i].times
@@ -57,27 +59,27 @@ func (c *checker) walkL1Tables() error {
 	return nil
 }
 
-func (c *checker) checkL1Entry(e l1Entry, from origin, active bool) {
-	if e&l1Reserved != 0 {
+func (c *checker) checkL1Entry(e format.L1Entry, from origin, active bool) {
+	if e&format.L1Reserved != 0 {
 		c.corrupt(1, "%s: reserved bits are set in %#x", from, uint64(e))
 	}
-	off := e.offset()
+	off := e.Offset()
 	switch {
 	case off == 0:
 		c.corrupt(1, "%s: offset 0, in the header", from)
 		return
-	case !c.g.aligned(off):
+	case !c.g.Aligned(off):
 		c.corrupt(1, "%s: offset %#x is not aligned to a cluster", from, off)
 		return
 	case active:
-		c.checkCopied(from, off, e.copied(), 1)
+		c.checkCopied(from, off, e.Copied(), 1)
 	}
 	known := false
-	if off>>c.g.clusterBits < c.clusters {
-		k, i := c.group(off >> c.g.clusterBits)
+	if off>>c.g.ClusterBits < c.clusters {
+		k, i := c.group(off >> c.g.ClusterBits)
 		known = k.use(i) == useL2
 	}
-	if c.reference(from, off, c.g.clusterSize, 1) && !known {
+	if c.reference(from, off, c.g.ClusterSize, 1) && !known {
 		c.l2 = append(c.l2, l2Region{offset: off})
 	}
 }
@@ -93,16 +95,16 @@ func (c *checker) checkCopied(from origin, off int64, copied bool, times int64) 
 	switch {
 	case !copied:
 	case from.use == useL2:
-		c.miscopied[from.table] = c.h.l1Size * 8
+		c.miscopied[from.table] = c.h.L1Size * 8
 	default:
-		c.miscopied[from.table] = c.g.clusterSize
+		c.miscopied[from.table] = c.g.ClusterSize
 	}
 }
 
 // walkL2Tables checks what the L2 tables hold.
 func (c *checker) walkL2Tables() error {
 	slices.SortFunc(c.l2, func(a, b l2Region) int { return cmp.Compare(a.offset, b.offset) })
-	return c.eachL2Table(c.l2, func(t table, l2 l2Region) error {
+	return c.eachL2Table(c.l2, func(t format.L2Table, l2 l2Region) error {
 		c.checkL2Table(t, l2)
 		return nil
 	})
@@ -110,8 +112,8 @@ func (c *checker) walkL2Tables() error {
 
 // eachL2Table calls fn for each table and its content, which fn may change. Tables that lie side by side are read in
 // one go.
-func (c *checker) eachL2Table(all []l2Region, fn func(t table, l2 l2Region) error) error {
-	size := c.g.clusterSize
+func (c *checker) eachL2Table(all []l2Region, fn func(t format.L2Table, l2 l2Region) error) error {
+	size := c.g.ClusterSize
 	total := int64(len(all)) * size
 	done := int64(0)
 	for rest := all; len(rest) > 0; {
@@ -121,7 +123,7 @@ func (c *checker) eachL2Table(all []l2Region, fn func(t table, l2 l2Region) erro
 		}
 		err := c.scan(rest[0].offset, int64(n)*size, func(b []byte, at int64) error {
 			for ; len(b) > 0; b, at = b[size:], at+size {
-				if err := fn(c.g.table(b[:size]), rest[at/size]); err != nil {
+				if err := fn(c.g.Table(b[:size]), rest[at/size]); err != nil {
 					return err
 				}
 			}
@@ -137,37 +139,37 @@ func (c *checker) eachL2Table(all []l2Region, fn func(t table, l2 l2Region) erro
 	return nil
 }
 
-func (c *checker) checkL2Table(t table, l2 l2Region) {
-	for i := int64(0); i < t.len(); i++ {
-		e := t.entry(i)
-		if e == (l2Entry{}) {
+func (c *checker) checkL2Table(t format.L2Table, l2 l2Region) {
+	for i := int64(0); i < t.Len(); i++ {
+		e := t.Entry(i)
+		if e == (format.L2Entry{}) {
 			continue
 		}
 		from := origin{use: useData, table: l2.offset, index: i}
-		if e.kind() == kindCompressed {
+		if e.Kind() == format.KindCompressed {
 			c.checkCompressed(e, from, l2)
 			continue
 		}
-		if e.desc&(l2Reserved|flagZero) != 0 {
-			c.corrupt(l2.times, "%s: reserved bits are set in %#x", from, e.desc)
+		if e.Desc&(format.L2Reserved|format.FlagZero) != 0 {
+			c.corrupt(l2.times, "%s: reserved bits are set in %#x", from, e.Desc)
 		}
-		if e.sub&subZero != 0 && c.h.version < 3 {
-			c.corrupt(l2.times, "%s: zero flag in %#x of a version 2 image", from, e.desc)
+		if e.Sub&format.SubZero != 0 && c.h.Version < 3 {
+			c.corrupt(l2.times, "%s: zero flag in %#x of a version 2 image", from, e.Desc)
 		}
-		if e.sub&subAllocated&(e.sub>>subclusters) != 0 || e.sub&subAllocated != 0 && e.offset() == 0 {
-			c.corrupt(l2.times, "%s: impossible subclusters %#x", from, uint64(e.sub))
+		if e.Sub&format.SubAllocated&(e.Sub>>format.Subclusters) != 0 || e.Sub&format.SubAllocated != 0 && e.Offset() == 0 {
+			c.corrupt(l2.times, "%s: impossible subclusters %#x", from, uint64(e.Sub))
 		}
-		off := e.offset()
+		off := e.Offset()
 		switch {
 		case off == 0: // unallocated or plain zero
-		case !c.g.aligned(off):
+		case !c.g.Aligned(off):
 			c.corrupt(l2.times, "%s: offset %#x is not aligned to a cluster", from, off)
 		default:
 			n := c.dataRun(t, i)
-			c.reference(from, off, n<<c.g.clusterBits, l2.times)
+			c.reference(from, off, n<<c.g.ClusterBits, l2.times)
 			c.result.Allocated += n * l2.active
 			if l2.active > 0 {
-				c.checkCopiedRun(from, off, n, e.copied(), l2.active)
+				c.checkCopiedRun(from, off, n, e.Copied(), l2.active)
 			}
 			i += n - 1
 		}
@@ -176,18 +178,18 @@ func (c *checker) checkL2Table(t table, l2 l2Region) {
 
 // dataRun returns how many entries from i on, which has an aligned host cluster, map consecutive clusters with the same
 // COPIED flag. It stops before one that needs a look of its own, and at the end of the file.
-func (c *checker) dataRun(t table, i int64) int64 {
-	first := t.entry(i)
-	most := max(1, (c.length-first.offset())>>c.g.clusterBits)
-	if plain := first.desc&^(flagCopied|offsetMask) == 0 && first.sub&subZero == 0; plain && !t.extended {
-		n, _ := t.follow(i*t.entrySize(), first.desc, uint64(c.g.clusterSize))
+func (c *checker) dataRun(t format.L2Table, i int64) int64 {
+	first := t.Entry(i)
+	most := max(1, (c.length-first.Offset())>>c.g.ClusterBits)
+	if plain := first.Desc&^(format.FlagCopied|format.OffsetMask) == 0 && first.Sub&format.SubZero == 0; plain && !t.Extended {
+		n, _ := t.Follow(i*t.EntrySize(), first.Desc, uint64(c.g.ClusterSize))
 		return min(n, most)
 	}
 	n := int64(1)
-	for ; i+n < t.len() && n < most; n++ {
-		e := t.entry(i + n)
-		if e.desc&(flagCompressed|l2Reserved|flagZero) != 0 || e.offset() != first.offset()+n<<c.g.clusterBits ||
-			e.copied() != first.copied() || e.sub&subZero != 0 && (c.h.version < 3 || c.g.extended) {
+	for ; i+n < t.Len() && n < most; n++ {
+		e := t.Entry(i + n)
+		if e.Desc&(format.FlagCompressed|format.L2Reserved|format.FlagZero) != 0 || e.Offset() != first.Offset()+n<<c.g.ClusterBits ||
+			e.Copied() != first.Copied() || e.Sub&format.SubZero != 0 && (c.h.Version < 3 || c.g.Extended) {
 			break
 		}
 	}
@@ -197,7 +199,7 @@ func (c *checker) dataRun(t table, i int64) int64 {
 // checkCopiedRun is checkCopied for n clusters from off on, which consecutive entries map, the first of which is from.
 func (c *checker) checkCopiedRun(from origin, off, n int64, copied bool, times int64) {
 	for done := int64(0); done < n; {
-		cluster := off>>c.g.clusterBits + done
+		cluster := off>>c.g.ClusterBits + done
 		if cluster >= c.clusters {
 			c.checkCopied(from, off, copied, times)
 			return
@@ -210,22 +212,22 @@ func (c *checker) checkCopiedRun(from origin, off, n int64, copied bool, times i
 			}
 			for ; m > 0; j, m = j+1, m-1 {
 				at := done + j - i
-				c.checkCopied(origin{from.use, from.table, from.index + at}, off+at<<c.g.clusterBits, copied, times)
+				c.checkCopied(origin{from.use, from.table, from.index + at}, off+at<<c.g.ClusterBits, copied, times)
 			}
 		})
 		done += m
 	}
 }
 
-func (c *checker) checkCompressed(e l2Entry, from origin, l2 l2Region) {
+func (c *checker) checkCompressed(e format.L2Entry, from origin, l2 l2Region) {
 	from.use = useCompressed
-	if e.copied() {
-		c.corrupt(l2.times, "%s: COPIED is set on a compressed cluster, %#x", from, e.desc)
+	if e.Copied() {
+		c.corrupt(l2.times, "%s: COPIED is set on a compressed cluster, %#x", from, e.Desc)
 	}
-	if e.sub != 0 {
-		c.corrupt(l2.times, "%s: a compressed cluster has subclusters, %#x", from, uint64(e.sub))
+	if e.Sub != 0 {
+		c.corrupt(l2.times, "%s: a compressed cluster has subclusters, %#x", from, uint64(e.Sub))
 	}
-	off, n := e.compressed(c.g)
+	off, n := e.Compressed(c.g)
 	c.reference(from, off, n, l2.times)
 	c.result.Allocated += l2.active
 }

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // qemuImages are images of many kinds as QEMU makes them, small, by name.
@@ -128,33 +130,33 @@ func damage(t testing.TB, f *memFile, rng *rand.Rand) string {
 		_, err := f.WriteAt(binary.BigEndian.AppendUint64(nil, v), off)
 		must(t, err)
 	}
-	first := make([]byte, sectorSize)
+	first := make([]byte, format.SectorSize)
 	_, err := f.ReadAt(first, 0)
 	must(t, err)
-	h, err := decodeHeader(first)
+	h, err := format.DecodeHeader(first)
 	must(t, err)
-	g := h.geometry()
+	g := h.Geometry()
 
 	// Choose a table.
-	table, entries, kind := h.l1Offset, h.l1Size, "L1"
-	if h.l1Size == 0 {
-		table, entries, kind = h.refTableOffset, 1, "refcount table"
+	table, entries, kind := h.L1Offset, h.L1Size, "L1"
+	if h.L1Size == 0 {
+		table, entries, kind = h.RefTableOffset, 1, "refcount table"
 	}
 	l2 := int64(0)
-	for i := range h.l1Size {
-		if off := int64(get(h.l1Offset+8*i) & offsetMask); off != 0 && (l2 == 0 || rng.IntN(2) == 0) {
+	for i := range h.L1Size {
+		if off := int64(get(h.L1Offset+8*i) & format.OffsetMask); off != 0 && (l2 == 0 || rng.IntN(2) == 0) {
 			l2 = off
 		}
 	}
 	switch n := rng.IntN(6); {
 	case n <= 1 && l2 != 0:
-		table, entries, kind = l2, g.l2Entries, "L2"
+		table, entries, kind = l2, g.L2Entries, "L2"
 	case n == 2:
-		table, entries, kind = h.refTableOffset, 1, "refcount table"
+		table, entries, kind = h.RefTableOffset, 1, "refcount table"
 	case n == 3:
-		table, entries, kind = int64(get(h.refTableOffset)), g.clusterSize/8, "refcount block"
-	case n == 4 && h.snapshots > 0:
-		table, entries, kind = h.snapshotsOffset, 5, "snapshot table"
+		table, entries, kind = int64(get(h.RefTableOffset)), g.ClusterSize/8, "refcount block"
+	case n == 4 && h.Snapshots > 0:
+		table, entries, kind = h.SnapshotsOffset, 5, "snapshot table"
 	}
 	// In it an entry that is in use, if one is soon found.
 	at := table + 8*rng.Int64N(max(entries, 1))
@@ -174,14 +176,14 @@ func damage(t testing.TB, f *memFile, rng *rand.Rand) string {
 	case 2:
 		v ^= 1 << 63 // COPIED
 	case 3:
-		v = v&^uint64(offsetMask) | uint64(rng.Int64N(f.content.size)>>g.clusterBits<<g.clusterBits)
+		v = v&^uint64(format.OffsetMask) | uint64(rng.Int64N(f.content.size)>>g.ClusterBits<<g.ClusterBits)
 	case 4:
 		v = get(table + 8*rng.Int64N(max(entries, 1)))
 	case 5:
-		v += uint64(g.clusterSize)
+		v += uint64(g.ClusterSize)
 	}
-	if h.version == 2 && kind == "L2" && v&^old&flagZero != 0 && v&flagCompressed == 0 {
-		v &^= flagZero // QEMU's check accepts it in version 2; reading does not, nor do we
+	if h.Version == 2 && kind == "L2" && v&^old&format.FlagZero != 0 && v&format.FlagCompressed == 0 {
+		v &^= format.FlagZero // QEMU's check accepts it in version 2; reading does not, nor do we
 	}
 	put(at, v)
 	return fmt.Sprintf("%s at %#x, entry at %#x: %#x became %#x", kind, table, at, old, v)

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // checker recomputes from the mappings how often each host cluster is referenced and holds that against
@@ -13,8 +15,8 @@ import (
 type checker struct {
 	stop   func() error // says why to end early
 	file   File
-	h      *header
-	g      geometry
+	h      *format.Header
+	g      format.Geometry
 	length int64 // of the file, rounded up to sectors
 
 	clusterMap
@@ -29,7 +31,7 @@ type checker struct {
 	result   CheckResult
 }
 
-func newChecker(stop func() error, f File, h header, progress func(done, total int64)) (*checker, error) {
+func newChecker(stop func() error, f File, h format.Header, progress func(done, total int64)) (*checker, error) {
 	size, err := f.Size()
 	if err != nil {
 		return nil, err
@@ -38,40 +40,40 @@ func newChecker(stop func() error, f File, h header, progress func(done, total i
 		progress = func(_, _ int64) {}
 	}
 	c := &checker{
-		stop: stop, file: f, h: &h, g: h.geometry(), progress: progress, clusterMap: newClusterMap(),
+		stop: stop, file: f, h: &h, g: h.Geometry(), progress: progress, clusterMap: newClusterMap(),
 		miscopied: make(map[int64]int64),
-		length:    (size + sectorSize - 1) &^ (sectorSize - 1),
+		length:    (size + format.SectorSize - 1) &^ (format.SectorSize - 1),
 	}
-	c.clusters = c.g.clusters(c.length)
-	c.result.Clusters = c.g.clusters(h.size)
+	c.clusters = c.g.Clusters(c.length)
+	c.result.Clusters = c.g.Clusters(h.Size)
 	return c, nil
 }
 
 // corrupt notes a corruption that n paths lead to.
-func (c *checker) corrupt(n int64, format string, args ...any) {
+func (c *checker) corrupt(n int64, text string, args ...any) {
 	if c.worst == "" {
-		c.worst = fmt.Sprintf(format, args...)
+		c.worst = fmt.Sprintf(text, args...)
 	}
 	c.result.Corruptions += n
-	c.problem(format, args...)
+	c.problem(text, args...)
 }
 
 // blemish notes a corruption that is harmless.
-func (c *checker) blemish(n int64, format string, args ...any) {
+func (c *checker) blemish(n int64, text string, args ...any) {
 	c.harmless += n
 	c.result.Corruptions += n
-	c.problem(format, args...)
+	c.problem(text, args...)
 }
 
 // leak notes a leaked cluster.
-func (c *checker) leak(format string, args ...any) {
+func (c *checker) leak(text string, args ...any) {
 	c.result.Leaks++
-	c.problem(format, args...)
+	c.problem(text, args...)
 }
 
-func (c *checker) problem(format string, args ...any) {
+func (c *checker) problem(text string, args ...any) {
 	if len(c.result.Problems) < maxProblems {
-		c.result.Problems = append(c.result.Problems, fmt.Sprintf(format, args...))
+		c.result.Problems = append(c.result.Problems, fmt.Sprintf(text, args...))
 	}
 }
 
@@ -81,7 +83,7 @@ const readBytes = 1 << 20
 // scan reads n bytes at off piece by piece and passes each piece, with its distance from off, to fn.
 // Bytes behind the end of the file are zeros.
 func (c *checker) scan(off, n int64, fn func(b []byte, at int64) error) error {
-	buf := make([]byte, min(n, max(readBytes, c.g.clusterSize)))
+	buf := make([]byte, min(n, max(readBytes, c.g.ClusterSize)))
 	for at := int64(0); at < n; at += int64(len(buf)) {
 		if err := c.stop(); err != nil {
 			return err

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // Clone writes a standalone version 3 image with v's content into dst, an empty file, and syncs it: fresh metadata, and
@@ -19,7 +21,7 @@ func Clone(ctx context.Context, dst File, v *View, size int64, progress func(don
 	if size == 0 {
 		size = v.Size()
 	}
-	size = roundToSectors(size)
+	size = format.RoundToSectors(size)
 	if size < v.Size() {
 		return fmt.Errorf("%w: clone a disk of %d bytes into one of %d", ErrOutOfRange, v.Size(), size)
 	}
@@ -65,19 +67,19 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &clonePlan{v: v, end: length >> g.clusterBits}
+	p := &clonePlan{v: v, end: length >> g.ClusterBits}
 	if p.end > maxCloneClusters {
 		return nil, fmt.Errorf("%w: the file has more than %d clusters", ErrLimit, int64(maxCloneClusters))
 	}
 	p.whole = newClusterSet(p.end)
 	var twice *clusterSet // mapped more than once: not taken over, for each cluster of a clone is counted once
 	var tables, anew int64
-	err = p.eachTable(ctx, func(index int64, es []l2Entry) error {
+	err = p.eachTable(ctx, func(index int64, es []format.L2Entry) error {
 		tables++
 		for i, e := range es {
 			c, ok := p.host(index, int64(i), e)
 			switch {
-			case e.kind().readsZero():
+			case e.Kind().ReadsZero():
 			case !ok:
 				anew++
 			case !p.whole.has(c):
@@ -97,8 +99,8 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 	}
 	if twice != nil {
 		for r := range twice.runs() {
-			anew += r.n
-			for c := r.first; c < r.end(); c++ {
+			anew += r.N
+			for c := r.First; c < r.End(); c++ {
 				p.whole.remove(c)
 			}
 		}
@@ -110,16 +112,16 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 
 // eachTable calls fn for each L2 table of the source that maps something, with its L1 index and its checked entries, as far
 // as the disk reaches.
-func (p *clonePlan) eachTable(ctx context.Context, fn func(index int64, es []l2Entry) error) error {
+func (p *clonePlan) eachTable(ctx context.Context, fn func(index int64, es []format.L2Entry) error) error {
 	g, size := p.v.img.g, p.v.Size()
-	for off := int64(0); off < size; off += g.l2Coverage {
+	for off := int64(0); off < size; off += g.L2Coverage {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		n := min(size-off, g.l2Coverage)
-		es, err := p.v.mappedEntries(chunk{off: off, n: n, table: g.l1Index(off), last: g.l2Index(off + n - 1)})
-		if err == nil && slices.ContainsFunc(es, func(e l2Entry) bool { return !e.kind().readsZero() }) {
-			err = fn(g.l1Index(off), es)
+		n := min(size-off, g.L2Coverage)
+		es, err := p.v.mappedEntries(format.Chunk{Off: off, N: n, Table: g.L1Index(off), Last: g.L2Index(off + n - 1)})
+		if err == nil && slices.ContainsFunc(es, func(e format.L2Entry) bool { return !e.Kind().ReadsZero() }) {
+			err = fn(g.L1Index(off), es)
 		}
 		if err != nil {
 			return err
@@ -130,22 +132,22 @@ func (p *clonePlan) eachTable(ctx context.Context, fn func(index int64, es []l2E
 
 // host returns the cluster that entry i of a table maps, if it can be taken over as it is: uncompressed, with nothing of
 // it behind the end of the disk, where a larger clone would show it, or of the file.
-func (p *clonePlan) host(index, i int64, e l2Entry) (int64, bool) {
-	if k := e.kind(); k != kindData && k != kindMixed {
+func (p *clonePlan) host(index, i int64, e format.L2Entry) (int64, bool) {
+	if k := e.Kind(); k != format.KindData && k != format.KindMixed {
 		return 0, false
 	}
-	c := e.offset() >> p.v.img.g.clusterBits
-	return c, c < p.end && p.guest(index, i)+p.v.img.g.clusterSize <= p.v.Size()
+	c := e.Offset() >> p.v.img.g.ClusterBits
+	return c, c < p.end && p.guest(index, i)+p.v.img.g.ClusterSize <= p.v.Size()
 }
 
 // guest returns the offset on the disk of entry i of a table.
 func (p *clonePlan) guest(index, i int64) int64 {
-	return index*p.v.img.g.l2Coverage + i<<p.v.img.g.clusterBits
+	return index*p.v.img.g.L2Coverage + i<<p.v.img.g.ClusterBits
 }
 
 // writeContent writes L1 and L2 tables and takes over the data.
 func (p *clonePlan) writeContent(ctx context.Context, dst File, progress func(done, total int64)) error {
-	c := startCopier(ctx, dst, p.v, p.data<<p.v.img.g.clusterBits, progress)
+	c := startCopier(ctx, dst, p.v, p.data<<p.v.img.g.ClusterBits, progress)
 	err := p.takeOver(c)
 	if err == nil {
 		err = p.writeTables(c, dst)
@@ -160,8 +162,8 @@ func (p *clonePlan) writeContent(ctx context.Context, dst File, progress func(do
 func (p *clonePlan) takeOver(c *copier) error {
 	at := p.dataAt()
 	for r := range p.whole.runs() {
-		n := r.n << p.v.img.g.clusterBits
-		if err := c.takeOver(r.first<<p.v.img.g.clusterBits, n, at); err != nil {
+		n := r.N << p.v.img.g.ClusterBits
+		if err := c.takeOver(r.First<<p.v.img.g.ClusterBits, n, at); err != nil {
 			return err
 		}
 		at += n
@@ -172,38 +174,38 @@ func (p *clonePlan) takeOver(c *copier) error {
 // writeTables writes L1 and L2 tables, and copies what is written anew.
 func (p *clonePlan) writeTables(c *copier, dst File) error {
 	g := p.v.img.g
-	l1 := make([]l1Entry, p.l1Size)
+	l1 := make([]format.L1Entry, p.l1Size)
 	l2 := newMetadataWriter(dst, p.l2At())
-	t := g.newTable()
-	nextTable, nextAnew := p.l2At(), p.dataAt()+p.wholes<<g.clusterBits
+	t := g.NewTable()
+	nextTable, nextAnew := p.l2At(), p.dataAt()+p.wholes<<g.ClusterBits
 	changed := fmt.Errorf("%w: the source changed while it was cloned", ErrInUse)
-	err := p.eachTable(c.ctx, func(index int64, es []l2Entry) error {
+	err := p.eachTable(c.ctx, func(index int64, es []format.L2Entry) error {
 		if nextTable >= p.dataAt() {
 			return changed
 		}
-		clear(t.b)
+		clear(t.B)
 		for i, e := range es {
-			if e.kind().readsZero() {
+			if e.Kind().ReadsZero() {
 				continue
 			}
 			i := int64(i)
 			if c, ok := p.host(index, i, e); ok && p.whole.has(c) {
-				t.set(i, ownEntry(p.dataAt()+p.whole.place(c)<<g.clusterBits, e.sub))
+				t.Set(i, format.OwnEntry(p.dataAt()+p.whole.place(c)<<g.ClusterBits, e.Sub))
 				continue
 			}
-			if nextAnew >= p.clusters()<<g.clusterBits {
+			if nextAnew >= p.clusters()<<g.ClusterBits {
 				return changed
 			}
 			off := p.guest(index, i)
-			if err := c.copy(off, min(g.clusterSize, p.v.Size()-off), nextAnew); err != nil {
+			if err := c.copy(off, min(g.ClusterSize, p.v.Size()-off), nextAnew); err != nil {
 				return err
 			}
-			t.set(i, ownEntry(nextAnew, subAllocated))
-			nextAnew += g.clusterSize
+			t.Set(i, format.OwnEntry(nextAnew, format.SubAllocated))
+			nextAnew += g.ClusterSize
 		}
-		l1[index] = l1Entry(nextTable) | flagCopied
-		nextTable += g.clusterSize
-		_, err := l2.Write(t.b)
+		l1[index] = format.L1Entry(nextTable) | format.FlagCopied
+		nextTable += g.ClusterSize
+		_, err := l2.Write(t.B)
 		return err
 	})
 	if err == nil {
@@ -212,6 +214,6 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 	if err != nil {
 		return err
 	}
-	_, err = dst.WriteAt(encodeL1(l1), p.l1At())
+	_, err = dst.WriteAt(format.EncodeL1(l1), p.l1At())
 	return err
 }

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 const (
@@ -74,7 +76,7 @@ func (c *copier) takeOver(off, n, to int64) error {
 	}
 	for n > 0 {
 		k, from := min(n, copyChunk), off
-		if err := c.send(copyPiece{k, to, func(p []byte) error { return readPadded(c.v.img.f, p, from) }}); err != nil {
+		if err := c.send(copyPiece{k, to, func(p []byte) error { return format.ReadPadded(c.v.img.f, p, from) }}); err != nil {
 			return err
 		}
 		off, n, to = off+k, n-k, to+k

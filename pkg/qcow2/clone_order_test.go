@@ -5,6 +5,8 @@ import (
 	"errors"
 	"math/rand/v2"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // sharingFile shares blocks, in the sense that it copies them by itself, and counts how often it is told to.
@@ -19,7 +21,7 @@ func (f *sharingFile) CloneRange(src File, srcOff, dstOff, n int64) error {
 		return errors.Join(err, ErrOutOfRange)
 	}
 	b := make([]byte, n)
-	if err := readPadded(src, b, srcOff); err != nil {
+	if err := format.ReadPadded(src, b, srcOff); err != nil {
 		return err
 	}
 	_, err := f.WriteAt(b, dstOff)
@@ -77,7 +79,7 @@ func TestCloneOfScatteredWrites(t *testing.T) {
 // What cannot be taken over as it is: a cluster that is mapped twice, one that the disk's end cuts and whose rest a larger
 // clone would show, and one that the file's end cuts.
 func TestCloneOfOddClusters(t *testing.T) {
-	const size = 4<<16 + sectorSize
+	const size = 4<<16 + format.SectorSize
 	f := newMemFile("odd")
 	must(t, Create(f, size, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
@@ -89,7 +91,7 @@ func TestCloneOfOddClusters(t *testing.T) {
 	must(t, img.Close())
 	f.reopen()
 	// The second entry maps what the first does, of which neither is the owner any more.
-	entry := func(i int64) int64 { return int64(get64(f, l2At(f)+i*8) & offsetMask) }
+	entry := func(i int64) int64 { return int64(get64(f, l2At(f)+i*8) & format.OffsetMask) }
 	twice, once := entry(0), entry(1)
 	put64(f, l2At(f), uint64(twice))
 	put64(f, l2At(f)+8, uint64(twice))
@@ -97,7 +99,7 @@ func TestCloneOfOddClusters(t *testing.T) {
 	count(twice, 2)
 	count(once, 0)
 	// Behind the end of the disk its last cluster holds something.
-	must(t, write(f, entry(4)+sectorSize, string(bytes.Repeat([]byte{7}, sectorSize))))
+	must(t, write(f, entry(4)+format.SectorSize, string(bytes.Repeat([]byte{7}, format.SectorSize))))
 	// The file ends within its last cluster.
 	must(t, f.Truncate(entry(3)+4096))
 

@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // TestCloneSharesBlocks clones an image with a snapshot where the file system can share blocks, and where it cannot: the
@@ -24,13 +25,13 @@ func TestCloneSharesBlocks(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			source, path := filepath.Join(c.dir, "source.qcow2"), filepath.Join(c.dir, "clone.qcow2")
-			createFile(t, source, 64<<20+sectorSize, CreateOptions{})
+			createFile(t, source, 64<<20+format.SectorSize, CreateOptions{})
 			img := openPath(t, source)
 			_, err := img.WriteAt(stamp(1, 0, data), 0)
 			must(t, err)
 			_, err = img.CreateSnapshot("old", nil)
 			must(t, err)
-			_, err = img.WriteAt(stamp(2, 64<<20, sectorSize), 64<<20) // in a cluster that the disk's end cuts
+			_, err = img.WriteAt(stamp(2, 64<<20, format.SectorSize), 64<<20) // in a cluster that the disk's end cuts
 			must(t, err)
 			must(t, img.Flush())
 			must(t, img.f.Sync())

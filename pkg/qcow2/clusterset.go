@@ -3,6 +3,8 @@ package qcow2
 import (
 	"iter"
 	"math/bits"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // clusterSet is a set of host clusters. Sealed, it knows the place of each among all in ascending order.
@@ -45,21 +47,21 @@ func (s *clusterSet) place(c int64) int64 {
 }
 
 // runs yields the maximal runs of clusters in ascending order.
-func (s *clusterSet) runs() iter.Seq[run] {
-	return func(yield func(run) bool) {
-		var r run
+func (s *clusterSet) runs() iter.Seq[format.Run] {
+	return func(yield func(format.Run) bool) {
+		var r format.Run
 		for i, w := range s.words {
 			for at := int64(0); w != 0; {
 				skip := bits.TrailingZeros64(w)
 				n := bits.TrailingZeros64(^(w >> skip))
 				at += int64(skip)
-				if c := int64(i)*64 + at; c == r.end() && r.n > 0 {
-					r.n += int64(n)
+				if c := int64(i)*64 + at; c == r.End() && r.N > 0 {
+					r.N += int64(n)
 				} else {
-					if r.n > 0 && !yield(r) {
+					if r.N > 0 && !yield(r) {
 						return
 					}
-					r = run{c, int64(n)}
+					r = format.Run{First: c, N: int64(n)}
 				}
 				at += int64(n)
 				if w = w >> skip >> n; n == 64 {
@@ -67,7 +69,7 @@ func (s *clusterSet) runs() iter.Seq[run] {
 				}
 			}
 		}
-		if r.n > 0 {
+		if r.N > 0 {
 			yield(r)
 		}
 	}

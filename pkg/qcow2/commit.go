@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // Flush makes all completed writes durable. Flushes that come while one runs share the next. Of clusters that it frees many
@@ -51,7 +53,7 @@ func (img *Image) commit() error {
 
 // commitAll is a guest flush (Spec A, W2 and W3): one sync if no mapping changed or if each change can be seen in any order,
 // two otherwise. It returns with commitMu held, and what is to be retired.
-func (img *Image) commitAll() (freed runs, err error) {
+func (img *Image) commitAll() (freed format.Runs, err error) {
 	img.mu.Lock()
 	need := img.started + 1 // a commit that starts from now on covers all that came before
 	img.mu.Unlock()
@@ -74,7 +76,7 @@ func (img *Image) commitAll() (freed runs, err error) {
 
 // retire releases what is durably no longer referenced. While an operation runs only the next generation gives it up, in
 // its own time: the live one may still need it.
-func (img *Image) retire(rs runs) error {
+func (img *Image) retire(rs format.Runs) error {
 	if len(rs) == 0 {
 		return nil
 	}
@@ -99,7 +101,7 @@ func (img *Image) retire(rs runs) error {
 func (img *Image) commitMapping() error {
 	img.commitMu.Lock()
 	img.mu.Lock()
-	clean := img.dirty == 0 && len(img.frozen) == 0 && img.l1Dirty.empty() && len(img.freed) == 0
+	clean := img.dirty == 0 && len(img.frozen) == 0 && img.l1Dirty.Empty() && len(img.freed) == 0
 	img.mu.Unlock()
 	img.commitMu.Unlock()
 	if clean {
@@ -135,11 +137,11 @@ func (img *Image) relieve() error {
 type commitWork struct {
 	number  uint64
 	barrier bool
-	freed   runs
+	freed   format.Runs
 	tables  []*l2Table
-	l1Dirty sectorSet
-	frozen  []metaWrite // see Image.frozen: they come first
-	writes  []metaWrite
+	l1Dirty format.SectorSet
+	frozen  []format.MetaWrite // see Image.frozen: they come first
+	writes  []format.MetaWrite
 	redo    uint64 // end of the redo log: what was noted before is in the above
 }
 
@@ -153,17 +155,17 @@ func (img *Image) takeDirty() *commitWork {
 	img.barrier, img.freed, img.l1Dirty, img.dirty, img.frozen = false, nil, nil, 0, nil
 	for _, e := range img.l2.tables {
 		t := e.Value.(*l2Table)
-		if t.dirty.empty() {
+		if t.dirty.Empty() {
 			continue
 		}
 		t.writing, t.dirty = t.dirty, nil
 		w.tables = append(w.tables, t)
-		w.writes = append(w.writes, t.writing.parts(t.data.b, t.offset)...)
+		w.writes = append(w.writes, t.writing.Parts(t.data.B, t.offset)...)
 	}
-	w.l1Dirty.each(func(first, n int64) {
-		const perSector = sectorSize / 8
+	w.l1Dirty.Each(func(first, n int64) {
+		const perSector = format.SectorSize / 8
 		from, to := first*perSector, min((first+n)*perSector, int64(len(img.l1)))
-		w.writes = append(w.writes, metaWrite{img.hdr.Load().l1Offset + from*8, encodeL1(img.l1[from:to])})
+		w.writes = append(w.writes, format.MetaWrite{Off: img.hdr.Load().L1Offset + from*8, B: format.EncodeL1(img.l1[from:to])})
 	})
 	return w
 }
@@ -173,10 +175,10 @@ func (img *Image) takeDirty() *commitWork {
 func (img *Image) freeze() {
 	for _, e := range img.l2.tables {
 		t := e.Value.(*l2Table)
-		var pending sectorSet
-		pending.addAll(t.dirty)
-		pending.addAll(t.writing) // the commit under way may fail
-		img.frozen = append(img.frozen, pending.parts(t.data.b, t.offset)...)
+		var pending format.SectorSet
+		pending.AddAll(t.dirty)
+		pending.AddAll(t.writing) // the commit under way may fail
+		img.frozen = append(img.frozen, pending.Parts(t.data.B, t.offset)...)
 	}
 }
 
@@ -186,7 +188,7 @@ func (w *commitWork) write(img *Image) error {
 			return err
 		}
 	}
-	for _, ws := range [][]metaWrite{w.frozen, w.writes} {
+	for _, ws := range [][]format.MetaWrite{w.frozen, w.writes} {
 		if err := writeAll(img.f, ws); err != nil {
 			return fmt.Errorf("write metadata: %w", err)
 		}
@@ -206,11 +208,11 @@ func (img *Image) settle(w *commitWork, err error) {
 		img.barrier = true
 		img.freed = append(w.freed, img.freed...)
 		img.frozen = append(w.frozen, img.frozen...)
-		img.l1Dirty.addAll(w.l1Dirty)
+		img.l1Dirty.AddAll(w.l1Dirty)
 	}
 	for _, t := range w.tables {
 		if err != nil {
-			t.dirty.addAll(t.writing)
+			t.dirty.AddAll(t.writing)
 			img.dirty++
 		}
 		t.writing = nil

@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file makes histories to crash: requests of a guest to clusters of every kind, snapshot operations, and what makes
@@ -22,7 +24,7 @@ func crashConfigs() []crashParams {
 	image := func(clusterSize int64, bits int, more func(*crashParams)) crashParams {
 		p := crashParams{}
 		p.ClusterSize, p.Version, p.RefcountBits = clusterSize, 3, bits
-		p.size = 24*clusterSize + 3*sectorSize
+		p.size = 24*clusterSize + 3*format.SectorSize
 		if more != nil {
 			more(&p)
 		}
@@ -30,7 +32,9 @@ func crashConfigs() []crashParams {
 	}
 	compressed := func(p *crashParams) { p.compressed = true }
 	zstd := func(p *crashParams) { p.compressed, p.zstd = true, true }
-	extended := func(p *crashParams) { p.compressed, p.ExtendedL2, p.size = true, true, 13*p.ClusterSize+sectorSize }
+	extended := func(p *crashParams) {
+		p.compressed, p.ExtendedL2, p.size = true, true, 13*p.ClusterSize+format.SectorSize
+	}
 	return []crashParams{
 		image(512, 16, func(p *crashParams) { p.size = 140 << 10 }), // more than one refcount block counts
 		image(16<<10, 16, extended),
@@ -82,7 +86,7 @@ type crashHistory struct {
 	timeline
 	t      testing.TB
 	rng    *rand.Rand
-	g      geometry
+	g      format.Geometry
 	level  int      // 2 for what happens after a crash
 	events []string // about all of it
 	file   *memFile
@@ -121,7 +125,7 @@ func newCrashHistory(t testing.TB, seed uint64, p crashParams) *crashHistory {
 	h.restart()
 	if p.fullTable { // a write to what a snapshot shares takes clusters
 		h.create()
-		h.write(0, (h.unused()+1)<<h.g.clusterBits)
+		h.write(0, (h.unused()+1)<<h.g.ClusterBits)
 	}
 	return h
 }
@@ -134,7 +138,7 @@ func (h *crashHistory) restart() {
 
 func (h *crashHistory) open() {
 	h.t.Helper()
-	img, err := Open(h.file.reopen(), OpenOptions{L2CacheSize: 2 * h.g.clusterSize})
+	img, err := Open(h.file.reopen(), OpenOptions{L2CacheSize: 2 * h.g.ClusterSize})
 	must(h.t, err)
 	h.img = img
 }
@@ -142,7 +146,7 @@ func (h *crashHistory) open() {
 // fillTable writes until the refcount table has room for little more than one reservation.
 func (h *crashHistory) fillTable() {
 	h.t.Helper()
-	room, step := h.img.alloc.batch-1, int64(64)<<h.g.clusterBits
+	room, step := h.img.alloc.batch-1, int64(64)<<h.g.ClusterBits
 	for off := int64(0); h.unused() > room; off += step {
 		h.write(off, step)
 		must(h.t, h.img.Close()) // the next reservation is small again
@@ -157,8 +161,8 @@ func (h *crashHistory) unused() int64 {
 	for k := range int64(len(h.img.alloc.rc.table)) {
 		b, err := h.img.alloc.rc.block(k)
 		must(h.t, err)
-		for i := range h.g.blockCounts {
-			if b == nil || b.counts.get(i) == 0 {
+		for i := range h.g.BlockCounts {
+			if b == nil || b.counts.Get(i) == 0 {
 				free++
 			}
 		}
@@ -187,16 +191,16 @@ func (h *crashHistory) do(o crashOp, f func() error) {
 
 // tooNarrow tells whether a reference count would not have fit: nothing has changed then.
 func (h *crashHistory) tooNarrow(err error) bool {
-	return h.g.refcountOrder < 3 && errors.Is(err, ErrLimit)
+	return h.g.RefcountOrder < 3 && errors.Is(err, ErrLimit)
 }
 
 // grown notes which tables are larger than before.
-func (o *crashOp) grown(before header, img *Image) {
+func (o *crashOp) grown(before format.Header, img *Image) {
 	h := img.hdr.Load()
-	if h.refTableClusters > before.refTableClusters {
+	if h.RefTableClusters > before.RefTableClusters {
 		o.events = append(o.events, tableGrows)
 	}
-	if h.l1Size > before.l1Size {
+	if h.L1Size > before.L1Size {
 		o.events = append(o.events, l1Grows)
 	}
 }
@@ -205,7 +209,7 @@ func (o *crashOp) grown(before header, img *Image) {
 func (h *crashHistory) survey() []touched {
 	h.t.Helper()
 	var all []touched
-	must(h.t, h.g.chunks(0, h.img.Size(), func(c chunk) error {
+	must(h.t, h.g.Chunks(0, h.img.Size(), func(c format.Chunk) error {
 		es, err := h.img.entries(c)
 		for _, e := range es {
 			all = append(all, touch(e))
@@ -219,7 +223,7 @@ func (h *crashHistory) survey() []touched {
 func (h *crashHistory) kinds(off, n int64) touched {
 	all := touched(0)
 	if n > 0 {
-		for _, k := range h.survey()[off>>h.g.clusterBits : (off+n-1)>>h.g.clusterBits+1] {
+		for _, k := range h.survey()[off>>h.g.ClusterBits : (off+n-1)>>h.g.ClusterBits+1] {
 			all |= k
 		}
 	}
@@ -267,7 +271,7 @@ func (h *crashHistory) zeroPlain(off, n int64) {
 	}
 	h.count++
 	h.request(opZero, off, n, nil, func() error {
-		return h.img.eachToZero(off, n, func(l2Entry) l2Entry { return l2Entry{sub: subZero} })
+		return h.img.eachToZero(off, n, func(format.L2Entry) format.L2Entry { return format.L2Entry{Sub: format.SubZero} })
 	})
 }
 
@@ -282,11 +286,11 @@ func (h *crashHistory) flush() {
 func (h *crashHistory) dress(half int64) {
 	h.t.Helper()
 	const pattern = 12
-	c := h.g.clusterSize
-	small := max(sectorSize, c/subclusters)
-	for first := int64(0); first < min(h.img.Size()>>h.g.clusterBits, 3*pattern); first += pattern {
+	c := h.g.ClusterSize
+	small := max(format.SectorSize, c/format.Subclusters)
+	for first := int64(0); first < min(h.img.Size()>>h.g.ClusterBits, 3*pattern); first += pattern {
 		for i := range int64(5) {
-			off := (first + half*pattern/2 + i) << h.g.clusterBits
+			off := (first + half*pattern/2 + i) << h.g.ClusterBits
 			if off+c > h.img.Size() {
 				return
 			}
@@ -317,27 +321,27 @@ func (h *crashHistory) guest() {
 
 // target chooses a place, one that begins with a cluster of a kind if there is any.
 func (h *crashHistory) target(kind touched) (off, n int64) {
-	size, c := h.img.Size(), h.g.clusterSize
-	off = h.rng.Int64N(size/sectorSize) * sectorSize
+	size, c := h.img.Size(), h.g.ClusterSize
+	off = h.rng.Int64N(size/format.SectorSize) * format.SectorSize
 	var places []int64
 	for i, k := range h.survey() {
 		if k == kind {
-			places = append(places, int64(i)<<h.g.clusterBits)
+			places = append(places, int64(i)<<h.g.ClusterBits)
 		}
 	}
 	if len(places) > 0 {
 		off = places[h.rng.IntN(len(places))]
 		if h.rng.IntN(2) == 0 {
-			off = min(off+h.rng.Int64N(c/sectorSize)*sectorSize, size-sectorSize)
+			off = min(off+h.rng.Int64N(c/format.SectorSize)*format.SectorSize, size-format.SectorSize)
 		}
 	}
 	switch h.rng.IntN(4) {
 	case 0:
 		n = c * (1 + h.rng.Int64N(3))
 	case 1:
-		n = (1 + h.rng.Int64N(40)) * sectorSize
+		n = (1 + h.rng.Int64N(40)) * format.SectorSize
 	default:
-		n = (1 + h.rng.Int64N(c/sectorSize)) * sectorSize
+		n = (1 + h.rng.Int64N(c/format.SectorSize)) * format.SectorSize
 	}
 	return off, min(n, size-off)
 }
@@ -441,9 +445,9 @@ func (h *crashHistory) grow() {
 	if h.img.version < 3 && len(h.state.snaps) > 0 {
 		return
 	}
-	size := h.img.Size() + h.rng.Int64N(4)*h.g.clusterSize + h.rng.Int64N(3)*sectorSize
-	if h.g.clusterSize == 512 && h.rng.IntN(2) == 0 {
-		size += h.g.l2Coverage
+	size := h.img.Size() + h.rng.Int64N(4)*h.g.ClusterSize + h.rng.Int64N(3)*format.SectorSize
+	if h.g.ClusterSize == 512 && h.rng.IntN(2) == 0 {
+		size += h.g.L2Coverage
 	}
 	h.whole(opGrow, fmt.Sprintf("grow to %#x", size), func(s *crashState) {
 		s.durable = s.durable.clone()

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file judges what a crash left: it must be clean but for leaks, hold what was promised, and stay so when somebody
@@ -225,8 +227,8 @@ func (j *judge) goOnQEMU(f *memFile, got *observation) string {
 	size := int64(len(got.active))
 	var commands []string
 	for range 8 {
-		p := patch{off: j.rng.Int64N(size/sectorSize) * sectorSize}
-		p.n = min(size-p.off, (1+j.rng.Int64N(8))*sectorSize)
+		p := patch{off: j.rng.Int64N(size/format.SectorSize) * format.SectorSize}
+		p.n = min(size-p.off, (1+j.rng.Int64N(8))*format.SectorSize)
 		command := []string{"write -P 9", "write -z", "write -z -u"}[j.rng.IntN(3)]
 		if command == "write -P 9" {
 			p.data = make([]byte, p.n)
@@ -262,7 +264,7 @@ func (j *judge) clone(run *cloneRun) {
 	all := &judge{t: j.t, y: j.y, rng: j.rng, plan: j.plan, level: j.level, log: run.log, timeline: &timeline{ops: []crashOp{run.op}}}
 	running := []*crashOp{&run.op}
 	for c := range run.log.crashes(j.rng, all.moments(all.timeline)) {
-		header := make([]byte, sectorSize)
+		header := make([]byte, format.SectorSize)
 		c.file.content.readAt(header, 0)
 		if isZero(header) && c.calls < len(run.log.calls) {
 			j.y.crash(c, running, j.level, nil)

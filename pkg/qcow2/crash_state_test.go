@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file says what an image may hold after a crash, and what one does hold.
@@ -207,11 +209,11 @@ func (s *crashState) differs(o *observation) string {
 		if i < 0 {
 			return ""
 		}
-		at = (at + i) &^ (sectorSize - 1)
-		if !s.mayHold(at, o.active[at:at+sectorSize]) {
+		at = (at + i) &^ (format.SectorSize - 1)
+		if !s.mayHold(at, o.active[at:at+format.SectorSize]) {
 			return fmt.Sprintf("the active disk is wrong at %#x", at)
 		}
-		at += sectorSize
+		at += format.SectorSize
 	}
 	return ""
 }
@@ -242,7 +244,7 @@ func (s *crashState) mayHold(at int64, sector []byte) bool {
 			continue
 		}
 		if p.data == nil && isZero(sector) ||
-			p.data != nil && bytes.Equal(sector, p.data[at-p.off:at-p.off+sectorSize]) {
+			p.data != nil && bytes.Equal(sector, p.data[at-p.off:at-p.off+format.SectorSize]) {
 			return true
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file counts what the crash tests tried: which operation a crash interrupted, which kinds of clusters that
@@ -68,24 +70,24 @@ func (b touched) String() string {
 }
 
 // touch is the kind of a cluster that the active disk maps with e.
-func touch(e l2Entry) touched {
-	own := e.own()
+func touch(e format.L2Entry) touched {
+	own := e.Own()
 	choose := func(mine, shared touched) touched {
 		if own {
 			return mine
 		}
 		return shared
 	}
-	switch e.kind() {
-	case kindZero:
+	switch e.Kind() {
+	case format.KindZero:
 		return touchZero
-	case kindZeroAlloc:
+	case format.KindZeroAlloc:
 		return choose(touchZeroOwn, touchZeroShared)
-	case kindData:
+	case format.KindData:
 		return choose(touchOwn, touchShared)
-	case kindMixed:
+	case format.KindMixed:
 		return choose(touchSubclusters, touchSubclustersShared)
-	case kindCompressed:
+	case format.KindCompressed:
 		return touchCompressed
 	}
 	return touchUnallocated

@@ -5,6 +5,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file rebuilds what a file may hold after a crash: the machine keeps what was synced, and any part of what was
@@ -143,7 +145,7 @@ func (c fileCall) applyFate(s *sparse, f fate, rng *rand.Rand) {
 		c.apply(s)
 	default:
 		for at := c.off; at < c.off+c.n; {
-			next := min(c.off+c.n, (at/sectorSize+1)*sectorSize)
+			next := min(c.off+c.n, (at/format.SectorSize+1)*format.SectorSize)
 			if rng.IntN(2) == 0 {
 				c.part(at, next).apply(s)
 			}

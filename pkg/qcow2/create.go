@@ -4,7 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
+
+// DefaultClusterSize is the cluster size of images that name none, in bytes.
+const DefaultClusterSize = 64 << 10
 
 // CreateOptions of a new image.
 type CreateOptions struct {
@@ -22,7 +27,7 @@ type CreateOptions struct {
 }
 
 // geometry fills in what is not given and checks the rest.
-func (o *CreateOptions) geometry() (geometry, error) {
+func (o *CreateOptions) geometry() (format.Geometry, error) {
 	if o.ClusterSize == 0 {
 		o.ClusterSize = DefaultClusterSize
 	}
@@ -34,16 +39,16 @@ func (o *CreateOptions) geometry() (geometry, error) {
 	}
 	clusterBits := uint(bits.TrailingZeros64(uint64(o.ClusterSize)))
 	switch {
-	case o.ClusterSize != 1<<clusterBits || clusterBits < minClusterBits || clusterBits > maxClusterBits:
-		return geometry{}, fmt.Errorf("%w: cluster size %d; a power of two from %d to %d", ErrUnsupported, o.ClusterSize, 1<<minClusterBits, 1<<maxClusterBits)
+	case o.ClusterSize != 1<<clusterBits || clusterBits < format.MinClusterBits || clusterBits > format.MaxClusterBits:
+		return format.Geometry{}, fmt.Errorf("%w: cluster size %d; a power of two from %d to %d", ErrUnsupported, o.ClusterSize, 1<<format.MinClusterBits, 1<<format.MaxClusterBits)
 	case o.Version != 2 && o.Version != 3:
-		return geometry{}, fmt.Errorf("%w: version %d; 2 or 3", ErrUnsupported, o.Version)
+		return format.Geometry{}, fmt.Errorf("%w: version %d; 2 or 3", ErrUnsupported, o.Version)
 	case bits.OnesCount(uint(o.RefcountBits)) != 1 || o.RefcountBits > 64 || o.Version < 3 && o.RefcountBits != 16:
-		return geometry{}, fmt.Errorf("%w: refcounts of %d bits in version %d; a power of two from 1 to 64, 16 in version 2", ErrUnsupported, o.RefcountBits, o.Version)
-	case o.ExtendedL2 && (o.Version < 3 || clusterBits < minExtendedClusterBits):
-		return geometry{}, fmt.Errorf("%w: extended L2 entries with clusters of %d bytes in version %d; they need 16 KiB and version 3", ErrUnsupported, o.ClusterSize, o.Version)
+		return format.Geometry{}, fmt.Errorf("%w: refcounts of %d bits in version %d; a power of two from 1 to 64, 16 in version 2", ErrUnsupported, o.RefcountBits, o.Version)
+	case o.ExtendedL2 && (o.Version < 3 || clusterBits < format.MinExtendedClusterBits):
+		return format.Geometry{}, fmt.Errorf("%w: extended L2 entries with clusters of %d bytes in version %d; they need 16 KiB and version 3", ErrUnsupported, o.ClusterSize, o.Version)
 	}
-	return newGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits))), o.ExtendedL2), nil
+	return format.NewGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits))), o.ExtendedL2), nil
 }
 
 // Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
@@ -59,7 +64,7 @@ func Create(f File, size int64, o CreateOptions) error {
 	if err := requireEmpty(f); err != nil {
 		return err
 	}
-	size = roundToSectors(size)
+	size = format.RoundToSectors(size)
 	if err := create(f, g, size, o); err != nil {
 		// Nothing half-made is left, and no space taken.
 		return errors.Join(fmt.Errorf("create %s: %w", f.Name(), err), f.Truncate(0))
@@ -68,10 +73,10 @@ func Create(f File, size int64, o CreateOptions) error {
 	return nil
 }
 
-func create(f File, g geometry, size int64, o CreateOptions) error {
+func create(f File, g format.Geometry, size int64, o CreateOptions) error {
 	var l2, data int64
 	if o.Preallocation != PreallocationOff {
-		l2, data = g.l1Entries(size), g.clusters(size)
+		l2, data = g.L1Entries(size), g.Clusters(size)
 	}
 	l, err := newLayout(g, o.Version, size, l2, data)
 	if err != nil {

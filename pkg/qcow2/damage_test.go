@@ -12,6 +12,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 var (
@@ -135,7 +137,7 @@ type damageCase struct {
 func newDamage(t *testing.T, sound *memFile, rng *rand.Rand) *damageCase {
 	t.Helper()
 	d := &damageCase{sound: sound, broken: sound.clone()}
-	h, err := readHeader(sound, decodeHeader)
+	h, err := format.ReadHeader(sound, format.DecodeHeader)
 	must(t, err)
 	for range 1 + rng.IntN(3)/2 { // one patch or two
 		d.patch(t, &h, rng)
@@ -151,12 +153,12 @@ type place struct {
 }
 
 // places returns the tables of an image.
-func places(t *testing.T, f *memFile, h *header) []place {
+func places(t *testing.T, f *memFile, h *format.Header) []place {
 	t.Helper()
-	g := h.geometry()
+	g := h.Geometry()
 	all := []place{
-		{"refcount table", h.refTableOffset, 2},
-		{"refcount block", int64(get64(f, h.refTableOffset)), g.clusterSize / 8},
+		{"refcount table", h.RefTableOffset, 2},
+		{"refcount block", int64(get64(f, h.RefTableOffset)), g.ClusterSize / 8},
 	}
 	l1Table := func(whose string, off, entries int64) {
 		if entries == 0 {
@@ -164,30 +166,30 @@ func places(t *testing.T, f *memFile, h *header) []place {
 		}
 		all = append(all, place{whose + " L1", off, entries})
 		for i := range entries {
-			if l2 := int64(get64(f, off+8*i) & offsetMask); l2 != 0 {
-				all = append(all, place{whose + " L2", l2, g.clusterSize / 8})
+			if l2 := int64(get64(f, off+8*i) & format.OffsetMask); l2 != 0 {
+				all = append(all, place{whose + " L2", l2, g.ClusterSize / 8})
 				return
 			}
 		}
 	}
-	l1Table("active", h.l1Offset, h.l1Size)
-	rows, size, err := scanSnapshotTable(f, h)
+	l1Table("active", h.L1Offset, h.L1Size)
+	rows, size, err := format.ScanSnapshotTable(f, h)
 	must(t, err)
 	if len(rows) > 0 {
-		all = append(all, place{"snapshot table", h.snapshotsOffset, size / 8})
+		all = append(all, place{"snapshot table", h.SnapshotsOffset, size / 8})
 		row := rows[len(rows)-1]
-		l1Table("snapshot's", row.l1Offset, row.l1Size)
+		l1Table("snapshot's", row.L1Offset, row.L1Size)
 	}
-	if h.bitmaps != nil {
-		all = append(all, place{"bitmap directory", int64(binary.BigEndian.Uint64(h.bitmaps[16:])), 6})
+	if h.Bitmaps != nil {
+		all = append(all, place{"bitmap directory", int64(binary.BigEndian.Uint64(h.Bitmaps[16:])), 6})
 	}
 	return append(all, place{"header", 48, 6})
 }
 
 // patch damages one entry of one table.
-func (d *damageCase) patch(t *testing.T, h *header, rng *rand.Rand) {
+func (d *damageCase) patch(t *testing.T, h *format.Header, rng *rand.Rand) {
 	t.Helper()
-	f, g := d.broken, h.geometry()
+	f, g := d.broken, h.Geometry()
 	all := places(t, d.sound, h)
 	p := all[rng.IntN(len(all))]
 	at := p.offset + 8*rng.Int64N(p.entries)
@@ -205,13 +207,13 @@ func (d *damageCase) patch(t *testing.T, h *header, rng *rand.Rand) {
 	case 2:
 		v = 0
 	case 3:
-		v ^= flagCopied
+		v ^= format.FlagCopied
 	case 4:
-		v = v&^uint64(offsetMask) | uint64(rng.Int64N(f.content.size)>>g.clusterBits<<g.clusterBits)
+		v = v&^uint64(format.OffsetMask) | uint64(rng.Int64N(f.content.size)>>g.ClusterBits<<g.ClusterBits)
 	case 5:
 		v = get64(f, p.offset+8*rng.Int64N(p.entries))
 	case 6:
-		v += uint64(g.clusterSize)
+		v += uint64(g.ClusterSize)
 	case 7:
 		v = rng.Uint64()
 	}
@@ -226,13 +228,13 @@ func (d *damageCase) patch(t *testing.T, h *header, rng *rand.Rand) {
 
 // headerPatch keeps features that make another image of it out of the game: of those only the dirty and the corrupt bit
 // and the autoclear bits change.
-func headerPatch(h *header, at int64, old, v uint64) (int64, uint64) {
+func headerPatch(h *format.Header, at int64, old, v uint64) (int64, uint64) {
 	switch {
-	case at == 72 && h.version < 3:
+	case at == 72 && h.Version < 3:
 		return 48, v
 	case at == 72:
 		return at, old ^ (1 + v%3)
-	case at == 80 && h.version < 3:
+	case at == 80 && h.Version < 3:
 		return 64, v
 	case at == 80:
 		return 88, v // autoclear

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 var usedImages = flag.Int("used", 24, "damaged images that TestUseOfDamaged uses")
@@ -63,14 +65,14 @@ type usedDamage struct {
 	ops      []string
 	snapshot string // the name of the one that is deleted and gone to, "" if there is none
 	id       string
-	wrote    run // guest bytes
+	wrote    format.Run // guest bytes
 	served   bool
 }
 
 // damageForUse damages one thing, or two.
 func damageForUse(t *testing.T, sound *memFile, rng *rand.Rand) *usedDamage {
 	t.Helper()
-	h, err := readHeader(sound, decodeHeader)
+	h, err := format.ReadHeader(sound, format.DecodeHeader)
 	must(t, err)
 	d := &usedDamage{broken: sound.clone()}
 	for range 1 + rng.IntN(3)/2 {
@@ -84,50 +86,50 @@ func damageForUse(t *testing.T, sound *memFile, rng *rand.Rand) *usedDamage {
 }
 
 // damageCounts zeroes the last counts, a run of them or one, or lowers one.
-func (d *usedDamage) damageCounts(t *testing.T, h *header, rng *rand.Rand) {
+func (d *usedDamage) damageCounts(t *testing.T, h *format.Header, rng *rand.Rand) {
 	t.Helper()
-	g := h.geometry()
-	last := (g.clusters(d.broken.content.size) - 1) >> g.blockBits
+	g := h.Geometry()
+	last := (g.Clusters(d.broken.content.size) - 1) >> g.BlockBits
 	k := rng.Int64N(last + 1)
-	at := int64(get64(d.broken, h.refTableOffset+8*k))
+	at := int64(get64(d.broken, h.RefTableOffset+8*k))
 	if at == 0 {
 		return
 	}
-	b := counts{make([]byte, g.clusterSize), h.refcountOrder}
-	must(t, readPadded(d.broken, b.b, at))
-	n := min(g.blockCounts, g.clusters(d.broken.content.size)-k<<g.blockBits)
+	b := format.Counts{B: make([]byte, g.ClusterSize), Order: h.RefcountOrder}
+	must(t, format.ReadPadded(d.broken, b.B, at))
+	n := min(g.BlockCounts, g.Clusters(d.broken.content.size)-k<<g.BlockBits)
 	first := rng.Int64N(n)
 	switch rng.IntN(4) {
 	case 0:
-		b.fill(first, n-first, 0)
-		d.what += fmt.Sprintf("[counts of clusters %d to the end: 0]", k<<g.blockBits+first)
+		b.Fill(first, n-first, 0)
+		d.what += fmt.Sprintf("[counts of clusters %d to the end: 0]", k<<g.BlockBits+first)
 	case 1:
 		m := 1 + rng.Int64N(min(n-first, 32))
-		b.fill(first, m, 0)
-		d.what += fmt.Sprintf("[%d counts from cluster %d on: 0]", m, k<<g.blockBits+first)
+		b.Fill(first, m, 0)
+		d.what += fmt.Sprintf("[%d counts from cluster %d on: 0]", m, k<<g.BlockBits+first)
 	default:
-		v := b.get(first)
+		v := b.Get(first)
 		lower := uint64(0)
 		if v > 1 && rng.IntN(2) == 0 {
 			lower = v - 1
 		}
-		b.set(first, lower)
-		d.what += fmt.Sprintf("[count of cluster %d: %d became %d]", k<<g.blockBits+first, v, lower)
+		b.Set(first, lower)
+		d.what += fmt.Sprintf("[count of cluster %d: %d became %d]", k<<g.BlockBits+first, v, lower)
 	}
-	d.broken.content.writeAt(b.b, at)
+	d.broken.content.writeAt(b.B, at)
 }
 
 // damagePointer changes an entry of an L1 or L2 table, of the active disk or of a snapshot, or only its flag.
-func (d *usedDamage) damagePointer(t *testing.T, sound *memFile, h *header, rng *rand.Rand) {
+func (d *usedDamage) damagePointer(t *testing.T, sound *memFile, h *format.Header, rng *rand.Rand) {
 	t.Helper()
-	g := h.geometry()
+	g := h.Geometry()
 	tables := slices.DeleteFunc(places(t, sound, h), func(p place) bool {
 		return !slices.Contains([]string{"active L1", "active L2", "snapshot's L1", "snapshot's L2"}, p.name)
 	})
 	p := tables[rng.IntN(len(tables))]
 	stride := int64(8)
 	if p.name[len(p.name)-1] == '2' {
-		stride = g.l2EntrySize()
+		stride = g.L2EntrySize()
 	}
 	at := p.offset + stride*rng.Int64N(p.entries*8/stride)
 	for range 200 {
@@ -140,13 +142,13 @@ func (d *usedDamage) damagePointer(t *testing.T, sound *memFile, h *header, rng 
 	v := old
 	switch rng.IntN(6) {
 	case 0, 1:
-		v ^= flagCopied
+		v ^= format.FlagCopied
 	case 2:
-		v = v&^uint64(offsetMask) | uint64(rng.Int64N(d.broken.content.size)>>g.clusterBits<<g.clusterBits)
+		v = v&^uint64(format.OffsetMask) | uint64(rng.Int64N(d.broken.content.size)>>g.ClusterBits<<g.ClusterBits)
 	case 3:
 		v = get64(d.broken, p.offset+stride*rng.Int64N(p.entries*8/stride))
 	case 4:
-		v += uint64(g.clusterSize)
+		v += uint64(g.ClusterSize)
 	case 5:
 		v = 0
 	}
@@ -166,8 +168,8 @@ func (d *usedDamage) use(t *testing.T, sound *memFile, rng *rand.Rand) (lost []s
 	size, cluster := img.Size(), img.ClusterSize()
 	must(t, img.Close())
 	unit := size / 16 &^ 511
-	d.wrote = run{rng.Int64N(12) * unit, 1 + rng.Int64N(4)}
-	d.wrote.n *= unit
+	d.wrote = format.Run{First: rng.Int64N(12) * unit, N: 1 + rng.Int64N(4)}
+	d.wrote.N *= unit
 	all := []string{"read", "flush", "create", "delete", "goto", "resize", "write"}
 	for range 1 + rng.IntN(3) {
 		d.ops = append(d.ops, all[rng.IntN(len(all))])
@@ -189,7 +191,7 @@ func (d *usedDamage) use(t *testing.T, sound *memFile, rng *rand.Rand) (lost []s
 	mine, other := readable(t, loadMemFile(t, ours)), readable(t, loadMemFile(t, qemu))
 	for name, clusters := range before {
 		for off := range clusters {
-			if name == "" && off+cluster > d.wrote.first && off < d.wrote.end() && slices.Contains(d.ops, "write") {
+			if name == "" && off+cluster > d.wrote.First && off < d.wrote.End() && slices.Contains(d.ops, "write") {
 				continue
 			}
 			may := func(b []byte) bool {
@@ -231,7 +233,7 @@ func (d *usedDamage) ourOp(path, op string, number int, size int64) error {
 	case "resize":
 		err = img.Resize(img.Size() + 1<<20)
 	case "write":
-		_, err = img.WriteAt(bytes.Repeat([]byte{9}, int(d.wrote.n)), d.wrote.first)
+		_, err = img.WriteAt(bytes.Repeat([]byte{9}, int(d.wrote.N)), d.wrote.First)
 	}
 	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnsupported) || errors.Is(err, ErrLimit) {
 		err = nil // QEMU does not do it either
@@ -252,7 +254,7 @@ func (d *usedDamage) qemuOp(t *testing.T, path, op string, number int, size int6
 		"delete": {"qemu-img", "snapshot", "-d", d.snapshot, path},
 		"goto":   {"qemu-img", "snapshot", "-a", d.snapshot, path},
 		"resize": {"qemu-img", "resize", "-q", "-f", "qcow2", path, "+1M"},
-		"write":  io(fmt.Sprintf("write -P 9 %d %d", d.wrote.first, d.wrote.n)),
+		"write":  io(fmt.Sprintf("write -P 9 %d %d", d.wrote.First, d.wrote.N)),
 	}[op]
 	_ = exec.CommandContext(t.Context(), args[0], args[1:]...).Run()
 }

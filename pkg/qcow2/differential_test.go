@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file lets QEMU and us take turns on the same image file: random histories over all that QEMU can create. What
@@ -127,7 +129,7 @@ func newDuet(t *testing.T, seed uint64, tally *duetTally) *duet {
 		}
 	})
 	tally.addKind(d.kind)
-	d.unit = max(d.kind.cluster/[]int64{1, 4, 32}[d.rng.IntN(3)], sectorSize)
+	d.unit = max(d.kind.cluster/[]int64{1, 4, 32}[d.rng.IntN(3)], format.SectorSize)
 	d.create()
 	return d
 }
@@ -140,7 +142,7 @@ func (d *duet) create() {
 	if k.cluster >= 64<<10 {
 		size = max(k.cluster*8, 1<<20)
 	}
-	size += d.rng.Int64N(4) * sectorSize
+	size += d.rng.Int64N(4) * format.SectorSize
 	d.model.active = newSparse()
 	switch {
 	case k.compression != "":

@@ -1,5 +1,7 @@
 package qcow2
 
+import "github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+
 // Direct is a guest's request that needs nothing but I/O on one run of the file: the usual one, once a disk is in use. The
 // zero value is ready, and is used again when the request has ended.
 type Direct struct{ lock guestRange }
@@ -13,7 +15,7 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 	}
 	size := img.Size()
 	if n > 0 && off >= 0 && off <= size && n <= size-off && img.usable(true) == nil {
-		d.lock = guestRange{off >> img.g.clusterBits, (off+n-1)>>img.g.clusterBits + 1, false}
+		d.lock = guestRange{off >> img.g.ClusterBits, (off+n-1)>>img.g.ClusterBits + 1, false}
 		if img.guests.tryLock(&d.lock) {
 			if host, ok = img.mapDirect(off, n, write); ok {
 				img.requests.Add(1)
@@ -44,8 +46,8 @@ const hostOfZeros = -1
 // are to be read.
 func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	g := &img.g
-	index, first, last := g.l1Index(off), g.l2Index(off), g.l2Index(off+n-1)
-	if g.l1Index(off+n-1) != index || !img.mu.TryLock() { // it may be held for I/O
+	index, first, last := g.L1Index(off), g.L2Index(off), g.L2Index(off+n-1)
+	if g.L1Index(off+n-1) != index || !img.mu.TryLock() { // it may be held for I/O
 		return 0, false
 	}
 	defer img.mu.Unlock()
@@ -53,24 +55,24 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	if t == nil {
 		return hostOfZeros, !write && index < int64(len(img.l1)) && img.l1[index] == 0
 	}
-	if !write && t.data.zeros(*g, img.version, first, last) {
+	if !write && t.data.Zeros(*g, img.version, first, last) {
 		return hostOfZeros, true
 	}
-	start := t.data.entry(first).offset()
+	start := t.data.Entry(first).Offset()
 	for i := first; i <= last; i++ {
-		e := t.data.entry(i)
+		e := t.data.Entry(i)
 		switch {
-		case e.kind() != kindData, e.offset() != start+(i-first)<<g.clusterBits, e.check(*g, img.version) != nil:
+		case e.Kind() != format.KindData, e.Offset() != start+(i-first)<<g.ClusterBits, e.Check(*g, img.version) != nil:
 			return 0, false
-		case write && (!e.own() || !img.owns(e.offset())):
+		case write && (!e.Own() || !img.owns(e.Offset())):
 			return 0, false
 		}
 	}
-	host = start + g.inCluster(off)
+	host = start + g.InCluster(off)
 	if !img.wholeBlocks(host, n) || host+n > img.alloc.length.Load() {
 		return 0, false
 	}
-	if write && img.alloc.metadata.refuse(run{start >> g.clusterBits, last - first + 1}) != nil {
+	if write && img.alloc.metadata.refuse(format.Run{First: start >> g.ClusterBits, N: last - first + 1}) != nil {
 		return 0, false
 	}
 	return host, true

@@ -1,6 +1,10 @@
 package qcow2
 
-import "errors"
+import (
+	"errors"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // Errors that callers match with errors.Is. Each is wrapped with the file, the
 // structure and the offset it concerns.
@@ -16,18 +20,18 @@ var (
 	ErrInUse = errors.New("in use")
 
 	// ErrCorrupt is returned when metadata contradicts the format. Nothing was changed.
-	ErrCorrupt = errors.New("image is corrupt")
+	ErrCorrupt = format.ErrCorrupt
 
 	// ErrUnsupported is returned for a legal image feature, or an operation on it, that
 	// this package refuses. The text names the feature.
-	ErrUnsupported = errors.New("not supported")
+	ErrUnsupported = format.ErrUnsupported
 
 	// ErrNoSpace is returned when the file system that holds the image is full.
 	ErrNoSpace = errors.New("no space left")
 
 	// ErrLimit is returned when a limit of the format would be exceeded: snapshots,
 	// table sizes, reference counts.
-	ErrLimit = errors.New("limit exceeded")
+	ErrLimit = format.ErrLimit
 
 	// ErrReadOnly is returned when an image or a snapshot that is open for reading is written.
 	ErrReadOnly = errors.New("read-only")

@@ -1,6 +1,10 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // ExtentKind says what an extent is made of.
 type ExtentKind int
@@ -47,21 +51,21 @@ func (v *View) Extents(off int64, fn func(Extent) error) error {
 	}
 	size := v.Size()
 	for off < size {
-		c := chunk{off: off, n: min(size-off, g.l2Coverage-off%g.l2Coverage), table: g.l1Index(off), first: g.l2Index(off)}
-		c.last = g.l2Index(off + c.n - 1)
+		c := format.Chunk{Off: off, N: min(size-off, g.L2Coverage-off%g.L2Coverage), Table: g.L1Index(off), First: g.L2Index(off)}
+		c.Last = g.L2Index(off + c.N - 1)
 		es, err := v.mappedEntries(c)
 		if err != nil {
 			return err
 		}
 		if es == nil {
-			if err := emit(Extent{Offset: off, Length: c.n, Host: -1}); err != nil {
+			if err := emit(Extent{Offset: off, Length: c.N, Host: -1}); err != nil {
 				return err
 			}
-			off += c.n
+			off += c.N
 			continue
 		}
 		for _, e := range es {
-			for end := min(off-g.inCluster(off)+g.clusterSize, size); off < end; {
+			for end := min(off-g.InCluster(off)+g.ClusterSize, size); off < end; {
 				x := newExtent(g, e, off, end-off)
 				if err := emit(x); err != nil {
 					return err
@@ -77,22 +81,22 @@ func (v *View) Extents(off int64, fn func(Extent) error) error {
 }
 
 // newExtent describes n bytes at off of the cluster that e maps, or as many of them as are alike.
-func newExtent(g geometry, e l2Entry, off, n int64) Extent {
+func newExtent(g format.Geometry, e format.L2Entry, off, n int64) Extent {
 	x := Extent{Offset: off, Length: n, Host: -1}
-	if e.kind() != kindCompressed && e.offset() != 0 {
-		x.Host = e.offset() + g.inCluster(off)
+	if e.Kind() != format.KindCompressed && e.Offset() != 0 {
+		x.Host = e.Offset() + g.InCluster(off)
 	}
-	switch e.kind() {
-	case kindUnallocated:
-	case kindZero, kindZeroAlloc:
+	switch e.Kind() {
+	case format.KindUnallocated:
+	case format.KindZero, format.KindZeroAlloc:
 		x.Kind = Zero
-	case kindData:
+	case format.KindData:
 		x.Kind = Data
-	case kindCompressed:
+	case format.KindCompressed:
 		x.Kind = Compressed
-		x.Host, _ = e.compressed(g)
-	case kindMixed:
-		part, allocated := e.subRun(g, g.inCluster(off))
+		x.Host, _ = e.Compressed(g)
+	case format.KindMixed:
+		part, allocated := e.SubRun(g, g.InCluster(off))
 		x.Length = min(n, part)
 		if x.Kind = Zero; allocated {
 			x.Kind = Data

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file lets calls of the file fail while an image is written from scratch, and while one is repaired.
@@ -15,7 +17,7 @@ func TestFaultsOfNewImages(t *testing.T) {
 	base := faultBases(t)[2]
 	create := func(p Preallocation) func(*memFile) error {
 		return func(f *memFile) error {
-			return Create(f, 100*sectorSize, CreateOptions{ClusterSize: 512, Preallocation: p})
+			return Create(f, 100*format.SectorSize, CreateOptions{ClusterSize: 512, Preallocation: p})
 		}
 	}
 	for name, write := range map[string]func(dst *memFile) error{
@@ -69,7 +71,7 @@ func TestFaultsOfRepair(t *testing.T) {
 		{"refcount table", RepairAll, damagedFile(leaky.file, func(f *memFile) { put64(f, refTableAt(f), 3) })},
 		{"mapping", RepairAll, damagedFile(leaky.file, func(f *memFile) { put64(f, l2At(f), get64(f, snapshotL2At(f)+8)) })},
 		{"snapshot table", RepairAll, damagedFile(leaky.file, func(f *memFile) { put64(f, snapshotTableAt(f), 1<<40) })},
-		{"dirty bit", RepairAll, damagedFile(leaky.file, func(f *memFile) { put64(f, 72, incompatDirty) })},
+		{"dirty bit", RepairAll, damagedFile(leaky.file, func(f *memFile) { put64(f, 72, format.IncompatDirty) })},
 	} {
 		before := readable(t, c.file)
 		for _, how := range faults() {
@@ -126,7 +128,7 @@ func leakyFile(t testing.TB, p crashParams) *memFile {
 func newLeakyBase(t testing.TB, p crashParams) faultBase {
 	t.Helper()
 	h := newCrashHistory(t, 1, p)
-	h.write(0, h.img.Size()/2&^(sectorSize-1))
+	h.write(0, h.img.Size()/2&^(format.SectorSize-1))
 	h.flush()
 	f := h.file.clone()
 	f.name = faultFile

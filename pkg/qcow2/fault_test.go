@@ -9,6 +9,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file lets each call of the file fail once during each operation. The error must surface and say where, and what is
@@ -37,7 +39,7 @@ func faults() []fault {
 type faultBase struct {
 	name  string
 	file  *memFile
-	g     geometry
+	g     format.Geometry
 	state crashState
 	kinds []touched // of the active disk's clusters
 	leaks bool      // a crash has left some
@@ -83,13 +85,13 @@ type faultOp struct {
 // faultGuestOps are a guest's requests to each kind of cluster that the image has.
 func faultGuestOps(b faultBase) []faultOp {
 	var ops []faultOp
-	c := b.g.clusterSize
+	c := b.g.ClusterSize
 	for k := range touchKinds {
 		i := slices.Index(b.kinds, touched(1<<k))
 		if i < 0 {
 			continue
 		}
-		off, kind := int64(i)<<b.g.clusterBits, touched(1<<k).String()
+		off, kind := int64(i)<<b.g.ClusterBits, touched(1<<k).String()
 		n := min(c, b.state.durable.size-off)
 		write := func(what string, off, n int64) {
 			p := stamp(99, off, n)
@@ -99,8 +101,8 @@ func faultGuestOps(b faultBase) []faultOp {
 			}})
 		}
 		write("write/", off, n)
-		if n > sectorSize {
-			write("write a part/", off+sectorSize, sectorSize)
+		if n > format.SectorSize {
+			write("write a part/", off+format.SectorSize, format.SectorSize)
 		}
 		zeroed := func(what string, run func(img *Image) error) {
 			ops = append(ops, faultOp{name: what + kind, patch: &patch{off, n, nil}, flush: true, run: func(_ *testing.T, img *Image) error {
@@ -123,7 +125,7 @@ func faultGuestOps(b faultBase) []faultOp {
 // faultWholeOps are the operations that are about the whole image.
 func faultWholeOps(b faultBase) []faultOp {
 	disk := b.state.durable.size
-	large := min(300*sectorSize, disk)
+	large := min(300*format.SectorSize, disk)
 	p := stamp(98, disk-large, large)
 	ops := []faultOp{
 		{name: "write many", patch: &patch{disk - large, large, p}, run: func(_ *testing.T, img *Image) error {
@@ -156,7 +158,7 @@ func faultWholeOps(b faultBase) []faultOp {
 			return Clone(t.Context(), newMemFile("clone"), img.Active(), 0, nil)
 		}},
 	}
-	if b.g.extended || !strings.Contains(b.name, "version 2") {
+	if b.g.Extended || !strings.Contains(b.name, "version 2") {
 		ops = append(ops, faultOp{name: "grow", change: func(s *crashState) {
 			s.durable = s.durable.clone()
 			s.durable.size *= 3
@@ -278,8 +280,8 @@ func faultOnce(t *testing.T, base faultBase, op faultOp, n int, how fault) bool 
 	img.alloc.ahead = !op.ahead // if not, as if a reservation were under way
 	log := f.record()
 	before := base.state
-	for i, off := range []int64{base.state.durable.size / 2 &^ (sectorSize - 1), img.g.clusterSize} { // something unflushed
-		p := patch{off, sectorSize, stamp(50+i, off, sectorSize)}
+	for i, off := range []int64{base.state.durable.size / 2 &^ (format.SectorSize - 1), img.g.ClusterSize} { // something unflushed
+		p := patch{off, format.SectorSize, stamp(50+i, off, format.SectorSize)}
 		_, err := img.WriteAt(p.data, p.off)
 		must(t, err)
 		before.pending = append(slices.Clone(before.pending), p)
@@ -336,7 +338,7 @@ func faultOnce(t *testing.T, base faultBase, op faultOp, n int, how fault) bool 
 // goesOn lets an image work after a fault and closes it. It returns what the image may hold then.
 func goesOn(t *testing.T, what string, img *Image, op faultOp, before crashState, allowed []crashState) []crashState {
 	t.Helper()
-	probe := patch{0, sectorSize, stamp(97, 0, sectorSize)}
+	probe := patch{0, format.SectorSize, stamp(97, 0, format.SectorSize)}
 	_, err := img.WriteAt(probe.data, probe.off)
 	if err == nil {
 		err = img.Flush()
@@ -355,13 +357,13 @@ func goesOn(t *testing.T, what string, img *Image, op faultOp, before crashState
 		for i := range allowed {
 			allowed[i].durable = allowed[i].durable.clone()
 			probe.apply(allowed[i].durable)
-			allowed[i].pending = slices.DeleteFunc(allowed[i].pending, func(p patch) bool { return p.off == 0 && p.n <= sectorSize })
+			allowed[i].pending = slices.DeleteFunc(allowed[i].pending, func(p patch) bool { return p.off == 0 && p.n <= format.SectorSize })
 		}
 	case errors.Is(err, ErrFailed):
 		for i := range allowed {
 			allowed[i].pending = append(slices.Clone(allowed[i].pending), probe)
 		}
-		if _, err := img.ReadAt(make([]byte, sectorSize), 0); !errors.Is(err, ErrFailed) {
+		if _, err := img.ReadAt(make([]byte, format.SectorSize), 0); !errors.Is(err, ErrFailed) {
 			t.Fatalf("%s: a failed image goes on reading: %v", what, err)
 		}
 	default:

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"testing"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -30,9 +31,9 @@ func TestStreamedZstd(t *testing.T) {
 				t.Fatal("the frame names the size of its content")
 			}
 			src := append(packed.Bytes(), make([]byte, 300)...) // as long as its sectors
-			z := decompressor{kind: compressionZstd}
+			z := format.Decompressor{Kind: format.CompressionZstd}
 			got := make([]byte, size)
-			if err := z.decompress(got, src); err != nil || !bytes.Equal(got, want) {
+			if err := z.Decompress(got, src); err != nil || !bytes.Equal(got, want) {
 				t.Errorf("clusters of %d bytes, window of %d: %v", size, window, err)
 			}
 		}
@@ -45,9 +46,9 @@ func TestMissingL1(t *testing.T) {
 	path := tempImage(t)
 	qemuImg(t, "create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", path, "64G") // 256 KiB of L1 table
 	f := loadMemFile(t, path)
-	h, err := readHeader(f, decodeHeader)
+	h, err := format.ReadHeader(f, format.DecodeHeader)
 	must(t, err)
-	f.content.truncate(h.l1Offset)
+	f.content.truncate(h.L1Offset)
 	f.save(t, path)
 	qemuIO(t, path, "read -q -P 0 0 1M")
 	img, err := Open(f.clone(), OpenOptions{ReadOnly: true})
@@ -62,7 +63,7 @@ func TestMissingL1(t *testing.T) {
 	}
 
 	lost := f.clone() // something was there
-	lost.content.writeAt([]byte("data"), h.l1Offset)
+	lost.content.writeAt([]byte("data"), h.L1Offset)
 	if _, err := Repair(t.Context(), lost, RepairAll, nil); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("repaired although nothing tells what leads to the data: %v", err)
 	}

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file makes the images that the fuzz targets start from, breaks them as the fuzzer says, and watches over the
@@ -111,28 +113,28 @@ func fillFuzzSeed(t testing.TB, f *memFile, snapshots bool) {
 // newFuzzSeed finds the metadata of f.
 func newFuzzSeed(t testing.TB, name string, f *memFile) fuzzSeed {
 	t.Helper()
-	h, err := readHeader(f, decodeHeader)
+	h, err := format.ReadHeader(f, format.DecodeHeader)
 	must(t, err)
-	s := fuzzSeed{name: name, file: f, cluster: 1 << h.clusterBits}
+	s := fuzzSeed{name: name, file: f, cluster: 1 << h.ClusterBits}
 	add := func(off, n int64) { s.regions = append(s.regions, fuzzRegion{off, n}) }
 	tables := func(off, n int64) {
 		add(off, n*8)
 		for i := range n {
-			if at := int64(get64(f, off+8*i) & offsetMask); at != 0 {
+			if at := int64(get64(f, off+8*i) & format.OffsetMask); at != 0 {
 				add(at, s.cluster)
 			}
 		}
 	}
 	add(0, 256)
-	tables(h.refTableOffset, min(h.refTableClusters<<h.clusterBits/8, 8))
-	tables(h.l1Offset, h.l1Size)
-	rows, size, err := readSnapshotTable(f, &h)
+	tables(h.RefTableOffset, min(h.RefTableClusters<<h.ClusterBits/8, 8))
+	tables(h.L1Offset, h.L1Size)
+	rows, size, err := format.ReadSnapshotTable(f, &h)
 	must(t, err)
 	if size > 0 {
-		add(h.snapshotsOffset, size)
+		add(h.SnapshotsOffset, size)
 	}
 	for _, row := range rows {
-		tables(row.l1Offset, row.l1Size)
+		tables(row.L1Offset, row.L1Size)
 	}
 	add(0, f.content.size)
 	return s

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file fuzzes whole images. An input is the number of a sound image and patches of its metadata, or, with rawSeed,
@@ -202,8 +204,8 @@ func soundFuzzImage(t *testing.T, f *memFile) bool {
 			return false
 		}
 	}
-	h, err := readHeader(f, decodeHeader)
-	return err == nil && h.autoclear&autoclearBitmaps == 0
+	h, err := format.ReadHeader(f, format.DecodeHeader)
+	return err == nil && h.Autoclear&autoclearBitmaps == 0
 }
 
 func (z *fuzzed) open() {

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"fmt"
 	"sync/atomic"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // generation builds the next generation of the metadata beside the live one (C3). All that it writes goes to
@@ -15,18 +17,18 @@ import (
 // of it all.
 type generation struct {
 	img *Image
-	g   geometry
-	h   header        // the next header, but for what finish places
-	row []snapshotRow // the next snapshot table
+	g   format.Geometry
+	h   format.Header        // the next header, but for what finish places
+	row []format.SnapshotRow // the next snapshot table
 
 	// l1 is the next active L1 table where the operation replaces it; else it is what the live one is at the end,
 	// the first l1Keep entries of it.
-	l1       []l1Entry
+	l1       []format.L1Entry
 	l1Keep   int64
 	replaces bool
 
-	frees bool // a guest that meets a full file system waits for the end, rather than end it
-	room  run  // clusters for this generation alone; see changeInRoom
+	frees bool       // a guest that meets a full file system waits for the end, rather than end it
+	room  format.Run // clusters for this generation alone; see changeInRoom
 
 	cancelled atomic.Pointer[error] // why the build has to end early
 	done      chan struct{}         // closed when the operation has ended
@@ -35,33 +37,33 @@ type generation struct {
 	blocks  map[int64]*shadowBlock // refcount blocks that were looked at
 	loading map[int64]bool         // blocks that are being read; true: a live count in it has changed meanwhile
 	next    int64                  // search for free clusters from here
-	taken   runs                   // clusters that this generation has taken, in ascending order
+	taken   format.Runs            // clusters that this generation has taken, in ascending order
 	ahead   map[int64]int          // live L2 tables, by cluster: references taken away that guests have not given up
 	zeroed  map[int64]struct{}     // refcount blocks in which a count fell to 0, and perhaps rose again
 	fell1   bool                   // a count fell to 1: COPIED has to be looked at
 	slab    []byte                 // memory for more blocks
-	spare   []counts               // memory of blocks that were put out of it
+	spare   []format.Counts        // memory of blocks that were put out of it
 
 	// The image's lock guards these.
-	frozen   bool                 // what was mapped at the start belongs to a snapshot now, whatever COPIED says
-	own      map[int64]struct{}   // if frozen: host clusters mapped since
-	dirty    map[int64]*sectorSet // L1 indexes of tables that changed after the build saw them, and what changed there
-	deferred runs                 // given up by guests, durably: abort releases them
-	given    int                  // how many of these giveUp has seen
-	deleting string               // ID of the snapshot that must not be opened any more
-	settled  bool                 // the next generation has its mapping: what guests change now comes after it
-	late     []lateTable          // tables that guests made since then
+	frozen   bool                        // what was mapped at the start belongs to a snapshot now, whatever COPIED says
+	own      map[int64]struct{}          // if frozen: host clusters mapped since
+	dirty    map[int64]*format.SectorSet // L1 indexes of tables that changed after the build saw them, and what changed there
+	deferred format.Runs                 // given up by guests, durably: abort releases them
+	given    int                         // how many of these giveUp has seen
+	deleting string                      // ID of the snapshot that must not be opened any more
+	settled  bool                        // the next generation has its mapping: what guests change now comes after it
+	late     []lateTable                 // tables that guests made since then
 
 	// Only the operation's goroutine uses these.
 	tables  map[int64]*nextTable // tables that the next generation has to itself, by L1 index
 	copied  map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
 	out     metaWriter
-	buffer  []byte     // of the tables that are read
-	idle    int64      // guest requests when pace looked last
-	paced   int64      // bytes written then
-	read    int64      // bytes read since then
-	punched int64      // bytes since pacePunch paused
-	runs    []entryRun // of the table that is being looked at
+	buffer  []byte            // of the tables that are read
+	idle    int64             // guest requests when pace looked last
+	paced   int64             // bytes written then
+	read    int64             // bytes read since then
+	punched int64             // bytes since pacePunch paused
+	runs    []format.EntryRun // of the table that is being looked at
 }
 
 // nextTable is an L2 table of the next generation that takes the place of an active one.
@@ -83,10 +85,10 @@ func (img *Image) newGeneration() *generation {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	return &generation{
-		img: img, g: img.g, h: *img.hdr.Load(), row: append([]snapshotRow(nil), img.rows...), l1Keep: int64(len(img.l1)),
+		img: img, g: img.g, h: *img.hdr.Load(), row: append([]format.SnapshotRow(nil), img.rows...), l1Keep: int64(len(img.l1)),
 		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f, growth: &img.alloc.growth}, idle: img.requests.Load(),
 		blocks: make(map[int64]*shadowBlock), loading: make(map[int64]bool), zeroed: make(map[int64]struct{}),
-		ahead: make(map[int64]int), own: make(map[int64]struct{}), dirty: make(map[int64]*sectorSet),
+		ahead: make(map[int64]int), own: make(map[int64]struct{}), dirty: make(map[int64]*format.SectorSet),
 		tables: make(map[int64]*nextTable), copied: make(map[int64]int64),
 	}
 }

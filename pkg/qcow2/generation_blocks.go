@@ -1,6 +1,10 @@
 package qcow2
 
-import "slices"
+import (
+	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // This file gives what the next generation has in memory a place on disk. Its functions are called without the allocator's lock,
 // unless they say otherwise.
@@ -11,7 +15,7 @@ func (n *generation) placeBlocks() error {
 		var ks []int64
 		if err := n.locked(func() error {
 			for k, b := range n.blocks {
-				if b.at == 0 && !b.dirty.empty() {
+				if b.at == 0 && !b.dirty.Empty() {
 					ks = append(ks, k)
 				}
 			}
@@ -39,7 +43,7 @@ func (n *generation) placeBlock(k int64) error {
 	}
 	n.img.alloc.metadata.put(r, metadataSole)
 	b := n.blocks[k]
-	b.at, b.dirty = r.first<<n.g.clusterBits, n.g.allSectors()
+	b.at, b.dirty = r.First<<n.g.ClusterBits, n.g.AllSectors()
 	return n.dropBlock(k)
 }
 
@@ -51,7 +55,7 @@ func (n *generation) dropBlock(k int64) error {
 		return nil
 	}
 	b.old = table[k]
-	return n.drop(b.old, n.g.clusterSize)
+	return n.drop(b.old, n.g.ClusterSize)
 }
 
 // writeBlocks writes what has changed in blocks that have a place.
@@ -59,7 +63,7 @@ func (n *generation) writeBlocks() error {
 	var ks []int64
 	if err := n.locked(func() error {
 		for k, b := range n.blocks {
-			if b.at != 0 && !b.dirty.empty() {
+			if b.at != 0 && !b.dirty.Empty() {
 				ks = append(ks, k)
 			}
 		}
@@ -79,7 +83,7 @@ func (n *generation) writeBlocks() error {
 
 func (n *generation) writeBlock(k int64) error {
 	var b *shadowBlock
-	var dirty sectorSet
+	var dirty format.SectorSet
 	if err := n.locked(func() error {
 		b = n.blocks[k]
 		dirty, b.dirty = b.dirty, nil
@@ -88,13 +92,13 @@ func (n *generation) writeBlock(k int64) error {
 		return err
 	}
 	var err error
-	dirty.each(func(first, m int64) {
-		at, end := first*sectorSize, min((first+m)*sectorSize, n.g.clusterSize)
+	dirty.Each(func(first, m int64) {
+		at, end := first*format.SectorSize, min((first+m)*format.SectorSize, n.g.ClusterSize)
 		if err == nil {
 			err = n.out.room(b.at+at, end-at)
 		}
 		if err == nil {
-			err = n.locked(func() error { n.out.b = append(n.out.b, b.counts.b[at:end]...); return nil })
+			err = n.locked(func() error { n.out.b = append(n.out.b, b.counts.B[at:end]...); return nil })
 		}
 	})
 	return err
@@ -116,9 +120,9 @@ func (n *generation) trim() error {
 			switch {
 			case b.clean():
 				n.forget(k)
-			case b.dirty.empty() && !b.counts.none():
+			case b.dirty.Empty() && !b.counts.None():
 				n.spare = append(n.spare, b.counts)
-				b.counts = counts{}
+				b.counts = format.Counts{}
 			}
 		}
 		return nil
@@ -129,7 +133,7 @@ func (n *generation) trim() error {
 func (n *generation) resident() int {
 	count := 0
 	for _, b := range n.blocks {
-		if !b.counts.none() {
+		if !b.counts.None() {
 			count++
 		}
 	}
@@ -143,7 +147,7 @@ func (n *generation) giveUp() error {
 	n.given = len(n.deferred)
 	n.img.mu.Unlock()
 	for _, r := range rs {
-		if err := n.preload(n.g.blocksOf(r)); err != nil {
+		if err := n.preload(n.g.BlocksOf(r)); err != nil {
 			return err
 		}
 		if err := n.locked(func() error { return n.giveUpRun(r) }); err != nil {
@@ -154,18 +158,18 @@ func (n *generation) giveUp() error {
 }
 
 // giveUpRun is giveUp for one run. Called with the allocator's lock held.
-func (n *generation) giveUpRun(r run) error {
-	for c := r.first; c < r.end(); {
+func (n *generation) giveUpRun(r format.Run) error {
+	for c := r.First; c < r.End(); {
 		if n.ahead[c] > 0 {
 			n.ahead[c]--
 			c++
 			continue
 		}
 		end := c + 1
-		for end < r.end() && n.ahead[end] == 0 {
+		for end < r.End() && n.ahead[end] == 0 {
 			end++
 		}
-		if err := n.add(run{c, end - c}, -1); err != nil {
+		if err := n.add(format.Run{First: c, N: end - c}, -1); err != nil {
 			return err
 		}
 		c = end
@@ -175,8 +179,8 @@ func (n *generation) giveUpRun(r run) error {
 
 // place takes clusters for b, has it written and returns its offset.
 func (n *generation) place(b []byte) (int64, error) {
-	var r run
-	k := max(n.g.clusters(int64(len(b))), 1)
+	var r format.Run
+	k := max(n.g.Clusters(int64(len(b))), 1)
 	err := n.seek(k)
 	if err == nil {
 		err = n.locked(func() (err error) {
@@ -188,9 +192,9 @@ func (n *generation) place(b []byte) (int64, error) {
 		return 0, err
 	}
 	n.img.alloc.metadata.put(r, metadataSole)
-	off := r.first << n.g.clusterBits
+	off := r.First << n.g.ClusterBits
 	if err := n.out.write(off, b); err != nil {
 		return 0, err
 	}
-	return off, n.out.zeros(r.n<<n.g.clusterBits - int64(len(b)))
+	return off, n.out.zeros(r.N<<n.g.ClusterBits - int64(len(b)))
 }

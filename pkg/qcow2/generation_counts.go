@@ -3,6 +3,8 @@ package qcow2
 import (
 	"fmt"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // shadowBlock is a refcount block of the next generation: live counts, plus what the operation changes. One that has no
@@ -14,17 +16,17 @@ type shadowBlock struct {
 }
 
 // clean tells that the block is no more than a copy of the live one.
-func (b *shadowBlock) clean() bool { return b.at == 0 && b.dirty.empty() }
+func (b *shadowBlock) clean() bool { return b.at == 0 && b.dirty.Empty() }
 
 // shadowBytes bounds the refcount blocks that an operation keeps in memory.
 const shadowBytes = 64 << 20
 
 // limit is shadowBytes in blocks.
-func (n *generation) limit() int { return max(shadowBytes>>n.g.clusterBits, 64) }
+func (n *generation) limit() int { return max(shadowBytes>>n.g.ClusterBits, 64) }
 
 // forget drops a clean block. Called with the allocator's lock held, as the rest.
 func (n *generation) forget(k int64) {
-	if c := n.blocks[k].counts; !c.none() {
+	if c := n.blocks[k].counts; !c.None() {
 		n.spare = append(n.spare, c)
 	}
 	delete(n.blocks, k)
@@ -35,7 +37,7 @@ func (n *generation) forget(k int64) {
 // block returns block i, without counts if all are 0 and the live generation has none.
 func (n *generation) block(i int64) (*shadowBlock, error) {
 	b := n.blocks[i]
-	if b != nil && !b.counts.none() {
+	if b != nil && !b.counts.None() {
 		return b, nil
 	}
 	off, live := n.source(i)
@@ -47,8 +49,8 @@ func (n *generation) block(i int64) (*shadowBlock, error) {
 	}
 	c := n.newCounts()
 	if live != nil {
-		copy(c.b, live.counts.b)
-	} else if err := readPadded(n.img.f, c.b, off); err != nil {
+		copy(c.B, live.counts.B)
+	} else if err := format.ReadPadded(n.img.f, c.B, off); err != nil {
 		return nil, fmt.Errorf("read refcount block %d: %w", i, err)
 	}
 	b.counts = c
@@ -60,18 +62,18 @@ func (n *generation) block(i int64) (*shadowBlock, error) {
 const slabBytes = 8 << 20
 
 // newCounts returns a block of zeros.
-func (n *generation) newCounts() counts {
-	size := n.g.clusterSize
+func (n *generation) newCounts() format.Counts {
+	size := n.g.ClusterSize
 	if k := len(n.spare); k > 0 {
 		c := n.spare[k-1]
 		n.spare = n.spare[:k-1]
-		clear(c.b)
+		clear(c.B)
 		return c
 	}
 	if int64(len(n.slab)) < size {
 		n.slab = newMemory(slabBytes)
 	}
-	c := counts{n.slab[:size:size], n.g.refcountOrder}
+	c := format.Counts{B: n.slab[:size:size], Order: n.g.RefcountOrder}
 	n.slab = n.slab[size:]
 	return c
 }
@@ -80,7 +82,7 @@ func (n *generation) newCounts() counts {
 func (n *generation) stock() error {
 	short := false
 	if err := n.locked(func() error {
-		short = len(n.slab) < slabBytes/4 && int64(len(n.spare))*n.g.clusterSize < slabBytes/4
+		short = len(n.slab) < slabBytes/4 && int64(len(n.spare))*n.g.ClusterSize < slabBytes/4
 		return nil
 	}); err != nil || !short {
 		return err
@@ -104,11 +106,11 @@ func (n *generation) source(i int64) (off int64, live *refBlock) {
 
 // ownBlock returns block i to change.
 func (n *generation) ownBlock(i int64) (*shadowBlock, error) {
-	if i >= maxRefcountTableBytes/8 {
-		return nil, fmt.Errorf("%w: refcount block %d; the refcount table would exceed %d MiB", ErrLimit, i, maxRefcountTableBytes>>20)
+	if i >= format.MaxRefcountTableBytes/8 {
+		return nil, fmt.Errorf("%w: refcount block %d; the refcount table would exceed %d MiB", ErrLimit, i, format.MaxRefcountTableBytes>>20)
 	}
 	b, err := n.block(i)
-	if err == nil && b.counts.none() {
+	if err == nil && b.counts.None() {
 		b.counts = n.newCounts()
 		n.blocks[i] = b
 	}
@@ -117,17 +119,17 @@ func (n *generation) ownBlock(i int64) (*shadowBlock, error) {
 
 // count returns a cluster's next count.
 func (n *generation) count(c int64) (uint64, error) {
-	b, err := n.block(c >> n.g.blockBits)
-	if err != nil || b.counts.none() {
+	b, err := n.block(c >> n.g.BlockBits)
+	if err != nil || b.counts.None() {
 		return 0, err
 	}
-	return b.counts.get(c & (n.g.blockCounts - 1)), nil
+	return b.counts.Get(c & (n.g.BlockCounts - 1)), nil
 }
 
 // add changes the next counts of a run.
-func (n *generation) add(r run, delta int) error {
+func (n *generation) add(r format.Run, delta int) error {
 	n.img.alloc.search.touch(r)
-	return n.g.eachBlock(r, func(k, i, m int64) error {
+	return n.g.EachBlock(r, func(k, i, m int64) error {
 		b, err := n.ownBlock(k)
 		if err != nil {
 			return err
@@ -136,17 +138,17 @@ func (n *generation) add(r run, delta int) error {
 		if err != nil {
 			return fmt.Errorf("refcount block %d: %w", k, err)
 		}
-		if fell.to0 {
+		if fell.ToZero {
 			n.zeroed[k] = struct{}{}
 		}
-		n.fell1 = n.fell1 || fell.to1
+		n.fell1 = n.fell1 || fell.ToOne
 		return nil
 	})
 }
 
 // mirror makes a change of live counts in the next ones too. A block that is the same as the live one follows by itself.
-func (n *generation) mirror(r run, delta int) error {
-	return n.g.eachBlock(r, func(k, i, m int64) error {
+func (n *generation) mirror(r format.Run, delta int) error {
+	return n.g.EachBlock(r, func(k, i, m int64) error {
 		if _, ok := n.loading[k]; ok {
 			n.loading[k] = true
 		}
@@ -157,20 +159,20 @@ func (n *generation) mirror(r run, delta int) error {
 			n.forget(k)
 			return nil
 		}
-		return n.add(run{k<<n.g.blockBits + i, m}, delta)
+		return n.add(format.Run{First: k<<n.g.BlockBits + i, N: m}, delta)
 	})
 }
 
 // holds tells that a cluster, which is free in the live generation, is not in this one, or is kept for it.
 func (n *generation) holds(c int64) bool {
-	if n.room.has(c) {
+	if n.room.Has(c) {
 		return true
 	}
-	_, ok := slices.BinarySearchFunc(n.taken, c, func(r run, c int64) int {
+	_, ok := slices.BinarySearchFunc(n.taken, c, func(r format.Run, c int64) int {
 		switch {
-		case r.end() <= c:
+		case r.End() <= c:
 			return -1
-		case r.first > c:
+		case r.First > c:
 			return 1
 		}
 		return 0
@@ -182,7 +184,7 @@ func (n *generation) searchFrom() int64 { return n.next }
 
 // drop gives up the clusters of a structure of length bytes.
 func (n *generation) drop(off, length int64) error {
-	return n.add(run{off >> n.g.clusterBits, n.g.clusters(length)}, -1)
+	return n.add(format.Run{First: off >> n.g.ClusterBits, N: n.g.Clusters(length)}, -1)
 }
 
 // unmake forgets live block k at off, which the table on disk has never had, with the count of its cluster.
@@ -191,5 +193,5 @@ func (n *generation) unmake(k, off int64) {
 		b.old = 0 // dropBlock has taken the count away
 		return
 	}
-	_ = n.mirror(run{off >> n.g.clusterBits, 1}, -1)
+	_ = n.mirror(format.Run{First: off >> n.g.ClusterBits, N: 1}, -1)
 }

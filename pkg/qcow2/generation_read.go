@@ -1,6 +1,10 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // This file reads L2 tables in bulk (C4).
 
@@ -20,7 +24,7 @@ type tableBatch struct {
 // eachTable calls fn for each L2 table of an L1 table with its index, its offset and its content, in order. fn may change
 // the content, which is valid until it returns. Several reads are under way at a time, and tables that lie one after
 // the other are read together.
-func (n *generation) eachTable(l1 []l1Entry, fn func(index, off int64, t table) error) error {
+func (n *generation) eachTable(l1 []format.L1Entry, fn func(index, off int64, t format.L2Table) error) error {
 	img := n.img
 	length, err := img.f.Size()
 	if err != nil {
@@ -55,14 +59,14 @@ func (n *generation) eachTable(l1 []l1Entry, fn func(index, off int64, t table) 
 		}
 		at := int64(0)
 		for i := b.first; i < b.end; i++ {
-			off := l1[i].offset()
+			off := l1[i].Offset()
 			if off == 0 {
 				continue
 			}
-			if err := fn(int64(i), off, img.g.table(b.b[at:at+img.g.clusterSize])); err != nil {
+			if err := fn(int64(i), off, img.g.Table(b.b[at:at+img.g.ClusterSize])); err != nil {
 				return err
 			}
-			at += img.g.clusterSize
+			at += img.g.ClusterSize
 		}
 		free = append(free, b.b[:cap(b.b)])
 		n.pace(int64(len(b.b)))
@@ -79,7 +83,7 @@ func (n *generation) batchBuffers() [][]byte {
 	return bs
 }
 
-func (n *generation) batchSize() int64 { return max(batchBytes, n.g.clusterSize) }
+func (n *generation) batchSize() int64 { return max(batchBytes, n.g.ClusterSize) }
 
 // memory returns the memory of all batches, for what is done when none is read.
 func (n *generation) memory() []byte {
@@ -90,41 +94,41 @@ func (n *generation) memory() []byte {
 }
 
 // nextBatch plans a batch from an L1 index on, to be read into buf.
-func (img *Image) nextBatch(l1 []l1Entry, first int, buf []byte) *tableBatch {
+func (img *Image) nextBatch(l1 []format.L1Entry, first int, buf []byte) *tableBatch {
 	b := &tableBatch{first: first, end: first, done: make(chan struct{})}
 	size := 0
 	for ; b.end < len(l1) && size < len(buf); b.end++ {
-		if l1[b.end].offset() != 0 {
-			size += int(img.g.clusterSize)
+		if l1[b.end].Offset() != 0 {
+			size += int(img.g.ClusterSize)
 		}
 	}
 	b.b = buf[:size]
 	return b
 }
 
-func (img *Image) readBatch(l1 []l1Entry, b *tableBatch, length int64) error {
-	size := img.g.clusterSize
+func (img *Image) readBatch(l1 []format.L1Entry, b *tableBatch, length int64) error {
+	size := img.g.ClusterSize
 	at := int64(0)
 	for i := b.first; i < b.end; {
-		off := l1[i].offset()
+		off := l1[i].Offset()
 		if off == 0 {
 			i++
 			continue
 		}
 		k := int64(0) // tables that lie one after the other
-		for ; i < b.end && (l1[i].offset() == off+k*size || l1[i].offset() == 0); i++ {
-			if l1[i].offset() == 0 {
+		for ; i < b.end && (l1[i].Offset() == off+k*size || l1[i].Offset() == 0); i++ {
+			if l1[i].Offset() == 0 {
 				continue
 			}
 			if err := img.checkL1Entry(l1[i]); err != nil {
 				return fmt.Errorf("L1 entry %d: %w", i, err)
 			}
-			if l1[i].offset() >= length {
-				return fmt.Errorf("%w: L1 entry %d points at %#x, beyond the end of the file", ErrCorrupt, i, l1[i].offset())
+			if l1[i].Offset() >= length {
+				return fmt.Errorf("%w: L1 entry %d points at %#x, beyond the end of the file", ErrCorrupt, i, l1[i].Offset())
 			}
 			k++
 		}
-		if err := readPadded(img.f, b.b[at:at+k*size], off); err != nil {
+		if err := format.ReadPadded(img.f, b.b[at:at+k*size], off); err != nil {
 			return fmt.Errorf("read L2 tables at file offset %#x: %w", off, err)
 		}
 		at += k * size

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"iter"
 	"math"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file looks for clusters that are free in the live and in the next generation, and reads refcount blocks ahead of
@@ -19,12 +21,12 @@ const searchBlocks = 16
 // seek moves the search on to k free clusters, so that take finds them at once. Called without the allocator's lock.
 func (n *generation) seek(k int64) error {
 	for blocks, found := int64(1), false; !found; blocks = searchBlocks {
-		first := n.next >> n.g.blockBits
-		if err := n.preload(n.g.blocksOf(run{first << n.g.blockBits, blocks << n.g.blockBits})); err != nil {
+		first := n.next >> n.g.BlockBits
+		if err := n.preload(n.g.BlocksOf(format.Run{First: first << n.g.BlockBits, N: blocks << n.g.BlockBits})); err != nil {
 			return err
 		}
 		if err := n.locked(func() error {
-			stop := (first + blocks) << n.g.blockBits
+			stop := (first + blocks) << n.g.BlockBits
 			err := n.search(k, stop)
 			found = n.next < stop
 			return err
@@ -44,13 +46,13 @@ func (n *generation) search(k, stop int64) error {
 		return err
 	}
 	for n.next < stop {
-		block, i := n.next>>n.g.blockBits, n.next&(n.g.blockCounts-1)
+		block, i := n.next>>n.g.BlockBits, n.next&(n.g.BlockCounts-1)
 		from, _, err := n.freeIn(block, i, 1)
 		if err != nil {
 			return err
 		}
 		n.next += from - i
-		if from == n.g.blockCounts {
+		if from == n.g.BlockCounts {
 			n.leave(block)
 			continue
 		}
@@ -66,15 +68,15 @@ func (n *generation) search(k, stop int64) error {
 func (n *generation) freeRun(c, k int64) (int64, error) {
 	free := int64(0)
 	for free < k {
-		i := (c + free) & (n.g.blockCounts - 1)
-		from, end, err := n.freeIn((c+free)>>n.g.blockBits, i, k-free)
+		i := (c + free) & (n.g.BlockCounts - 1)
+		from, end, err := n.freeIn((c+free)>>n.g.BlockBits, i, k-free)
 		if err != nil {
 			return 0, err
 		}
 		if from > i {
 			break
 		}
-		if free += end - i; end < n.g.blockCounts {
+		if free += end - i; end < n.g.BlockCounts {
 			break
 		}
 	}
@@ -88,7 +90,7 @@ func (n *generation) freeIn(k, i, most int64) (from, end int64, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	from, end = b.counts.zeros(i, most, n.g.blockCounts)
+	from, end = b.counts.Zeros(i, most, n.g.BlockCounts)
 	if _, fell := n.zeroed[k]; !fell {
 		return from, end, nil // what the live generation counts, this one does
 	}
@@ -96,12 +98,12 @@ func (n *generation) freeIn(k, i, most int64) (from, end int64, err error) {
 	if err != nil || live == nil {
 		return from, end, err
 	}
-	for from < n.g.blockCounts {
-		first, last := live.counts.zeros(from, most, n.g.blockCounts)
+	for from < n.g.BlockCounts {
+		first, last := live.counts.Zeros(from, most, n.g.BlockCounts)
 		if first < end {
 			return first, min(last, end), nil
 		}
-		from, end = b.counts.zeros(first, most, n.g.blockCounts)
+		from, end = b.counts.Zeros(first, most, n.g.BlockCounts)
 	}
 	return from, end, nil
 }
@@ -114,16 +116,16 @@ func (n *generation) leave(k int64) {
 }
 
 // take allocates k neighbouring clusters for the next generation.
-func (n *generation) take(k int64) (run, error) {
+func (n *generation) take(k int64) (format.Run, error) {
 	if err := n.search(k, math.MaxInt64); err != nil {
-		return run{}, err
+		return format.Run{}, err
 	}
-	r := run{n.next, k}
+	r := format.Run{First: n.next, N: k}
 	if err := n.img.alloc.refuse(r); err != nil {
-		return run{}, err
+		return format.Run{}, err
 	}
-	n.next = r.end()
-	n.taken.add(r)
+	n.next = r.End()
+	n.taken.Add(r)
 	return r, n.add(r, 1)
 }
 
@@ -131,7 +133,7 @@ func (n *generation) take(k int64) (run, error) {
 func (n *generation) preload(ks iter.Seq[int64]) error {
 	type read struct {
 		k, off int64
-		counts counts
+		counts format.Counts
 	}
 	if err := n.stock(); err != nil {
 		return err
@@ -139,7 +141,7 @@ func (n *generation) preload(ks iter.Seq[int64]) error {
 	var reads []read
 	if err := n.locked(func() error {
 		for k := range ks {
-			if b := n.blocks[k]; b != nil && !b.counts.none() {
+			if b := n.blocks[k]; b != nil && !b.counts.None() {
 				continue
 			}
 			off, live := n.source(k)
@@ -154,7 +156,7 @@ func (n *generation) preload(ks iter.Seq[int64]) error {
 		return err
 	}
 	for _, r := range reads {
-		if err := readPadded(n.img.f, r.counts.b, r.off); err != nil {
+		if err := format.ReadPadded(n.img.f, r.counts.B, r.off); err != nil {
 			return fmt.Errorf("read refcount block %d: %w", r.k, err) // the build ends
 		}
 	}

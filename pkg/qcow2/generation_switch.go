@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 const (
@@ -22,12 +24,12 @@ func (n *generation) catchUp() error {
 		n.img.mu.Unlock()
 		for _, i := range changed {
 			n.img.mu.Lock()
-			c := n.takeChange(i, n.memory()[:n.g.clusterSize])
+			c := n.takeChange(i, n.memory()[:n.g.ClusterSize])
 			n.img.mu.Unlock()
 			if err := n.apply(c); err != nil {
 				return err
 			}
-			n.pace(n.g.clusterSize)
+			n.pace(n.g.ClusterSize)
 		}
 		for _, step := range []func() error{n.giveUp, n.placeBlocks, n.writeBlocks, n.out.flush} {
 			if err := step(); err != nil {
@@ -66,8 +68,8 @@ func (n *generation) finish() error {
 	if err := img.sync(); err != nil {
 		return err
 	}
-	if err := img.switchHeader(func(h *header) {
-		n.h.incompatible = h.incompatible // guests may have found corruption meanwhile
+	if err := img.switchHeader(func(h *format.Header) {
+		n.h.Incompatible = h.Incompatible // guests may have found corruption meanwhile
 		*h = n.h
 	}); err != nil {
 		return err
@@ -90,25 +92,25 @@ func (n *generation) complete() error {
 	if err := n.completeL1(); err != nil {
 		return err
 	}
-	rows, err := encodeSnapshotTable(n.row)
+	rows, err := format.EncodeSnapshotTable(n.row)
 	if err != nil {
 		return err
 	}
-	n.h.snapshots, n.h.snapshotsOffset = int64(len(n.row)), 0
+	n.h.Snapshots, n.h.SnapshotsOffset = int64(len(n.row)), 0
 	if len(n.row) > 0 {
-		if n.h.snapshotsOffset, err = n.place(rows); err != nil {
+		if n.h.SnapshotsOffset, err = n.place(rows); err != nil {
 			return err
 		}
 	}
-	n.h.l1Size = int64(len(n.l1))
-	if n.h.l1Offset, err = n.place(encodeL1(n.l1)); err != nil {
+	n.h.L1Size = int64(len(n.l1))
+	if n.h.L1Offset, err = n.place(format.EncodeL1(n.l1)); err != nil {
 		return err
 	}
 	if err := n.locked(func() error {
-		if err := n.drop(old.snapshotsOffset, n.img.rowBytes); err != nil {
+		if err := n.drop(old.SnapshotsOffset, n.img.rowBytes); err != nil {
 			return err
 		}
-		return n.drop(old.l1Offset, old.l1Size*8)
+		return n.drop(old.L1Offset, old.L1Size*8)
 	}); err != nil {
 		return err
 	}
@@ -122,7 +124,7 @@ func (n *generation) complete() error {
 // to be written. What guests have given up and not yet committed stays theirs: a table that both generations use has it
 // on disk still.
 func (n *generation) settle() []tableChange {
-	free, size := n.memory(), n.g.clusterSize
+	free, size := n.memory(), n.g.ClusterSize
 	n.img.mu.Lock()
 	defer n.img.mu.Unlock()
 	n.settled = true
@@ -145,13 +147,13 @@ func (n *generation) settle() []tableChange {
 // completeL1 makes the next active L1 table.
 func (n *generation) completeL1() error {
 	if len(n.l1) == 0 {
-		n.l1 = make([]l1Entry, 1) // QEMU writes none for an empty disk; a table has a cluster
+		n.l1 = make([]format.L1Entry, 1) // QEMU writes none for an empty disk; a table has a cluster
 	}
 	for i, e := range n.l1 {
-		off := e.offset()
+		off := e.Offset()
 		switch next := n.tables[int64(i)]; {
 		case next != nil:
-			n.l1[i] = l1Entry(next.at) | flagCopied
+			n.l1[i] = format.L1Entry(next.at) | format.FlagCopied
 		case off == 0:
 			n.l1[i] = 0
 		case n.replaces:
@@ -159,9 +161,9 @@ func (n *generation) completeL1() error {
 				return err
 			}
 		case n.frozen && !n.isOwn(off):
-			n.l1[i] = l1Entry(off)
+			n.l1[i] = format.L1Entry(off)
 		case n.copied[int64(i)] == off:
-			n.l1[i] = l1Entry(off) | flagCopied
+			n.l1[i] = format.L1Entry(off) | format.FlagCopied
 		}
 	}
 	return nil
@@ -170,10 +172,10 @@ func (n *generation) completeL1() error {
 // flagL1 sets COPIED in an L1 entry by the table's count.
 func (n *generation) flagL1(i int) error {
 	return n.locked(func() error {
-		off := n.l1[i].offset()
-		c, err := n.count(off >> n.g.clusterBits)
-		if n.l1[i] = l1Entry(off); c == 1 {
-			n.l1[i] |= flagCopied
+		off := n.l1[i].Offset()
+		c, err := n.count(off >> n.g.ClusterBits)
+		if n.l1[i] = format.L1Entry(off); c == 1 {
+			n.l1[i] |= format.FlagCopied
 		}
 		return err
 	})
@@ -189,10 +191,10 @@ func (n *generation) isOwn(off int64) bool {
 // them. Each of that changes counts, perhaps in one more block: it goes on until all have a place.
 func (n *generation) completeRefcounts() error {
 	rc := n.img.alloc.rc
-	if err := n.locked(func() error { return n.drop(rc.tableAt.first<<n.g.clusterBits, rc.tableAt.n<<n.g.clusterBits) }); err != nil {
+	if err := n.locked(func() error { return n.drop(rc.tableAt.First<<n.g.ClusterBits, rc.tableAt.N<<n.g.ClusterBits) }); err != nil {
 		return err
 	}
-	var at run // the table
+	var at format.Run // the table
 	for {
 		if err := n.placeBlocks(); err != nil {
 			return err
@@ -200,7 +202,7 @@ func (n *generation) completeRefcounts() error {
 		again := false
 		if err := n.locked(func() (err error) {
 			again, err = n.dropBlocks()
-			if need := n.tableClusters(); err == nil && at.n < need {
+			if need := n.tableClusters(); err == nil && at.N < need {
 				again = true
 				at, err = n.takeTable(at, need)
 			}
@@ -219,13 +221,13 @@ func (n *generation) completeRefcounts() error {
 	if err := n.img.alloc.writeBack(); err != nil {
 		return err
 	}
-	n.h.refTableOffset, n.h.refTableClusters = at.first<<n.g.clusterBits, at.n
-	raw := make([]byte, at.n<<n.g.clusterBits)
+	n.h.RefTableOffset, n.h.RefTableClusters = at.First<<n.g.ClusterBits, at.N
+	raw := make([]byte, at.N<<n.g.ClusterBits)
 	for i, off := range n.refTable() {
 		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
 	}
 	n.img.alloc.metadata.put(at, metadataSole)
-	return n.out.write(n.h.refTableOffset, raw)
+	return n.out.write(n.h.RefTableOffset, raw)
 }
 
 // dropBlocks gives up live blocks that have come into being since their next ones were placed. Called with the
@@ -241,14 +243,14 @@ func (n *generation) dropBlocks() (again bool, err error) {
 }
 
 // takeTable takes clusters for the refcount table in place of at. Called with the allocator's lock held.
-func (n *generation) takeTable(at run, need int64) (run, error) {
-	if at.n > 0 {
+func (n *generation) takeTable(at format.Run, need int64) (format.Run, error) {
+	if at.N > 0 {
 		if err := n.add(at, -1); err != nil {
-			return run{}, err
+			return format.Run{}, err
 		}
 	}
-	if need<<n.g.clusterBits > maxRefcountTableBytes {
-		return run{}, fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, maxRefcountTableBytes>>20)
+	if need<<n.g.ClusterBits > format.MaxRefcountTableBytes {
+		return format.Run{}, fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, format.MaxRefcountTableBytes>>20)
 	}
 	return n.take(need)
 }
@@ -256,22 +258,22 @@ func (n *generation) takeTable(at run, need int64) (run, error) {
 // tableClusters returns how many clusters the refcount table needs: as many as it has, or half as many again as the
 // blocks ask for. Called with the allocator's lock held.
 func (n *generation) tableClusters() int64 {
-	have := n.img.alloc.rc.tableAt.n
+	have := n.img.alloc.rc.tableAt.N
 	need := have
 	for i, b := range n.blocks {
-		if b.at != 0 || !b.dirty.empty() {
-			need = max(need, n.g.clusters((i+1)*8))
+		if b.at != 0 || !b.dirty.Empty() {
+			need = max(need, n.g.Clusters((i+1)*8))
 		}
 	}
 	if need > have {
-		need = max(need, min(need+need/2+1, maxRefcountTableBytes>>n.g.clusterBits))
+		need = max(need, min(need+need/2+1, format.MaxRefcountTableBytes>>n.g.ClusterBits))
 	}
 	return need
 }
 
 // refTable returns the next refcount table.
 func (n *generation) refTable() []int64 {
-	table := make([]int64, n.h.refTableClusters<<n.g.clusterBits/8)
+	table := make([]int64, n.h.RefTableClusters<<n.g.ClusterBits/8)
 	copy(table, n.img.alloc.rc.table)
 	for i, b := range n.blocks {
 		if b.at != 0 {
@@ -292,19 +294,19 @@ func (n *generation) adopt() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.build = nil
-	a.rc.setTable(table, run{n.h.refTableOffset >> n.g.clusterBits, n.h.refTableClusters})
+	a.rc.setTable(table, format.Run{First: n.h.RefTableOffset >> n.g.ClusterBits, N: n.h.RefTableClusters})
 	for _, k := range slices.Sorted(maps.Keys(n.blocks)) {
 		b := n.blocks[k]
 		switch {
 		case b.at == 0:
-		case b.counts.none() || b.dirty.empty() && len(a.rc.blocks) >= a.rc.limit:
+		case b.counts.None() || b.dirty.Empty() && len(a.rc.blocks) >= a.rc.limit:
 			delete(a.rc.blocks, k)
 		default:
 			a.rc.blocks[k] = &b.refBlock
 		}
 	}
 	a.length.Store(max(a.length.Load(), length))
-	a.unsafe, a.unsafeEnd = n.zeroed, a.g.clusters(a.length.Load()) // behind the end there is nothing to punch
+	a.unsafe, a.unsafeEnd = n.zeroed, a.g.Clusters(a.length.Load()) // behind the end there is nothing to punch
 
 	img.mu.Lock()
 	defer img.mu.Unlock()
@@ -341,14 +343,14 @@ func (n *generation) adoptTables() error {
 
 // adoptTable moves a table that guests have changed since settle into the next generation's place for it.
 func (n *generation) adoptTable(next *nextTable, t *l2Table) error {
-	rs, err := t.data.entryRuns(n.g, n.img.version, nil)
+	rs, err := t.data.EntryRuns(n.g, n.img.version, nil)
 	if err != nil {
 		return err
 	}
 	if _, err := n.setCopied(t.data, rs); err != nil {
 		return err
 	}
-	t.offset, t.dirty = next.at, n.g.allSectors()
+	t.offset, t.dirty = next.at, n.g.AllSectors()
 	n.img.dirty++
 	return nil
 }
@@ -359,19 +361,19 @@ func (n *generation) adoptTable(next *nextTable, t *l2Table) error {
 func (n *generation) adoptLate(l lateTable) {
 	img := n.img
 	if n.tables[l.index] != nil {
-		img.freed.add(run{l.made >> n.g.clusterBits, 1})
+		img.freed.Add(format.Run{First: l.made >> n.g.ClusterBits, N: 1})
 		return
 	}
 	if l.old != 0 {
-		img.freed.add(run{l.old >> n.g.clusterBits, 1})
+		img.freed.Add(format.Run{First: l.old >> n.g.ClusterBits, N: 1})
 	}
-	img.l1[l.index] = l1Entry(l.made) | flagCopied
-	img.l1Dirty.add(l.index * 8 / sectorSize)
+	img.l1[l.index] = format.L1Entry(l.made) | format.FlagCopied
+	img.l1Dirty.Add(l.index * 8 / format.SectorSize)
 }
 
 // rowBytes returns the length of the snapshot table.
 func (n *generation) rowBytes() int64 {
-	b, _ := encodeSnapshotTable(n.row) // complete has encoded it before
+	b, _ := format.EncodeSnapshotTable(n.row) // complete has encoded it before
 	return int64(len(b))
 }
 
@@ -396,7 +398,7 @@ func (n *generation) abortLocked(cause error) error {
 	img.build = nil
 	for _, t := range n.late {
 		if t.old != 0 {
-			img.freed.add(run{t.old >> n.g.clusterBits, 1})
+			img.freed.Add(format.Run{First: t.old >> n.g.ClusterBits, N: 1})
 		}
 	}
 	img.mu.Unlock()

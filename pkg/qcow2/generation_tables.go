@@ -4,27 +4,29 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // scan checks an L2 table, notes its runs and reads the refcount blocks that count them ahead of their use.
-func (n *generation) scan(off int64, t table) error {
+func (n *generation) scan(off int64, t format.L2Table) error {
 	var err error
-	if n.runs, err = t.entryRuns(n.g, n.img.version, n.runs[:0]); err != nil {
+	if n.runs, err = t.EntryRuns(n.g, n.img.version, n.runs[:0]); err != nil {
 		return fmt.Errorf("L2 table at file offset %#x, %w", off, err)
 	}
-	end := n.g.clusters(n.img.alloc.length.Load())
+	end := n.g.Clusters(n.img.alloc.length.Load())
 	for _, r := range n.runs {
 		// Counts behind the end of the file would take memory that it does not justify.
-		if r.hosts.end() > end {
+		if r.Hosts.End() > end {
 			return fmt.Errorf("%w: L2 table at file offset %#x, entry %d maps clusters %d to %d, behind the end of the file",
-				ErrCorrupt, off, r.i, r.hosts.first, r.hosts.end()-1)
+				ErrCorrupt, off, r.First, r.Hosts.First, r.Hosts.End()-1)
 		}
 	}
 	if err := n.preload(func(yield func(int64) bool) {
-		last := off >> n.g.clusterBits >> n.g.blockBits
+		last := off >> n.g.ClusterBits >> n.g.BlockBits
 		ok := yield(last)
 		for _, r := range n.runs {
-			for k := r.hosts.first >> n.g.blockBits; ok && k <= (r.hosts.end()-1)>>n.g.blockBits; k++ {
+			for k := r.Hosts.First >> n.g.BlockBits; ok && k <= (r.Hosts.End()-1)>>n.g.BlockBits; k++ {
 				if k != last {
 					ok, last = yield(k), k
 				}
@@ -39,16 +41,16 @@ func (n *generation) scan(off int64, t table) error {
 // referenceRuns changes the counts of an L2 table and, as scan found them, of its clusters. Called with the allocator's lock
 // held.
 func (n *generation) referenceRuns(off int64, delta int) error {
-	if err := n.add(run{off >> n.g.clusterBits, 1}, delta); err != nil {
+	if err := n.add(format.Run{First: off >> n.g.ClusterBits, N: 1}, delta); err != nil {
 		return err
 	}
 	for _, r := range n.runs {
 		if delta < 0 { // what becomes free must not be metadata
-			if err := n.img.alloc.metadata.refuse(r.hosts); err != nil {
+			if err := n.img.alloc.metadata.refuse(r.Hosts); err != nil {
 				return fmt.Errorf("L2 table at file offset %#x: %w", off, err)
 			}
 		}
-		if err := n.add(r.hosts, delta); err != nil {
+		if err := n.add(r.Hosts, delta); err != nil {
 			return fmt.Errorf("L2 table at file offset %#x: %w", off, err)
 		}
 	}
@@ -56,8 +58,8 @@ func (n *generation) referenceRuns(off int64, delta int) error {
 }
 
 // unreference takes away the references of all that an L1 table reaches: its L2 tables and their clusters, once per path.
-func (n *generation) unreference(l1 []l1Entry) error {
-	return n.eachTable(l1, func(_, off int64, t table) error {
+func (n *generation) unreference(l1 []format.L1Entry) error {
+	return n.eachTable(l1, func(_, off int64, t format.L2Table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}
@@ -67,8 +69,8 @@ func (n *generation) unreference(l1 []l1Entry) error {
 
 // flag gives the next generation a table of its own wherever COPIED flags of an active table do not agree with the
 // next counts (I2). The other one stays as it is, for a snapshot or for the old generation.
-func (n *generation) flag(l1 []l1Entry) error {
-	return n.eachTable(l1, func(i, off int64, t table) error {
+func (n *generation) flag(l1 []format.L1Entry) error {
+	return n.eachTable(l1, func(i, off int64, t format.L2Table) error {
 		if n.sawChange(i) {
 			return nil // catchUp looks at it
 		}
@@ -79,7 +81,7 @@ func (n *generation) flag(l1 []l1Entry) error {
 // flagTable is flag for the table that the live generation has at off, 0 for none. t becomes the next one. If that is not
 // what lies at off, both generations cannot have that: what guests have given up there would keep flags that only the
 // live one's counts agree with.
-func (n *generation) flagTable(i, off int64, t table, differs bool) error {
+func (n *generation) flagTable(i, off int64, t format.L2Table, differs bool) error {
 	if err := n.scan(off, t); err != nil {
 		return err
 	}
@@ -88,7 +90,7 @@ func (n *generation) flagTable(i, off int64, t table, differs bool) error {
 		if changed, err = n.setCopied(t, n.runs); err != nil || changed {
 			return err
 		}
-		c, err := n.count(off >> n.g.clusterBits)
+		c, err := n.count(off >> n.g.ClusterBits)
 		sole = c == 1
 		return err
 	}); err != nil {
@@ -104,7 +106,7 @@ func (n *generation) flagTable(i, off int64, t table, differs bool) error {
 }
 
 // replace gives the next generation a table of its own for an active one, which the live generation has at off.
-func (n *generation) replace(i, off int64, t table) error {
+func (n *generation) replace(i, off int64, t format.L2Table) error {
 	next := &nextTable{old: off}
 	if err := n.seek(1); err != nil {
 		return err
@@ -114,7 +116,7 @@ func (n *generation) replace(i, off int64, t table) error {
 		if err != nil {
 			return err
 		}
-		next.at = r.first << n.g.clusterBits
+		next.at = r.First << n.g.ClusterBits
 		n.img.alloc.metadata.put(r, metadataL2)
 		if off == 0 {
 			return nil
@@ -124,52 +126,52 @@ func (n *generation) replace(i, off int64, t table) error {
 		return err
 	}
 	n.tables[i] = next
-	return n.out.write(next.at, t.b)
+	return n.out.write(next.at, t.B)
 }
 
 // dropTable takes away the active state's reference to a live table, ahead of any guest that may give it up. Called with
 // the allocator's lock held.
 func (n *generation) dropTable(off int64) error {
-	n.ahead[off>>n.g.clusterBits]++
-	return n.drop(off, n.g.clusterSize)
+	n.ahead[off>>n.g.ClusterBits]++
+	return n.drop(off, n.g.ClusterSize)
 }
 
 // keepTable is for a table that a guest has replaced: unless it is given up already, that is still to come, and takes
 // away the reference. Called with the allocator's lock held.
 func (n *generation) keepTable(off int64) error {
-	c := off >> n.g.clusterBits
+	c := off >> n.g.ClusterBits
 	if n.ahead[c] == 0 {
 		return nil
 	}
 	n.ahead[c]--
-	return n.add(run{c, 1}, 1)
+	return n.add(format.Run{First: c, N: 1}, 1)
 }
 
 // setCopied sets COPIED where the next count is 1, and nowhere else. t has the runs rs. Called with the allocator's
 // lock held.
-func (n *generation) setCopied(t table, rs []entryRun) (changed bool, err error) {
+func (n *generation) setCopied(t format.L2Table, rs []format.EntryRun) (changed bool, err error) {
 	for _, r := range rs {
-		if r.packed {
+		if r.Packed {
 			continue
 		}
-		at := r.i
-		err = n.g.eachBlock(r.hosts, func(k, first, m int64) error {
+		at := r.First
+		err = n.g.EachBlock(r.Hosts, func(k, first, m int64) error {
 			b, err := n.block(k)
 			if err != nil {
 				return err
 			}
 			for c, j, end := b.counts, first, first+m; j < end; {
 				sole, others := j, end // ends of the counts of 1 from j on, and of those that follow
-				if !c.none() {
-					sole = c.alike(j, end-j, 1)
-					others = c.find(sole, end-sole, 1)
+				if !c.None() {
+					sole = c.Alike(j, end-j, 1)
+					others = c.Find(sole, end-sole, 1)
 				}
 				wrong, last := sole, others
-				if !r.copied {
+				if !r.Copied {
 					wrong, last = j, sole
 				}
 				if wrong < last {
-					t.setCopied(at+wrong-first, last-wrong, !r.copied)
+					t.SetCopied(at+wrong-first, last-wrong, !r.Copied)
 					changed = true
 				}
 				j = others
@@ -185,10 +187,10 @@ func (n *generation) setCopied(t table, rs []entryRun) (changed bool, err error)
 }
 
 // note notes that guests have changed a table, and returns the set of sectors to add to. Called with the image's lock held.
-func (n *generation) note(i int64) *sectorSet {
+func (n *generation) note(i int64) *format.SectorSet {
 	set := n.dirty[i]
 	if set == nil {
-		set = new(sectorSet)
+		set = new(format.SectorSet)
 		n.dirty[i] = set
 	}
 	return set
@@ -205,10 +207,10 @@ func (n *generation) sawChange(i int64) bool {
 // tableChange is what guests have changed in an active table since the build saw it.
 type tableChange struct {
 	index   int64
-	live    int64     // offset of the table
-	set     sectorSet // the sectors that have changed
-	t       table     // the content; without bytes if it is on disk as it is in memory
-	differs bool      // from what is on disk
+	live    int64            // offset of the table
+	set     format.SectorSet // the sectors that have changed
+	t       format.L2Table   // the content; without bytes if it is on disk as it is in memory
+	differs bool             // from what is on disk
 }
 
 // changed returns the L1 indexes of the tables that guests have changed, in order. Called with the image's lock held.
@@ -220,9 +222,9 @@ func (n *generation) changed() []int64 {
 // takeChange returns what guests have changed in a table, with its content in buf, and forgets that they have. Called with
 // the image's lock held: it reads nothing.
 func (n *generation) takeChange(i int64, buf []byte) tableChange {
-	c := tableChange{index: i, live: n.img.l1[i].offset(), set: *n.dirty[i], t: table{extended: n.g.extended}}
+	c := tableChange{index: i, live: n.img.l1[i].Offset(), set: *n.dirty[i], t: format.L2Table{Extended: n.g.Extended}}
 	if t := n.img.l2.peek(i); t != nil {
-		c.t.b, c.differs = buf[:copy(buf, t.data.b)], !t.clean()
+		c.t.B, c.differs = buf[:copy(buf, t.data.B)], !t.clean()
 	}
 	delete(n.dirty, i)
 	return c
@@ -233,9 +235,9 @@ func (n *generation) apply(c tableChange) error {
 	if c.live == 0 {
 		return nil
 	}
-	if c.t.b == nil {
+	if c.t.B == nil {
 		var err error
-		if c.t, err = readL2(n.img.f, n.g, c.live); err != nil {
+		if c.t, err = format.ReadL2(n.img.f, n.g, c.live); err != nil {
 			return err
 		}
 	}
@@ -255,13 +257,13 @@ func (n *generation) apply(c tableChange) error {
 		}
 		next.old = c.live
 	}
-	if c.set.empty() {
+	if c.set.Empty() {
 		return nil
 	}
 	var err error
-	c.set.each(func(first, k int64) {
-		at := first * sectorSize
-		part := table{c.t.b[at : at+k*sectorSize], n.g.extended}
+	c.set.Each(func(first, k int64) {
+		at := first * format.SectorSize
+		part := format.L2Table{B: c.t.B[at : at+k*format.SectorSize], Extended: n.g.Extended}
 		if err == nil {
 			err = n.scan(c.live, part)
 		}
@@ -269,7 +271,7 @@ func (n *generation) apply(c tableChange) error {
 			err = n.locked(func() error { _, err := n.setCopied(part, n.runs); return err })
 		}
 		if err == nil {
-			err = n.out.write(next.at+at, part.b)
+			err = n.out.write(next.at+at, part.B)
 		}
 	})
 	return err

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file has a test for each hazard that others have met (docs of QEMU, its CVEs, the issues of other
@@ -56,7 +58,7 @@ func TestHazards(t *testing.T) {
 	deleteIt := func(img *Image) error { return img.DeleteSnapshot(snapshot) }
 	createOne := func(img *Image) error { _, err := img.CreateSnapshot("another", nil); return err }
 	writeIt := func(img *Image) error { _, err := img.WriteAt(make([]byte, 512), 0); return err }
-	copied := func(off int64) uint64 { return flagCopied | uint64(off) }
+	copied := func(off int64) uint64 { return format.FlagCopied | uint64(off) }
 	const hugeDisk = 1 << 61
 
 	for _, hazard := range []struct {
@@ -82,7 +84,7 @@ func TestHazards(t *testing.T) {
 		{"a COPIED L2 table that a snapshot has", func(f *memFile) { put64(f, l1At(f), copied(snapshotL2At(f))) }, ErrCorrupt, writeIt},
 		{"a COPIED L2 table that the active L1 has twice", func(f *memFile) { put64(f, l1At(f)+8, get64(f, l1At(f))) }, ErrCorrupt, writeIt},
 		{"a snapshot's L2 table in the refcount table", func(f *memFile) { put64(f, snapshotL1At(f), uint64(refTableAt(f))) }, ErrCorrupt, deleteIt},
-		{"data in the header", func(f *memFile) { put64(f, l2At(f), flagCopied|flagZero) }, nil, writeIt},
+		{"data in the header", func(f *memFile) { put64(f, l2At(f), format.FlagCopied|format.FlagZero) }, nil, writeIt},
 		{"data in the active L1", func(f *memFile) { put64(f, l2At(f), copied(l1At(f))) }, ErrCorrupt, writeIt},
 		{"data in the active L2 itself", func(f *memFile) { put64(f, l2At(f), copied(l2At(f))) }, ErrCorrupt, writeIt},
 		{"data in the refcount table", func(f *memFile) { put64(f, l2At(f), copied(refTableAt(f))) }, ErrCorrupt, writeIt},
@@ -94,8 +96,8 @@ func TestHazards(t *testing.T) {
 		{"an L1 entry that is not aligned", func(f *memFile) { put64(f, l1At(f), copied(l2At(f)+8)) }, ErrCorrupt, writeIt},
 		{"an L1 entry behind the end", func(f *memFile) { put64(f, l1At(f), copied(1<<40)) }, ErrCorrupt, writeIt},
 		{"an L2 entry behind the end, snapshot", func(f *memFile) { put64(f, l2At(f), copied(1<<40)) }, ErrCorrupt, createOne},
-		{"a compressed cluster behind the end, snapshot", func(f *memFile) { put64(f, l2At(f), flagCompressed|1<<40) }, ErrCorrupt, createOne},
-		{"a compressed bomb (garbage)", func(f *memFile) { put64(f, l2At(f), flagCompressed|uint64(l1At(f))) }, ErrCorrupt, writeIt},
+		{"a compressed cluster behind the end, snapshot", func(f *memFile) { put64(f, l2At(f), format.FlagCompressed|1<<40) }, ErrCorrupt, createOne},
+		{"a compressed bomb (garbage)", func(f *memFile) { put64(f, l2At(f), format.FlagCompressed|uint64(l1At(f))) }, ErrCorrupt, writeIt},
 		{"a reference count that overflows", func(f *memFile) { f.content.writeAt(bytes.Repeat([]byte{0xff}, 256), refBlockAt(f)) }, ErrLimit, createOne},
 		{"a reference count that falls below 0", func(f *memFile) { put64(f, refBlockAt(f)+16, 0); put64(f, refBlockAt(f)+24, 0) }, ErrCorrupt, deleteIt},
 		{"all of the file and more is counted: the file would grow 80 times", func(f *memFile) {
@@ -173,14 +175,14 @@ func TestHazardProbing(t *testing.T) {
 func TestHazardHeaderRewrite(t *testing.T) {
 	f := hostileImage(t, 3)
 	put32(f, 100, 120)
-	put64(f, 72, incompatCompression)
-	put64(f, 80, 1<<40|compatLazyRefcounts)
+	put64(f, 72, format.IncompatCompression)
+	put64(f, 80, 1<<40|format.CompatLazyRefcounts)
 	put64(f, 88, 1<<33)
-	f.content.writeAt([]byte{compressionZstd, 0, 0, 0, 0, 0, 0, 0, 't', 'a', 'i', 'l', 0, 0, 0, 0}, 104)
+	f.content.writeAt([]byte{format.CompressionZstd, 0, 0, 0, 0, 0, 0, 0, 't', 'a', 'i', 'l', 0, 0, 0, 0}, 104)
 	put32(f, 120, 0x12345678)
 	put32(f, 124, 5)
 	f.content.writeAt([]byte("known"), 128)
-	var before, after [sectorSize]byte
+	var before, after [format.SectorSize]byte
 	f.content.readAt(before[:], 0)
 	log := f.record()
 	img := openHazard(t, f)
@@ -204,7 +206,7 @@ func TestHazardHeaderRewrite(t *testing.T) {
 
 // TestHazardDirtyBit: neither bit is dropped by somebody who only reads, or is refused (cloud-hypervisor 53ee9ebb7).
 func TestHazardDirtyBit(t *testing.T) {
-	for _, bit := range []uint64{incompatDirty, incompatCorrupt} {
+	for _, bit := range []uint64{format.IncompatDirty, format.IncompatCorrupt} {
 		f := hostileImage(t, 3)
 		put64(f, 72, bit)
 		img, err := Open(f, OpenOptions{ReadOnly: true})
@@ -221,7 +223,7 @@ func TestHazardDirtyBit(t *testing.T) {
 func TestHazardOldTable(t *testing.T) {
 	f := hostileImage(t, 3)
 	l2 := l2At(f)
-	data := int64(get64(f, l2) & offsetMask)
+	data := int64(get64(f, l2) & format.OffsetMask)
 	img := openHazard(t, f)
 	log := f.record()
 	must(t, img.Discard(0, 512))

@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"syscall"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 func incompatibleBits(f *memFile) uint64 { return get64(f, 72) }
@@ -23,7 +25,7 @@ func TestOpenDirty(t *testing.T) {
 				t.Fatalf("qemu-io was not killed: %v", err)
 			}
 			f := loadMemFile(t, path)
-			if incompatibleBits(f) != incompatDirty|incompatibleBits(f)&incompatExtendedL2 {
+			if incompatibleBits(f) != format.IncompatDirty|incompatibleBits(f)&format.IncompatExtendedL2 {
 				t.Fatalf("QEMU left the incompatible features %#x", incompatibleBits(f))
 			}
 			if r, err := checkFile(t.Context(), f); err != nil || r.Corruptions == 0 {
@@ -59,19 +61,19 @@ func TestOpenDirty(t *testing.T) {
 // TestOpenDirtyAndDamaged gives up nothing on the way.
 func TestOpenDirtyAndDamaged(t *testing.T) {
 	f := hostileImage(t, 3)
-	put64(f, 72, incompatDirty)
+	put64(f, 72, format.IncompatDirty)
 	put64(f, l2At(f), 1<<40)
 	before := f.clone()
 	if _, err := Open(f, OpenOptions{}); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("got %v", err)
 	}
-	if h, err := readHeader(f.reopen(), decodeHeader); err != nil || h.sector != [sectorSize]byte(readSector(before)) {
+	if h, err := format.ReadHeader(f.reopen(), format.DecodeHeader); err != nil || h.Sector != [format.SectorSize]byte(readSector(before)) {
 		t.Errorf("the header was changed, %v", err)
 	}
 }
 
 func readSector(f *memFile) []byte {
-	b := make([]byte, sectorSize)
+	b := make([]byte, format.SectorSize)
 	f.content.readAt(b, 0)
 	return b
 }
@@ -108,7 +110,7 @@ func TestCorruptBit(t *testing.T) {
 			if err := test.use(img); !errors.Is(err, ErrCorrupt) {
 				t.Fatalf("got %v", err)
 			}
-			if !img.Info().CorruptBit || incompatibleBits(f)&incompatCorrupt == 0 {
+			if !img.Info().CorruptBit || incompatibleBits(f)&format.IncompatCorrupt == 0 {
 				t.Error("the image is not marked")
 			}
 			if _, err := img.WriteAt([]byte{1}, 30<<10); !errors.Is(err, ErrCorrupt) {
@@ -138,7 +140,7 @@ func TestCorruptBitOfOtherErrors(t *testing.T) {
 		fault  bool
 	}{
 		"I/O error":         {func(*memFile) {}, true},
-		"compressed stream": {func(f *memFile) { put64(f, l2At(f), flagCompressed|uint64(l1At(f))) }, false},
+		"compressed stream": {func(f *memFile) { put64(f, l2At(f), format.FlagCompressed|uint64(l1At(f))) }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := hostileImage(t, 3)

@@ -8,6 +8,8 @@ import (
 	"math"
 	"strings"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file opens and uses images whose metadata lies. Each lie is refused with the right error before anything is
@@ -48,12 +50,12 @@ func put32(f *memFile, off int64, v uint32) {
 
 // places of hostileImage's metadata.
 func l1At(f *memFile) int64            { return int64(get64(f, 40)) }
-func l2At(f *memFile) int64            { return int64(get64(f, l1At(f)) & offsetMask) }
+func l2At(f *memFile) int64            { return int64(get64(f, l1At(f)) & format.OffsetMask) }
 func refTableAt(f *memFile) int64      { return int64(get64(f, 48)) }
 func refBlockAt(f *memFile) int64      { return int64(get64(f, refTableAt(f))) }
 func snapshotTableAt(f *memFile) int64 { return int64(get64(f, 64)) }
 func snapshotL1At(f *memFile) int64    { return int64(get64(f, snapshotTableAt(f))) }
-func snapshotL2At(f *memFile) int64    { return int64(get64(f, snapshotL1At(f)) & offsetMask) }
+func snapshotL2At(f *memFile) int64    { return int64(get64(f, snapshotL1At(f)) & format.OffsetMask) }
 
 func TestOpenRefuses(t *testing.T) {
 	feature := func(f *memFile, bit uint) { put64(f, 72, get64(f, 72)|1<<bit) }
@@ -88,7 +90,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"an unknown feature", func(f *memFile) { feature(f, 5) }, ErrUnsupported, "0x20"},
 		{"a feature with a name", func(f *memFile) {
 			feature(f, 63)
-			put32(f, 104, extFeatureNames)
+			put32(f, 104, format.ExtFeatureNames)
 			put32(f, 108, 48)
 			f.content.writeAt([]byte("\x00\x3fmind reading"), 112)
 		}, ErrUnsupported, `"mind reading"`},
@@ -99,12 +101,12 @@ func TestOpenRefuses(t *testing.T) {
 		{"a long header", func(f *memFile) { put32(f, 100, 520) }, ErrCorrupt, "header_length 520"},
 		{"an endless header", func(f *memFile) { put32(f, 100, 0xfffffff8) }, ErrCorrupt, "header_length"},
 		{"an extension that leaves the cluster", func(f *memFile) { put32(f, 104, 0x12345678); put32(f, 108, 401) }, ErrCorrupt, "extension 0x12345678"},
-		{"an extension that overflows", func(f *memFile) { put32(f, 104, extBitmaps); put32(f, 108, math.MaxUint32) }, ErrCorrupt, "extension"},
+		{"an extension that overflows", func(f *memFile) { put32(f, 104, format.ExtBitmaps); put32(f, 108, math.MaxUint32) }, ErrCorrupt, "extension"},
 		{"a negative disk", func(f *memFile) { put64(f, 24, 1<<63) }, ErrLimit, "9223372036854775808"},
 		{"a disk too large", func(f *memFile) { put64(f, 24, 1<<62) }, ErrLimit, "L1 table"},
-		{"an L1 too large", func(f *memFile) { put32(f, 36, maxL1Bytes/8+1) }, ErrLimit, "4194305 entries"},
+		{"an L1 too large", func(f *memFile) { put32(f, 36, format.MaxL1Bytes/8+1) }, ErrLimit, "4194305 entries"},
 		{"an L1 that overflows", func(f *memFile) { put32(f, 36, math.MaxUint32) }, ErrLimit, "4294967295 entries"},
-		{"an L1 larger than the file", func(f *memFile) { put32(f, 36, maxL1Bytes/8) }, ErrCorrupt, "end of the file"},
+		{"an L1 larger than the file", func(f *memFile) { put32(f, 36, format.MaxL1Bytes/8) }, ErrCorrupt, "end of the file"},
 		{"an L1 too small", func(f *memFile) { put32(f, 36, 1) }, ErrCorrupt, "too small"},
 		{"an L1 in the header", func(f *memFile) { put64(f, 40, 0) }, ErrCorrupt, "offset 0"},
 		{"an unaligned L1", func(f *memFile) { put64(f, 40, get64(f, 40)+8) }, ErrCorrupt, "l1_table_offset"},
@@ -115,14 +117,14 @@ func TestOpenRefuses(t *testing.T) {
 		{"an unaligned refcount table", func(f *memFile) { put64(f, 48, get64(f, 48)+256) }, ErrCorrupt, "refcount_table_offset"},
 		{"a refcount table behind the end", func(f *memFile) { put64(f, 48, 1<<40) }, ErrCorrupt, "refcount table"},
 		{"a refcount block behind the end", func(f *memFile) { put64(f, refTableAt(f), 1<<40) }, ErrCorrupt, "refcount table entry 0"},
-		{"a refcount table too large", func(f *memFile) { put32(f, 56, maxRefcountTableBytes/512+1) }, ErrLimit, "16385 clusters"},
+		{"a refcount table too large", func(f *memFile) { put32(f, 56, format.MaxRefcountTableBytes/512+1) }, ErrLimit, "16385 clusters"},
 		{"a refcount table that overflows", func(f *memFile) { put32(f, 56, math.MaxUint32) }, ErrLimit, "refcount table"},
-		{"a refcount table larger than the file", func(f *memFile) { put32(f, 56, maxRefcountTableBytes/512) }, ErrCorrupt, ""},
+		{"a refcount table larger than the file", func(f *memFile) { put32(f, 56, format.MaxRefcountTableBytes/512) }, ErrCorrupt, ""},
 		{"an unaligned refcount block", func(f *memFile) { put64(f, refTableAt(f), get64(f, refTableAt(f))+1) }, ErrCorrupt, "refcount table entry 0"},
 		{"a refcount block at an offset that no file has", func(f *memFile) { put64(f, refTableAt(f), 1<<60) }, ErrCorrupt, "refcount table entry 0"},
-		{"too many snapshots", func(f *memFile) { put32(f, 60, maxSnapshots+1) }, ErrLimit, "65537 snapshots"},
+		{"too many snapshots", func(f *memFile) { put32(f, 60, format.MaxSnapshots+1) }, ErrLimit, "65537 snapshots"},
 		{"snapshots that overflow", func(f *memFile) { put32(f, 60, math.MaxUint32) }, ErrLimit, "snapshots"},
-		{"more snapshots than the table holds", func(f *memFile) { put32(f, 60, maxSnapshots) }, ErrLimit, "extra data"},
+		{"more snapshots than the table holds", func(f *memFile) { put32(f, 60, format.MaxSnapshots) }, ErrLimit, "extra data"},
 		{"a snapshot table in the header", func(f *memFile) { put64(f, 64, 0) }, ErrCorrupt, "snapshot table"},
 		{"an unaligned snapshot table", func(f *memFile) { put64(f, 64, get64(f, 64)+8) }, ErrCorrupt, "snapshots_offset"},
 		{"a snapshot table behind the end", func(f *memFile) { put64(f, 64, 1<<40) }, ErrCorrupt, "row 0"},
@@ -175,7 +177,7 @@ func TestOpenForReading(t *testing.T) {
 // that would destroy metadata, fail with ErrCorrupt; all else of the image stays as it was.
 func TestCorruptMapping(t *testing.T) {
 	const beyond = 1 << 40
-	copied := func(off int64) uint64 { return flagCopied | uint64(off) }
+	copied := func(off int64) uint64 { return format.FlagCopied | uint64(off) }
 	for _, test := range []struct {
 		name        string
 		version     int
@@ -185,7 +187,7 @@ func TestCorruptMapping(t *testing.T) {
 		{"L1: reserved bits", 3, func(f *memFile) { put64(f, l1At(f), get64(f, l1At(f))|1) }, true, true},
 		{"L1: high reserved bits", 3, func(f *memFile) { put64(f, l1At(f), get64(f, l1At(f))|1<<60) }, true, true},
 		{"L1: behind the end", 3, func(f *memFile) { put64(f, l1At(f), copied(beyond)) }, true, true},
-		{"L1: at the largest offset", 3, func(f *memFile) { put64(f, l1At(f), copied(offsetMask)) }, true, true},
+		{"L1: at the largest offset", 3, func(f *memFile) { put64(f, l1At(f), copied(format.OffsetMask)) }, true, true},
 		{"L1: itself", 3, func(f *memFile) { put64(f, l1At(f), copied(l1At(f))) }, false, true},
 		{"L1: the refcount table", 3, func(f *memFile) { put64(f, l1At(f), copied(refTableAt(f))) }, false, false},
 		{"L1: a refcount block", 3, func(f *memFile) { put64(f, l1At(f), copied(refBlockAt(f))) }, false, false},
@@ -200,9 +202,9 @@ func TestCorruptMapping(t *testing.T) {
 		{"L2: the snapshot table", 3, func(f *memFile) { put64(f, l2At(f), copied(snapshotTableAt(f))) }, false, true},
 		{"L2: a snapshot's L1", 3, func(f *memFile) { put64(f, l2At(f), copied(snapshotL1At(f))) }, false, false},
 		{"L2: a snapshot's L2", 3, func(f *memFile) { put64(f, l2At(f), copied(snapshotL2At(f))) }, false, false},
-		{"L2: compressed and COPIED", 3, func(f *memFile) { put64(f, l2At(f), flagCopied|flagCompressed|512) }, true, true},
-		{"L2: compressed behind the end", 3, func(f *memFile) { put64(f, l2At(f), flagCompressed|beyond) }, true, true},
-		{"L2: compressed garbage", 3, func(f *memFile) { put64(f, l2At(f), flagCompressed|uint64(l1At(f))) }, true, true},
+		{"L2: compressed and COPIED", 3, func(f *memFile) { put64(f, l2At(f), format.FlagCopied|format.FlagCompressed|512) }, true, true},
+		{"L2: compressed behind the end", 3, func(f *memFile) { put64(f, l2At(f), format.FlagCompressed|beyond) }, true, true},
+		{"L2: compressed garbage", 3, func(f *memFile) { put64(f, l2At(f), format.FlagCompressed|uint64(l1At(f))) }, true, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			f := hostileImage(t, test.version)

@@ -11,16 +11,18 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // Image is an open image. Its methods are safe for concurrent use; requests that overlap are ordered
 // somehow, and each takes effect whole.
 type Image struct {
 	f        *syncer
-	g        geometry
+	g        format.Geometry
 	readOnly bool
 	version  int
-	packed   decompressor
+	packed   format.Decompressor
 	makeRoom func() error // see OpenOptions
 	alloc    *allocator   // nil if read-only
 	failure  atomic.Pointer[error]
@@ -39,20 +41,20 @@ type Image struct {
 	tableMu  sync.Mutex // held while the active state gets an L2 table of its own
 	commitMu sync.Mutex // held by the running commit
 
-	mu        sync.Mutex // guards all below; the allocator's is taken before it
-	l1        []l1Entry  // the active L1 table
-	l1Dirty   sectorSet
+	mu        sync.Mutex       // guards all below; the allocator's is taken before it
+	l1        []format.L1Entry // the active L1 table
+	l1Dirty   format.SectorSet
 	l2        *l2Cache
 	loading   map[int64]chan struct{} // L2 tables that are being read, by L1 index; closed when they are
 	dirty     int                     // tables that have changed since the last commit, at least
-	frozen    []metaWrite             // sectors of L2 tables as they were when a snapshot was taken, for the next commit
-	freed     runs                    // no longer referenced in memory; released after the next commit (I4)
+	frozen    []format.MetaWrite      // sectors of L2 tables as they were when a snapshot was taken, for the next commit
+	freed     format.Runs             // no longer referenced in memory; released after the next commit (I4)
 	relieving bool                    // a commit in the background is due or under way
 	releasing bool                    // a flush was answered before what it frees is released
 	barrier   bool                    // data and copied tables must be durable before the mapping is written
 	started   uint64                  // commits
 	completed uint64                  // the latest commit that succeeded
-	rows      []snapshotRow
+	rows      []format.SnapshotRow
 	rowBytes  int64          // length of the snapshot table
 	views     map[string]int // open views by snapshot ID
 	build     *generation    // of the running operation, nil if there is none
@@ -62,14 +64,14 @@ type Image struct {
 	background sync.WaitGroup // commits and reservations that no guest waits for; begun with gate held
 
 	hdrMu sync.Mutex // held while the header is switched
-	hdr   atomic.Pointer[header]
+	hdr   atomic.Pointer[format.Header]
 }
 
 // Size returns the size of the active disk in bytes.
-func (img *Image) Size() int64 { return img.hdr.Load().size }
+func (img *Image) Size() int64 { return img.hdr.Load().Size }
 
 // ClusterSize returns the cluster size in bytes.
-func (img *Image) ClusterSize() int64 { return img.g.clusterSize }
+func (img *Image) ClusterSize() int64 { return img.g.ClusterSize }
 
 // DropCache gives up the memory of L2 tables and refcount blocks that are in the file as they are: the next requests read
 // them again.
@@ -102,7 +104,7 @@ type Info struct {
 
 // compressionName is QEMU's name of a compression type.
 func compressionName(kind uint8) string {
-	if kind == compressionZstd {
+	if kind == format.CompressionZstd {
 		return "zstd"
 	}
 	return "zlib"
@@ -113,10 +115,10 @@ func (img *Image) Info() Info {
 	h := img.hdr.Load()
 	length, _ := img.f.Size() // 0 if it cannot be had: this is for people
 	return Info{
-		Version: h.version, ClusterSize: img.g.clusterSize, Size: h.size, FileSize: length,
-		RefcountBits: 1 << h.refcountOrder, CompressionType: compressionName(h.compressionType), Snapshots: img.Snapshots(),
-		CorruptBit: h.incompatible&incompatCorrupt != 0, DirtyBit: h.incompatible&incompatDirty != 0,
-		LazyRefcounts: h.compatible&compatLazyRefcounts != 0, ExtendedL2: h.incompatible&incompatExtendedL2 != 0,
+		Version: h.Version, ClusterSize: img.g.ClusterSize, Size: h.Size, FileSize: length,
+		RefcountBits: 1 << h.RefcountOrder, CompressionType: compressionName(h.CompressionType), Snapshots: img.Snapshots(),
+		CorruptBit: h.Incompatible&format.IncompatCorrupt != 0, DirtyBit: h.Incompatible&format.IncompatDirty != 0,
+		LazyRefcounts: h.Compatible&format.CompatLazyRefcounts != 0, ExtendedL2: h.Incompatible&format.IncompatExtendedL2 != 0,
 	}
 }
 
@@ -166,7 +168,7 @@ func (img *Image) failed() error {
 // judge returns err. One that says that metadata is impossible ends all writing, durably: the next write could make more of
 // it wrong. Reading goes on, and so do flushes of what has been written before.
 func (img *Image) judge(err error) error {
-	if err == nil || img.readOnly || !errors.Is(err, ErrCorrupt) || errors.Is(err, errContent) {
+	if err == nil || img.readOnly || !errors.Is(err, ErrCorrupt) || errors.Is(err, format.ErrContent) {
 		return err
 	}
 	disown(img.f.File)
@@ -174,7 +176,7 @@ func (img *Image) judge(err error) error {
 	if !img.corrupt.CompareAndSwap(nil, &cause) || img.version < 3 {
 		return err // version 2 has no bit for it
 	}
-	return errors.Join(err, img.switchHeader(func(h *header) { h.incompatible |= incompatCorrupt }))
+	return errors.Join(err, img.switchHeader(func(h *format.Header) { h.Incompatible |= format.IncompatCorrupt }))
 }
 
 // errRepair says what to do about an image that is corrupt.
@@ -193,7 +195,7 @@ func (img *Image) sync() error {
 
 // switchHeader changes the generation of the metadata durably, by a write of one sector (C3). All that the new
 // header selects must be durable.
-func (img *Image) switchHeader(change func(*header)) error {
+func (img *Image) switchHeader(change func(*format.Header)) error {
 	img.hdrMu.Lock()
 	defer img.hdrMu.Unlock()
 	if err := img.failed(); err != nil {
@@ -201,14 +203,14 @@ func (img *Image) switchHeader(change func(*header)) error {
 	}
 	h := *img.hdr.Load()
 	change(&h)
-	sector := h.encode()
+	sector := h.Encode()
 	if _, err := img.f.WriteAt(sector, 0); err != nil {
 		return img.fail(fmt.Errorf("write the header: %w", err))
 	}
 	if err := img.sync(); err != nil {
 		return err
 	}
-	copy(h.sector[:], sector)
+	copy(h.Sector[:], sector)
 	img.hdr.Store(&h)
 	return nil
 }

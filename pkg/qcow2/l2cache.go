@@ -1,23 +1,27 @@
 package qcow2
 
-import "container/list"
+import (
+	"container/list"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // l2Table is an L2 table of the active state in memory.
 type l2Table struct {
 	index   int64 // in the L1 table
 	offset  int64 // host offset of the table
-	data    table
-	dirty   sectorSet // changed since the last commit took them
-	writing sectorSet // taken by a commit that has not finished
+	data    format.L2Table
+	dirty   format.SectorSet // changed since the last commit took them
+	writing format.SectorSet // taken by a commit that has not finished
 }
 
 // set changes an entry and marks its sector.
-func (t *l2Table) set(i int64, e l2Entry) {
-	t.data.set(i, e)
-	t.dirty.add(i * t.data.entrySize() / sectorSize)
+func (t *l2Table) set(i int64, e format.L2Entry) {
+	t.data.Set(i, e)
+	t.dirty.Add(i * t.data.EntrySize() / format.SectorSize)
 }
 
-func (t *l2Table) clean() bool { return t.dirty.empty() && t.writing.empty() }
+func (t *l2Table) clean() bool { return t.dirty.Empty() && t.writing.Empty() }
 
 // l2Cache keeps the most recently used L2 tables, and all dirty ones. The zero value is not usable. Its owner
 // guards it.
@@ -29,17 +33,17 @@ type l2Cache struct {
 }
 
 // newTable returns a table to be read.
-func (c *l2Cache) newTable(g geometry) table {
+func (c *l2Cache) newTable(g format.Geometry) format.L2Table {
 	b := c.spare
 	if c.spare = nil; b == nil {
-		return g.newTable()
+		return g.NewTable()
 	}
-	return g.table(b)
+	return g.Table(b)
 }
 
-func newL2Cache(bytes int64, g geometry) *l2Cache {
+func newL2Cache(bytes int64, g format.Geometry) *l2Cache {
 	return &l2Cache{
-		limit:  int(max(bytes>>g.clusterBits, 4)),
+		limit:  int(max(bytes>>g.ClusterBits, 4)),
 		tables: make(map[int64]*list.Element),
 		recent: list.New(),
 	}
@@ -71,7 +75,7 @@ func (c *l2Cache) put(t *l2Table) {
 		e = e.Prev()
 		if old.clean() && old != t {
 			c.drop(old.index)
-			c.spare = old.data.b
+			c.spare = old.data.B
 		}
 	}
 }

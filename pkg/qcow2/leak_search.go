@@ -1,5 +1,7 @@
 package qcow2
 
+import "github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+
 // leakSearch is what a search has learnt about the host clusters from first on: how often each is referenced.
 // The allocator's lock guards it.
 type leakSearch struct {
@@ -15,15 +17,15 @@ const (
 )
 
 // add counts references to a run.
-func (s *leakSearch) add(r run, times int64, flag uint8) {
-	for c := max(r.first, s.first); c < min(r.end(), s.first+int64(len(s.seen))); c++ {
+func (s *leakSearch) add(r format.Run, times int64, flag uint8) {
+	for c := max(r.First, s.first); c < min(r.End(), s.first+int64(len(s.seen))); c++ {
 		v := s.seen[c-s.first]
 		s.seen[c-s.first] = v&seenActive | flag | uint8(min(int64(v&seenCount)+times, int64(seenCount)))
 	}
 }
 
 // touch excludes clusters. It may be called on nil.
-func (s *leakSearch) touch(r run) {
+func (s *leakSearch) touch(r format.Run) {
 	if s != nil {
 		s.add(r, int64(seenCount), 0)
 	}

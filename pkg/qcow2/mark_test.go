@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file shows that an image is changed only where its counts are vouched for: what others have written is verified first.
@@ -18,11 +20,11 @@ import (
 func zeroCounts(t *testing.T, path string) {
 	t.Helper()
 	f := loadMemFile(t, path)
-	h, err := readHeader(f, parseHeader)
+	h, err := format.ReadHeader(f, format.ParseHeader)
 	must(t, err)
 	out, err := os.OpenFile(path, os.O_WRONLY, 0)
 	must(t, err)
-	_, err = out.WriteAt(make([]byte, 1<<h.clusterBits), refBlockAt(f))
+	_, err = out.WriteAt(make([]byte, 1<<h.ClusterBits), refBlockAt(f))
 	must(t, errors.Join(err, out.Close()))
 }
 
@@ -115,11 +117,11 @@ func verifies(t *testing.T, path string) bool {
 	must(t, err)
 	l2 := int64(0)
 	for _, e := range img.l1 {
-		if e.offset() != 0 {
-			l2 += img.g.clusterSize
+		if e.Offset() != 0 {
+			l2 += img.g.ClusterSize
 		}
 	}
-	if l2 < 8*img.g.clusterSize {
+	if l2 < 8*img.g.ClusterSize {
 		t.Fatal("too few L2 tables to tell")
 	}
 	must(t, img.Close())
@@ -137,7 +139,7 @@ func TestMark(t *testing.T) {
 		t.Helper()
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
-		for off := int64(0); off < img.Size(); off += img.g.l2Coverage {
+		for off := int64(0); off < img.Size(); off += img.g.L2Coverage {
 			_, err = img.WriteAt(stamp(1, off, 4096), off)
 			must(t, err)
 		}

@@ -7,12 +7,15 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file holds the file that tests put behind an image: memFile keeps its content in memory, fails
@@ -393,7 +396,7 @@ func (e *shortError) Unwrap() error { return e.error }
 // short does half of a call, in sectors, if err says so, and returns how many bytes.
 func (f *memFile) short(err error, p []byte, do func(p []byte)) int {
 	var s *shortError
-	n := len(p) / 2 &^ (sectorSize - 1)
+	n := len(p) / 2 &^ (format.SectorSize - 1)
 	if n == 0 || !errors.As(err, &s) {
 		return 0
 	}
@@ -490,4 +493,14 @@ func must(t testing.TB, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// pattern returns n bytes that depend on seed, do not repeat soon and are never all zero.
+func pattern(seed byte, n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.NewChaCha8([32]byte{seed}).Read(b) // never fails
+	for i := range b {
+		b[i] |= 1
+	}
+	return b
 }

@@ -5,6 +5,8 @@ import (
 	"math"
 	"math/bits"
 	"sync"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // metadataMap knows which host clusters hold metadata, so that nothing else is ever put there. In a sound image the
@@ -32,9 +34,9 @@ func (g kindGroup) kind(c int64) metadataKind {
 
 // kindGroups calls fn for each group that r touches, until it returns false, with the group's number and the clusters of
 // r in it as a mask.
-func kindGroups(r run, fn func(group int64, mask uint64) bool) {
-	for c := r.first; c < r.end(); {
-		end := min((c/kindGroupClusters+1)*kindGroupClusters, r.end())
+func kindGroups(r format.Run, fn func(group int64, mask uint64) bool) {
+	for c := r.First; c < r.End(); {
+		end := min((c/kindGroupClusters+1)*kindGroupClusters, r.End())
 		mask := uint64(math.MaxUint64) >> (kindGroupClusters - uint(end-c)) << (uint(c) % kindGroupClusters)
 		if !fn(c/kindGroupClusters, mask) {
 			return
@@ -72,10 +74,10 @@ func newMetadataMap(bytes int64) *metadataMap {
 }
 
 // add notes what r holds from now on. ErrCorrupt if it is something else already that cannot be the same.
-func (m *metadataMap) add(r run, kind metadataKind) error {
+func (m *metadataMap) add(r format.Run, kind metadataKind) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for c := r.first; c < r.end(); c++ {
+	for c := r.First; c < r.End(); c++ {
 		switch have := m.groups[c/kindGroupClusters].kind(c); {
 		case have == 0:
 			m.set(c, kind)
@@ -87,10 +89,10 @@ func (m *metadataMap) add(r run, kind metadataKind) error {
 }
 
 // put notes what is written to clusters that were taken for it, again and again perhaps.
-func (m *metadataMap) put(r run, kind metadataKind) {
+func (m *metadataMap) put(r format.Run, kind metadataKind) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for c := r.first; c < r.end(); c++ {
+	for c := r.First; c < r.End(); c++ {
 		m.set(c, kind)
 	}
 }
@@ -115,7 +117,7 @@ func (m *metadataMap) set(c int64, kind metadataKind) {
 }
 
 // remove forgets clusters that are free.
-func (m *metadataMap) remove(r run) {
+func (m *metadataMap) remove(r format.Run) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	kindGroups(r, func(group int64, mask uint64) bool {
@@ -141,7 +143,7 @@ func (m *metadataMap) kind(c int64) metadataKind {
 }
 
 // refuse returns ErrCorrupt if one of the clusters, which are to hold data or something new, is metadata.
-func (m *metadataMap) refuse(r run) error {
+func (m *metadataMap) refuse(r format.Run) error {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	var err error

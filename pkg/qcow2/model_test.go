@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"golang.org/x/sys/unix"
 )
 
@@ -65,7 +66,7 @@ func randomParams(rng *rand.Rand) modelParams {
 		p.ops /= 2
 		p.size = max(12*c, 2<<20)
 	case rng.IntN(8) == 0 && !p.compressed: // a second L2 table, far away with large clusters
-		p.size = g.l2Coverage + 20*c
+		p.size = g.L2Coverage + 20*c
 	case c <= 1024 && rng.IntN(4) == 0: // many refcount blocks, sometimes a larger refcount table
 		p.size = []int64{10 << 20, 1 << 20, 1 << 20}[rng.IntN(3)]
 		p.most = p.size / 20
@@ -77,8 +78,8 @@ func randomParams(rng *rand.Rand) modelParams {
 	return p
 }
 
-func (p modelParams) geometry() geometry {
-	return newGeometry(uint(log2(p.ClusterSize)), uint(log2(int64(p.RefcountBits))), p.ExtendedL2)
+func (p modelParams) geometry() format.Geometry {
+	return format.NewGeometry(uint(log2(p.ClusterSize)), uint(log2(int64(p.RefcountBits))), p.ExtendedL2)
 }
 
 func log2(n int64) int {
@@ -93,7 +94,7 @@ func log2(n int64) int {
 type history struct {
 	t     testing.TB
 	rng   *rand.Rand
-	g     geometry
+	g     format.Geometry
 	p     modelParams
 	file  *memFile
 	img   *Image
@@ -155,7 +156,7 @@ func (h *history) open() {
 }
 
 // wholeSectors is what a disk of size bytes becomes.
-func wholeSectors(size int64) int64 { return (size + sectorSize - 1) &^ (sectorSize - 1) }
+func wholeSectors(size int64) int64 { return (size + format.SectorSize - 1) &^ (format.SectorSize - 1) }
 
 // play makes the history's requests.
 func (h *history) play() {
@@ -204,14 +205,14 @@ func (h *history) span() (off, n int64) {
 	if size == 0 {
 		return 0, 0
 	}
-	c := h.g.clusterSize
+	c := h.g.ClusterSize
 	switch h.rng.IntN(6) {
 	case 0:
 		off = h.last
 	case 1:
 		off = h.last &^ (c - 1)
 	case 2:
-		off = h.g.l2Coverage * h.rng.Int64N(size/h.g.l2Coverage+1)
+		off = h.g.L2Coverage * h.rng.Int64N(size/h.g.L2Coverage+1)
 	case 3:
 		off = size - c
 	default:
@@ -247,8 +248,8 @@ func stamp(count int, off, n int64) []byte {
 	p := make([]byte, n)
 	for done := int64(0); done < n; { // sector by sector: a loop over bytes is slow under -race
 		at := off + done
-		sector := stampSector(count, at/sectorSize)
-		done += int64(copy(p[done:], sector[at%sectorSize:]))
+		sector := stampSector(count, at/format.SectorSize)
+		done += int64(copy(p[done:], sector[at%format.SectorSize:]))
 	}
 	return p
 }
@@ -256,14 +257,14 @@ func stamp(count int, off, n int64) []byte {
 func stampSector(count int, sector int64) []byte {
 	var word [8]byte
 	binary.LittleEndian.PutUint64(word[:], uint64(count)*0x9e3779b97f4a7c15^uint64(sector)*0xd6e8feb86659fd93|0x0101010101010101)
-	return bytes.Repeat(word[:], sectorSize/len(word))
+	return bytes.Repeat(word[:], format.SectorSize/len(word))
 }
 
 func (h *history) zero(what string, do func(off, n int64) error) {
 	h.t.Helper()
 	off, n := h.span()
 	if h.rng.IntN(3) == 0 { // more than one table
-		n = min(h.model.active.size-off, h.g.l2Coverage+h.rng.Int64N(h.g.l2Coverage))
+		n = min(h.model.active.size-off, h.g.L2Coverage+h.rng.Int64N(h.g.L2Coverage))
 	}
 	h.note("%d: %s %#x %#x", h.count, what, off, n)
 	must(h.t, do(off, n))
@@ -338,7 +339,7 @@ func (h *history) deleteSnapshot() {
 
 func (h *history) resize() {
 	h.t.Helper()
-	size := h.model.active.size + [...]int64{0, 1, 512, h.g.clusterSize, 5*h.g.clusterSize + 7, h.g.l2Coverage}[h.rng.IntN(6)]
+	size := h.model.active.size + [...]int64{0, 1, 512, h.g.ClusterSize, 5*h.g.ClusterSize + 7, h.g.L2Coverage}[h.rng.IntN(6)]
 	if size > 1<<30 {
 		return
 	}

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file takes and deletes snapshots while a guest works (C5), and crashes the image at every moment of it: with the
@@ -184,7 +186,7 @@ func crashOnline(t *testing.T, y *crashTally, seed uint64, plan crashPlan) {
 	t.Helper()
 	p := crashParams{}
 	p.ClusterSize, p.Version, p.RefcountBits = []int64{512, 512, 1024, 4096}[seed%4], 3, 16
-	p.size = min(24*p.geometry().l2Coverage, 512<<10)
+	p.size = min(24*p.geometry().L2Coverage, 512<<10)
 	o := &onlineHistory{crashHistory: newCrashHistory(t, seed, p), done: make(chan struct{})}
 	o.write(0, o.img.Size())
 	o.flush()
@@ -352,11 +354,11 @@ func TestUncommittedAtSwitch(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newMemFile("uncommitted")
-			must(t, Create(f, 4*sectorSize, CreateOptions{ClusterSize: 512}))
+			must(t, Create(f, 4*format.SectorSize, CreateOptions{ClusterSize: 512}))
 			img, err := Open(f, OpenOptions{})
 			must(t, err)
 			write := func(count int) {
-				_, err := img.WriteAt(stamp(count, 0, 4*sectorSize), 0)
+				_, err := img.WriteAt(stamp(count, 0, 4*format.SectorSize), 0)
 				must(t, err)
 			}
 			write(1)
@@ -390,11 +392,11 @@ func TestTableGivenUpEarly(t *testing.T) {
 	gaveUp := 0
 	for call := range 8 {
 		f := newMemFile("early")
-		must(t, Create(f, 4*sectorSize, CreateOptions{ClusterSize: 512}))
+		must(t, Create(f, 4*format.SectorSize, CreateOptions{ClusterSize: 512}))
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
 		write := func(count int) {
-			_, err := img.WriteAt(stamp(count, 0, 4*sectorSize), 0)
+			_, err := img.WriteAt(stamp(count, 0, 4*format.SectorSize), 0)
 			must(t, err)
 			must(t, img.Flush())
 		}

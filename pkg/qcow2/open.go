@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // OpenOptions say how an image is opened.
@@ -41,21 +43,21 @@ func open(file File, o OpenOptions) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := h.geometry()
-	if d, ok := file.(*directFile); ok && d.block > g.clusterSize {
-		return nil, fmt.Errorf("%w: clusters of %d bytes on a file system that writes %d bytes at once", ErrUnsupported, g.clusterSize, d.block)
+	g := h.Geometry()
+	if d, ok := file.(*directFile); ok && d.block > g.ClusterSize {
+		return nil, fmt.Errorf("%w: clusters of %d bytes on a file system that writes %d bytes at once", ErrUnsupported, g.ClusterSize, d.block)
 	}
 	img := &Image{
-		f: f, g: g, readOnly: o.ReadOnly, version: h.version, makeRoom: o.MakeRoom,
+		f: f, g: g, readOnly: o.ReadOnly, version: h.Version, makeRoom: o.MakeRoom,
 		guests: newRangeLock(), views: make(map[string]int),
 		loading: make(map[int64]chan struct{}),
 	}
-	img.packed.kind = h.compressionType
+	img.packed.Kind = h.CompressionType
 	img.hdr.Store(&h)
-	if img.l1, err = readL1(f, g, h.l1Offset, h.l1Size, o.ReadOnly); err != nil {
+	if img.l1, err = format.ReadL1(f, g, h.L1Offset, h.L1Size, o.ReadOnly); err != nil {
 		return nil, fmt.Errorf("active L1 table: %w", err)
 	}
-	if img.rows, img.rowBytes, err = readSnapshotTable(f, &h); err != nil {
+	if img.rows, img.rowBytes, err = format.ReadSnapshotTable(f, &h); err != nil {
 		return nil, err
 	}
 	cache := o.L2CacheSize
@@ -75,9 +77,9 @@ func open(file File, o OpenOptions) (*Image, error) {
 	if err := img.noteMetadata(); err != nil {
 		return nil, err
 	}
-	if h.autoclear != 0 {
+	if h.Autoclear != 0 {
 		f.first = img.clearFeatures
-		h.autoclear = 0
+		h.Autoclear = 0
 		img.hdr.Store(&h)
 	}
 	if o.Redo != nil {
@@ -88,27 +90,27 @@ func open(file File, o OpenOptions) (*Image, error) {
 
 // openHeader returns the header of an image that can be used as o says. One that is to be written is sound then: its counts are
 // vouched for, or have been verified.
-func openHeader(f *syncer, o OpenOptions) (header, error) {
+func openHeader(f *syncer, o OpenOptions) (format.Header, error) {
 	if o.ReadOnly {
-		return readHeader(f, decodeHeader)
+		return format.ReadHeader(f, format.DecodeHeader)
 	}
 	// Who had the image before may have been killed. What it did last must not be lost in a power cut while what is
 	// written on top of it stays.
 	if err := f.Sync(); err != nil {
-		return header{}, err
+		return format.Header{}, err
 	}
-	h, err := readHeader(f, decodeHeader)
+	h, err := format.ReadHeader(f, format.DecodeHeader)
 	if err != nil {
-		return header{}, err
+		return format.Header{}, err
 	}
 	switch {
-	case h.incompatible&incompatCorrupt != 0:
-		return header{}, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, errRepair)
-	case h.incompatible&incompatDirty != 0:
+	case h.Incompatible&format.IncompatCorrupt != 0:
+		return format.Header{}, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, errRepair)
+	case h.Incompatible&format.IncompatDirty != 0:
 		if err := recount(f, h); err != nil {
-			return header{}, err
+			return format.Header{}, err
 		}
-		return readHeader(f, decodeHeader)
+		return format.ReadHeader(f, format.DecodeHeader)
 	case !vouched(f.File) && !o.Redo.used():
 		return h, verify(f.File, h)
 	}
@@ -118,7 +120,7 @@ func openHeader(f *syncer, o OpenOptions) (header, error) {
 // clearFeatures says before the first write that we maintain none of the features that an autoclear bit stands for. The header
 // in memory has none of the bits from the start.
 func (img *Image) clearFeatures() error {
-	if _, err := img.f.File.WriteAt(img.hdr.Load().encode(), 0); err != nil {
+	if _, err := img.f.File.WriteAt(img.hdr.Load().Encode(), 0); err != nil {
 		return fmt.Errorf("clear the autoclear features: %w", err)
 	}
 	return img.f.File.Sync()
@@ -129,38 +131,38 @@ func (img *Image) clearFeatures() error {
 func (img *Image) noteMetadata() error {
 	h, g, m := img.hdr.Load(), img.g, img.alloc.metadata
 	note := func(what string, off, length int64) error {
-		if err := m.add(run{off >> g.clusterBits, g.clusters(length)}, metadataSole); err != nil {
+		if err := m.add(format.Run{First: off >> g.ClusterBits, N: g.Clusters(length)}, metadataSole); err != nil {
 			return fmt.Errorf("%s at file offset %#x: %w", what, off, err)
 		}
 		return nil
 	}
-	if err := note("header", 0, g.clusterSize); err != nil {
+	if err := note("header", 0, g.ClusterSize); err != nil {
 		return err
 	}
-	if err := note("refcount table", h.refTableOffset, h.refTableClusters<<g.clusterBits); err != nil {
+	if err := note("refcount table", h.RefTableOffset, h.RefTableClusters<<g.ClusterBits); err != nil {
 		return err
 	}
 	for _, off := range img.alloc.rc.table {
 		if off == 0 {
 			continue
 		}
-		if err := note("refcount block", off, g.clusterSize); err != nil {
+		if err := note("refcount block", off, g.ClusterSize); err != nil {
 			return err
 		}
 	}
-	if err := note("active L1 table", h.l1Offset, h.l1Size*8); err != nil {
+	if err := note("active L1 table", h.L1Offset, h.L1Size*8); err != nil {
 		return err
 	}
-	if err := note("snapshot table", h.snapshotsOffset, img.rowBytes); err != nil {
+	if err := note("snapshot table", h.SnapshotsOffset, img.rowBytes); err != nil {
 		return err
 	}
 	scan := int64(maxScan)
 	for i := range img.rows {
 		row := &img.rows[i]
-		if scan -= row.l1Size * 8; scan < 0 {
+		if scan -= row.L1Size * 8; scan < 0 {
 			break
 		}
-		if err := note("L1 table of snapshot "+row.name, row.l1Offset, row.l1Size*8); err != nil {
+		if err := note("L1 table of snapshot "+row.Name, row.L1Offset, row.L1Size*8); err != nil {
 			return err
 		}
 	}
@@ -169,16 +171,16 @@ func (img *Image) noteMetadata() error {
 
 // noteTables notes L2 tables: one that is COPIED must be nobody else's.
 func (img *Image) noteTables() error {
-	note := func(l1 []l1Entry) error {
+	note := func(l1 []format.L1Entry) error {
 		for i, e := range l1 {
-			c, kind := e.offset()>>img.g.clusterBits, metadataL2
-			if e.copied() {
+			c, kind := e.Offset()>>img.g.ClusterBits, metadataL2
+			if e.Copied() {
 				kind = metadataOwnL2
 			}
 			if c == 0 || img.alloc.metadata.kind(c) == metadataSole {
 				continue // checkL1Entry refuses it when it is used
 			}
-			if err := img.alloc.metadata.add(run{c, 1}, kind); err != nil {
+			if err := img.alloc.metadata.add(format.Run{First: c, N: 1}, kind); err != nil {
 				return fmt.Errorf("L1 entry %d: %w", i, err)
 			}
 		}
@@ -190,7 +192,7 @@ func (img *Image) noteTables() error {
 	scan := int64(maxScan)
 	for i := range img.rows {
 		row := &img.rows[i]
-		if scan -= row.l1Size * 8; scan < 0 {
+		if scan -= row.L1Size * 8; scan < 0 {
 			break
 		}
 		l1, err := img.snapshotL1(row)
@@ -201,7 +203,7 @@ func (img *Image) noteTables() error {
 			return err
 		}
 		if err := note(l1); err != nil {
-			return fmt.Errorf("snapshot %q: %w", row.name, err)
+			return fmt.Errorf("snapshot %q: %w", row.Name, err)
 		}
 	}
 	return nil

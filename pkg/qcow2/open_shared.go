@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"golang.org/x/sys/unix"
 )
 
@@ -51,11 +52,11 @@ func openSharedOnce(path string) (*Image, error) {
 // Changed tells whether the image in the file is of another state than when it was opened: each operation on snapshots or on the
 // size switches the header.
 func (img *Image) Changed() (bool, error) {
-	now, err := readHeader(img.f, decodeHeader)
+	now, err := format.ReadHeader(img.f, format.DecodeHeader)
 	if err != nil {
 		return false, fmt.Errorf("%s: %w", img.f.Name(), err)
 	}
-	return !bytes.Equal(now.encode(), img.hdr.Load().encode()), nil
+	return !bytes.Equal(now.Encode(), img.hdr.Load().Encode()), nil
 }
 
 // SnapshotKept tells whether a snapshot is still in the image that was opened as img with OpenShared. As long as it is, none of

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // operation is a change of the metadata's generation: a snapshot created, deleted or gone to, a resize.
@@ -20,7 +22,7 @@ type operation struct {
 	// frees: it gives more space than it takes.
 	frees bool
 	// takeRoom, if not nil, makes room on a full file system, and returns it. Guests wait.
-	takeRoom func() (run, error)
+	takeRoom func() (format.Run, error)
 	// unlist, if not nil, is what there is room for on a full file system of which nobody keeps any; it makes room for build.
 	// Guests wait.
 	unlist func() error
@@ -123,7 +125,7 @@ func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
 	if err := img.usable(true); err != nil {
 		return nil, err
 	}
-	var room run
+	var room format.Run
 	if op.takeRoom != nil {
 		var err error
 		if room, err = op.takeRoom(); err != nil {
@@ -137,8 +139,8 @@ func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
 	}
 	n := img.newGeneration()
 	n.slab = slab
-	if n.frees, n.room = op.frees, room; room.n > 0 {
-		n.next = room.first
+	if n.frees, n.room = op.frees, room; room.N > 0 {
+		n.next = room.First
 	}
 	if err := op.begin(n); err != nil {
 		return nil, fmt.Errorf("%s: %w", img.f.Name(), err)
@@ -172,14 +174,14 @@ func (img *Image) changeInRoom(op operation, cause error) error {
 	default:
 		return cause
 	}
-	op.takeRoom = func() (run, error) {
+	op.takeRoom = func() (format.Run, error) {
 		if err := img.makeRoom(); err != nil {
-			return run{}, errors.Join(cause, err)
+			return format.Run{}, errors.Join(cause, err)
 		}
 		img.alloc.mu.Lock()
 		defer img.alloc.mu.Unlock()
-		room := run{img.g.clusters(img.alloc.length.Load()), img.roomNeeded()}
-		return room, allocator.Allocate(room.first<<img.g.clusterBits, room.n<<img.g.clusterBits)
+		room := format.Run{First: img.g.Clusters(img.alloc.length.Load()), N: img.roomNeeded()}
+		return room, allocator.Allocate(room.First<<img.g.ClusterBits, room.N<<img.g.ClusterBits)
 	}
 	err := img.attempt(op)
 	img.alloc.ledger.Lock()
@@ -195,9 +197,9 @@ func (img *Image) changeInRoom(op operation, cause error) error {
 func (img *Image) roomNeeded() int64 {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	need := img.g.clusters(int64(len(img.l1))*8) + img.g.clusters(img.rowBytes) + img.alloc.rc.tableAt.n
+	need := img.g.Clusters(int64(len(img.l1))*8) + img.g.Clusters(img.rowBytes) + img.alloc.rc.tableAt.N
 	for _, e := range img.l1 {
-		if e.offset() != 0 {
+		if e.Offset() != 0 {
 			need++
 		}
 	}
@@ -206,18 +208,18 @@ func (img *Image) roomNeeded() int64 {
 			need++
 		}
 	}
-	return need + need>>img.g.blockBits + 4 // new refcount blocks, for what is new
+	return need + need>>img.g.BlockBits + 4 // new refcount blocks, for what is new
 }
 
 // changeInPlace is attempt after unlist. cause is why it is needed.
 func (img *Image) changeInPlace(op operation, cause error) error {
 	gone := false
-	op.takeRoom = func() (run, error) {
+	op.takeRoom = func() (format.Run, error) {
 		err := op.unlist()
 		if gone = err == nil; !gone {
 			err = errors.Join(cause, err)
 		}
-		return run{}, err
+		return format.Run{}, err
 	}
 	op.begin = nothing
 	err := img.attempt(op)

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file tries orders. One operation is held up at one of its calls of the file, others begin meanwhile and get as far as
@@ -246,7 +248,7 @@ func (o *orderRun) start(what string) *event {
 
 // chunk writes as a part of a request that has begun.
 func (o *orderRun) chunk(off int64, p []byte) error {
-	return o.img.g.chunks(off, int64(len(p)), func(c chunk) error { return o.img.writeChunk(c, p[c.off-off:][:c.n]) })
+	return o.img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error { return o.img.writeChunk(c, p[c.Off-off:][:c.N]) })
 }
 
 // direct writes as the event loop does: to the file itself, if it may, and else as others do.
@@ -487,16 +489,16 @@ func (o *orderRun) wrong(content []byte, begun, settled func(*event) bool) int64
 	covers := func(w *event, at int64) bool {
 		return w.patch != nil && at >= w.patch.off && at < w.patch.off+w.patch.n
 	}
-	for at := int64(0); at < int64(len(content)); at += sectorSize {
+	for at := int64(0); at < int64(len(content)); at += format.SectorSize {
 		since := func(end int64) bool {
 			return slices.ContainsFunc(o.events, func(w *event) bool { return covers(w, at) && w.err == nil && settled(w) && end < w.begin })
 		}
-		sector := content[at : at+sectorSize]
+		sector := content[at : at+format.SectorSize]
 		ok := !since(0) && o.base.durable.differs(sector, at) < 0
 		for _, w := range o.events {
 			if !ok && covers(w, at) && begun(w) && !since(w.end) {
 				ok = w.patch.data == nil && isZero(sector) ||
-					w.patch.data != nil && bytes.Equal(sector, w.patch.data[at-w.patch.off:at-w.patch.off+sectorSize])
+					w.patch.data != nil && bytes.Equal(sector, w.patch.data[at-w.patch.off:at-w.patch.off+format.SectorSize])
 			}
 		}
 		if !ok {

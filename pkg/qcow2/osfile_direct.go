@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"unsafe"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"golang.org/x/sys/unix"
 )
 
@@ -60,7 +61,7 @@ func (d *directFile) goDirect(fd int) error {
 	if st.Mask&unix.STATX_DIOALIGN == 0 || st.Dio_offset_align == 0 {
 		return unix.EINVAL
 	}
-	if d.block = int64(max(st.Dio_offset_align, st.Dio_mem_align, sectorSize)); d.block > maxDirectBlock {
+	if d.block = int64(max(st.Dio_offset_align, st.Dio_mem_align, format.SectorSize)); d.block > maxDirectBlock {
 		return unix.EINVAL
 	}
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)

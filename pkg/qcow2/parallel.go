@@ -4,6 +4,8 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // callsAtOnce is how many small reads or writes are under way together: one after the other, the disk would wait for us.
@@ -35,9 +37,9 @@ func together(n int, do func(i int) error) error {
 }
 
 // writeAll makes writes that do not overlap; their order means nothing.
-func writeAll(f File, ws []metaWrite) error {
+func writeAll(f File, ws []format.MetaWrite) error {
 	write := func(i int) error {
-		_, err := f.WriteAt(ws[i].b, ws[i].off)
+		_, err := f.WriteAt(ws[i].B, ws[i].Off)
 		return err
 	}
 	if len(ws) > callsAtOnce {

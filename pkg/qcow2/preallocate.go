@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // Preallocation says what of a new image's disk has host clusters from the start. What is discarded later is given up
@@ -64,7 +66,7 @@ func (l layout) preallocate(f File, kind Preallocation, stop func() error) error
 
 // eachPiece calls fn for the data clusters piece by piece.
 func (l layout) eachPiece(stop func() error, fn func(off, n int64) error) error {
-	for off, end := l.dataAt(), l.clusters()<<l.g.clusterBits; off < end; off += preallocatePiece {
+	for off, end := l.dataAt(), l.clusters()<<l.g.ClusterBits; off < end; off += preallocatePiece {
 		if stop != nil {
 			if err := stop(); err != nil {
 				return err
@@ -79,21 +81,21 @@ func (l layout) eachPiece(stop func() error, fn func(off, n int64) error) error 
 
 // writeMapping maps all of the disk to the data clusters, in order.
 func (l layout) writeMapping(f File) error {
-	l1 := make([]l1Entry, l.l1Size)
+	l1 := make([]format.L1Entry, l.l1Size)
 	w := newMetadataWriter(f, l.l2At())
-	t, mapped := l.g.newTable(), int64(0)
+	t, mapped := l.g.NewTable(), int64(0)
 	for i := range l.l2 {
-		clear(t.b)
-		for k := range min(l.g.l2Entries, l.data-mapped) {
-			t.set(k, ownEntry(l.dataAt()+(mapped+k)<<l.g.clusterBits, subAllocated))
+		clear(t.B)
+		for k := range min(l.g.L2Entries, l.data-mapped) {
+			t.Set(k, format.OwnEntry(l.dataAt()+(mapped+k)<<l.g.ClusterBits, format.SubAllocated))
 		}
-		mapped += l.g.l2Entries
-		_, _ = w.Write(t.b) // Flush tells
-		l1[i] = l1Entry(l.l2At()+i<<l.g.clusterBits) | flagCopied
+		mapped += l.g.L2Entries
+		_, _ = w.Write(t.B) // Flush tells
+		l1[i] = format.L1Entry(l.l2At()+i<<l.g.ClusterBits) | format.FlagCopied
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	_, err := f.WriteAt(encodeL1(l1), l.l1At())
+	_, err := f.WriteAt(format.EncodeL1(l1), l.l1At())
 	return err
 }

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // punchBytes is how much is punched at once: guests' writes wait for as long as that takes.
@@ -11,11 +13,11 @@ const punchBytes = 4 << 20
 
 // worthPunch tells whether a run of free clusters is worth a punch. L2 tables take an eighth of a thousandth of what they
 // map; scattered ones keep their blocks until they are used again, for a punch of each would take longer than all else.
-func (a *allocator) worthPunch(r run) bool {
-	if r.n >= longRun {
+func (a *allocator) worthPunch(r format.Run) bool {
+	if r.N >= longRun {
 		return true
 	}
-	for c := r.first; c < r.end(); c++ {
+	for c := r.First; c < r.End(); c++ {
 		if a.metadata.kind(c) == 0 {
 			return true
 		}
@@ -34,8 +36,8 @@ func (n *generation) punchZeroed() {
 			if !a.worthPunch(r) {
 				continue
 			}
-			at := r.first << n.g.clusterBits
-			for end := min(r.end()<<n.g.clusterBits, a.length.Load()); at < end; at += punchBytes {
+			at := r.First << n.g.ClusterBits
+			for end := min(r.End()<<n.g.ClusterBits, a.length.Load()); at < end; at += punchBytes {
 				_ = a.f.PunchHole(at, min(punchBytes, end-at))
 				n.pacePunch(min(punchBytes, end-at))
 			}
@@ -45,30 +47,30 @@ func (n *generation) punchZeroed() {
 }
 
 // freeIn returns the clusters that block k counts as free, and that nobody can take meanwhile.
-func (a *allocator) freeIn(k int64) runs {
+func (a *allocator) freeIn(k int64) format.Runs {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	b, err := a.rc.block(k)
 	if err != nil || b == nil {
 		return nil
 	}
-	var free runs
-	last := min(b.counts.len(), a.unsafeEnd-k<<a.g.blockBits)
-	for i := b.counts.nextZero(0); i < last; {
-		end := min(b.counts.nextNonzero(i), last)
-		free.add(run{k<<a.g.blockBits + i, end - i})
-		i = b.counts.nextZero(end)
+	var free format.Runs
+	last := min(b.counts.Len(), a.unsafeEnd-k<<a.g.BlockBits)
+	for i := b.counts.NextZero(0); i < last; {
+		end := min(b.counts.NextNonzero(i), last)
+		free.Add(format.Run{First: k<<a.g.BlockBits + i, N: end - i})
+		i = b.counts.NextZero(end)
 	}
 	return free
 }
 
 // reopen lets clusters be taken again that block k counts as free.
-func (a *allocator) reopen(k int64, free runs) {
+func (a *allocator) reopen(k int64, free format.Runs) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, r := range free {
 		a.metadata.remove(r)
-		a.next = min(a.next, r.first)
+		a.next = min(a.next, r.First)
 	}
 	delete(a.unsafe, k)
 }
@@ -97,24 +99,24 @@ func (img *Image) PunchFree() (err error) {
 func (a *allocator) punchAll() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	counted := int64(1) << a.g.blockBits // by one block
-	for first, end := int64(0), a.g.clusters(a.length.Load()); first < end; first += counted {
-		b, err := a.rc.block(first >> a.g.blockBits)
+	counted := int64(1) << a.g.BlockBits // by one block
+	for first, end := int64(0), a.g.Clusters(a.length.Load()); first < end; first += counted {
+		b, err := a.rc.block(first >> a.g.BlockBits)
 		if err != nil {
 			return err
 		}
 		if b == nil { // none of them is in use
-			if err := a.punchHole(run{first, counted}); err != nil {
+			if err := a.punchHole(format.Run{First: first, N: counted}); err != nil {
 				return err
 			}
 			continue
 		}
-		for i := b.counts.nextZero(0); i < counted; {
-			next := b.counts.nextNonzero(i)
-			if err := a.punchHole(run{first + i, next - i}); err != nil {
+		for i := b.counts.NextZero(0); i < counted; {
+			next := b.counts.NextNonzero(i)
+			if err := a.punchHole(format.Run{First: first + i, N: next - i}); err != nil {
 				return err
 			}
-			i = b.counts.nextZero(next)
+			i = b.counts.NextZero(next)
 		}
 	}
 	return nil

@@ -16,18 +16,18 @@ func TestTakeWhilePunching(t *testing.T) {
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	a := img.alloc
-	end := a.g.clusters(a.length.Load())
+	end := a.g.Clusters(a.length.Load())
 	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, end
 	got, err := a.take(3)
 	must(t, err)
 	for _, r := range got {
-		if r.first < end || r.end() > end+a.g.blockCounts/2 {
-			t.Errorf("clusters %d to %d were taken, the file ends at %d", r.first, r.end(), end)
+		if r.First < end || r.End() > end+a.g.BlockCounts/2 {
+			t.Errorf("clusters %d to %d were taken, the file ends at %d", r.First, r.End(), end)
 		}
 	}
 	for _, r := range a.freeIn(0) {
-		if r.end() > end {
-			t.Errorf("clusters up to %d are to be punched, those from %d on can be taken", r.end(), end)
+		if r.End() > end {
+			t.Errorf("clusters up to %d are to be punched, those from %d on can be taken", r.End(), end)
 		}
 	}
 	a.reopen(0, nil)

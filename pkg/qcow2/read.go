@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // ReadAt reads len(p) bytes of the active disk at off, all of them or an error.
@@ -13,15 +15,15 @@ func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 	}
 	defer img.end()
 	done := 0
-	err := img.g.chunks(off, int64(len(p)), func(c chunk) error {
+	err := img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error {
 		unlock := img.lock(c, false)
 		defer unlock()
 		es, err := img.entries(c)
 		if err == nil {
-			err = img.readEntries(p[done:done+int(c.n)], c.off, es)
+			err = img.readEntries(p[done:done+int(c.N)], c.Off, es)
 		}
 		if err == nil {
-			done += int(c.n)
+			done += int(c.N)
 		}
 		return err
 	})
@@ -30,14 +32,14 @@ func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 
 // readEntries fills p with guest bytes from off on, which entries es map. Neighbouring host clusters are read
 // together.
-func (img *Image) readEntries(p []byte, off int64, es []l2Entry) error {
+func (img *Image) readEntries(p []byte, off int64, es []format.L2Entry) error {
 	for len(p) > 0 {
-		in := img.g.inCluster(off)
+		in := img.g.InCluster(off)
 		k := 1
 		for k < len(es) && follows(es[k-1], es[k], img.g) {
 			k++
 		}
-		n := int(min(int64(k)<<img.g.clusterBits-in, int64(len(p))))
+		n := int(min(int64(k)<<img.g.ClusterBits-in, int64(len(p))))
 		if err := img.readRun(p[:n], in, es[0]); err != nil {
 			return fmt.Errorf("%s: read guest offset %#x: %w", img.f.Name(), off, err)
 		}
@@ -47,25 +49,25 @@ func (img *Image) readEntries(p []byte, off int64, es []l2Entry) error {
 }
 
 // follows tells whether b can be read together with a, the entry before it.
-func follows(a, b l2Entry, g geometry) bool {
+func follows(a, b format.L2Entry, g format.Geometry) bool {
 	switch {
-	case a.kind().readsZero():
-		return b.kind().readsZero()
-	case a.kind() == kindData:
-		return b.kind() == kindData && b.offset() == a.offset()+g.clusterSize
+	case a.Kind().ReadsZero():
+		return b.Kind().ReadsZero()
+	case a.Kind() == format.KindData:
+		return b.Kind() == format.KindData && b.Offset() == a.Offset()+g.ClusterSize
 	}
 	return false
 }
 
 // readRun reads from in bytes into the host clusters that begin with e.
-func (img *Image) readRun(p []byte, in int64, e l2Entry) error {
-	switch e.kind() {
-	case kindData:
-		return img.readData(p, e.offset()+in)
-	case kindMixed:
+func (img *Image) readRun(p []byte, in int64, e format.L2Entry) error {
+	switch e.Kind() {
+	case format.KindData:
+		return img.readData(p, e.Offset()+in)
+	case format.KindMixed:
 		return img.readMixed(p, in, e)
-	case kindCompressed:
-		cluster := make([]byte, img.g.clusterSize)
+	case format.KindCompressed:
+		cluster := make([]byte, img.g.ClusterSize)
 		if err := img.readCompressed(cluster, e); err != nil {
 			return err
 		}
@@ -90,7 +92,7 @@ func (img *Image) readData(p []byte, off int64) error {
 	if err != nil {
 		return err
 	}
-	if last := (off + int64(len(p)) - 1) &^ (img.g.clusterSize - 1); last >= roundToSectors(length) {
+	if last := (off + int64(len(p)) - 1) &^ (img.g.ClusterSize - 1); last >= format.RoundToSectors(length) {
 		return fmt.Errorf("%w: the data cluster at file offset %#x is behind the end of the file, which has %d bytes: it was cut short",
 			ErrCorrupt, last, length)
 	}
@@ -99,13 +101,13 @@ func (img *Image) readData(p []byte, off int64) error {
 }
 
 // readMixed reads the subclusters that hold data; the others are zeros.
-func (img *Image) readMixed(p []byte, in int64, e l2Entry) error {
+func (img *Image) readMixed(p []byte, in int64, e format.L2Entry) error {
 	for len(p) > 0 {
-		n, allocated := e.subRun(img.g, in)
+		n, allocated := e.SubRun(img.g, in)
 		n = min(n, int64(len(p)))
 		if !allocated {
 			clear(p[:n])
-		} else if err := img.readData(p[:n], e.offset()+in); err != nil {
+		} else if err := img.readData(p[:n], e.Offset()+in); err != nil {
 			return err
 		}
 		p, in = p[n:], in+n
@@ -113,13 +115,13 @@ func (img *Image) readMixed(p []byte, in int64, e l2Entry) error {
 	return nil
 }
 
-func (img *Image) readCompressed(cluster []byte, e l2Entry) error {
-	off, n := e.compressed(img.g)
+func (img *Image) readCompressed(cluster []byte, e format.L2Entry) error {
+	off, n := e.Compressed(img.g)
 	src := make([]byte, n)
-	if err := readPadded(img.f, src, off); err != nil {
+	if err := format.ReadPadded(img.f, src, off); err != nil {
 		return err
 	}
-	if err := img.packed.decompress(cluster, src); err != nil {
+	if err := img.packed.Decompress(cluster, src); err != nil {
 		return fmt.Errorf("compressed cluster at file offset %#x: %w", off, err)
 	}
 	return nil

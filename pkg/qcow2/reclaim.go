@@ -5,6 +5,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // Reclaimed is what ReclaimLeaks has given back.
@@ -96,7 +98,7 @@ func (img *Image) tryStartSearch(first, end int64) (s *leakSearch, running <-cha
 	if a.build != nil {
 		return nil, a.build.ended(), nil
 	}
-	all := a.g.clusters(a.length.Load()) + maxBatch // a crash may leave clusters counted behind the end
+	all := a.g.Clusters(a.length.Load()) + maxBatch // a crash may leave clusters counted behind the end
 	s = &leakSearch{first: first, seen: make([]uint8, max(0, min(end, all)-first)), last: end >= all}
 	a.search = s
 	return s, nil, nil
@@ -126,7 +128,7 @@ func (img *Image) search(ctx context.Context, s *leakSearch, r *Reclaimed) (dist
 		return false, err
 	}
 	img.searchMetadata(s)
-	for block := s.first >> img.g.blockBits; block<<img.g.blockBits < s.first+int64(len(s.seen)); block++ {
+	for block := s.first >> img.g.BlockBits; block<<img.g.BlockBits < s.first+int64(len(s.seen)); block++ {
 		if err := ctx.Err(); err != nil {
 			return false, err
 		}
@@ -156,9 +158,9 @@ func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
 				continue
 			}
 			if err := img.checkL1Entry(e); err != nil {
-				return fmt.Errorf("L1 entry %d of snapshot %q: %w", j, rows[i].name, err)
+				return fmt.Errorf("L1 entry %d of snapshot %q: %w", j, rows[i].Name, err)
 			}
-			all = append(all, l2Region{offset: e.offset(), times: 1})
+			all = append(all, l2Region{offset: e.Offset(), times: 1})
 		}
 		all = mergeRegions(all)
 	}
@@ -166,7 +168,7 @@ func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		t, err := readL2(img.f, img.g, l2.offset)
+		t, err := format.ReadL2(img.f, img.g, l2.offset)
 		if err == nil {
 			err = img.searchTable(s, t, l2.offset, l2.times, 0)
 		}
@@ -211,41 +213,41 @@ func (img *Image) searchActive(ctx context.Context, s *leakSearch) error {
 }
 
 // peekTable returns a copy of an active L2 table and its offset, 0 if there is none. Guests' tables stay in the cache.
-func (img *Image) peekTable(index int64) (t table, off int64, end bool, err error) {
+func (img *Image) peekTable(index int64) (t format.L2Table, off int64, end bool, err error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	if index >= int64(len(img.l1)) {
-		return table{}, 0, true, nil
+		return format.L2Table{}, 0, true, nil
 	}
 	if e := img.l2.tables[index]; e != nil {
 		cached := e.Value.(*l2Table)
-		return img.g.table(slices.Clone(cached.data.b)), cached.offset, false, nil
+		return img.g.Table(slices.Clone(cached.data.B)), cached.offset, false, nil
 	}
 	e := img.l1[index]
-	if err := img.checkL1Entry(e); err != nil || e.offset() == 0 {
-		return table{}, 0, false, err
+	if err := img.checkL1Entry(e); err != nil || e.Offset() == 0 {
+		return format.L2Table{}, 0, false, err
 	}
-	t, err = readL2(img.f, img.g, e.offset())
-	return t, e.offset(), false, err
+	t, err = format.ReadL2(img.f, img.g, e.Offset())
+	return t, e.Offset(), false, err
 }
 
 // searchTable counts a table and what it maps.
-func (img *Image) searchTable(s *leakSearch, t table, off, times int64, flag uint8) error {
-	var rs runs
-	for i := range t.len() {
-		e := t.entry(i)
-		if e == (l2Entry{}) {
+func (img *Image) searchTable(s *leakSearch, t format.L2Table, off, times int64, flag uint8) error {
+	var rs format.Runs
+	for i := range t.Len() {
+		e := t.Entry(i)
+		if e == (format.L2Entry{}) {
 			continue
 		}
-		if err := e.check(img.g, img.version); err != nil {
+		if err := e.Check(img.g, img.version); err != nil {
 			return fmt.Errorf("L2 table at file offset %#x, entry %d: %w", off, i, err)
 		}
-		first, n := e.hostClusters(img.g)
-		rs.add(run{first, n})
+		first, n := e.HostClusters(img.g)
+		rs.Add(format.Run{First: first, N: n})
 	}
 	img.alloc.mu.Lock()
 	defer img.alloc.mu.Unlock()
-	s.add(run{off >> img.g.clusterBits, 1}, times, flag)
+	s.add(format.Run{First: off >> img.g.ClusterBits, N: 1}, times, flag)
 	for _, r := range rs {
 		s.add(r, times, flag)
 	}
@@ -261,18 +263,18 @@ func (img *Image) searchMetadata(s *leakSearch) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	h := img.hdr.Load()
-	one := func(off, n int64) { s.add(run{off >> img.g.clusterBits, img.g.clusters(n)}, 1, 0) }
-	one(0, img.g.clusterSize)
-	one(h.l1Offset, h.l1Size*8)
-	one(h.snapshotsOffset, img.rowBytes)
+	one := func(off, n int64) { s.add(format.Run{First: off >> img.g.ClusterBits, N: img.g.Clusters(n)}, 1, 0) }
+	one(0, img.g.ClusterSize)
+	one(h.L1Offset, h.L1Size*8)
+	one(h.SnapshotsOffset, img.rowBytes)
 	s.add(a.rc.tableAt, 1, 0)
 	for _, off := range a.rc.table {
 		if off != 0 {
-			one(off, img.g.clusterSize)
+			one(off, img.g.ClusterSize)
 		}
 	}
 	for i := range img.rows {
-		one(img.rows[i].l1Offset, img.rows[i].l1Size*8)
+		one(img.rows[i].L1Offset, img.rows[i].L1Size*8)
 	}
 }
 
@@ -296,10 +298,10 @@ func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
 		return err
 	}
 	img.excludePending(s)
-	var excess [maxExcess + 1]runs // by how much is to be taken off
-	first := block << img.g.blockBits
-	for c := max(first, s.first); c < min(first+img.g.blockCounts, s.first+int64(len(s.seen))); c++ {
-		count, seen := b.counts.get(c-first), s.seen[c-s.first]
+	var excess [maxExcess + 1]format.Runs // by how much is to be taken off
+	first := block << img.g.BlockBits
+	for c := max(first, s.first); c < min(first+img.g.BlockCounts, s.first+int64(len(s.seen))); c++ {
+		count, seen := b.counts.Get(c-first), s.seen[c-s.first]
 		refs := uint64(seen & seenCount)
 		if count <= refs || refs == uint64(seenCount) || count-refs > maxExcess {
 			continue
@@ -307,7 +309,7 @@ func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
 		if refs == 1 && seen&seenActive != 0 {
 			continue // it would have to become COPIED
 		}
-		excess[count-refs].add(run{c, 1})
+		excess[count-refs].Add(format.Run{First: c, N: 1})
 		if refs == 0 {
 			r.Clusters++
 		} else {
@@ -329,7 +331,7 @@ func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
 func (img *Image) excludePending(s *leakSearch) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	pending := []runs{img.alloc.ready, img.freed}
+	pending := []format.Runs{img.alloc.ready, img.freed}
 	if img.build != nil {
 		pending = append(pending, img.build.deferred)
 	}

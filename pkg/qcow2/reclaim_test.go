@@ -9,6 +9,8 @@ import (
 	"runtime"
 	"sync"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // leakyImage returns an image as an engine leaves it that dies: with clusters reserved, with clusters that guests have
@@ -147,8 +149,8 @@ func TestOnlineReclaimLeaks(t *testing.T) {
 // guest uses its part of the disk, which begins at start, until ctx ends; part is what it holds.
 func guest(ctx context.Context, t *testing.T, img *Image, start int64, part []byte, rng *rand.Rand) {
 	for i := 0; ctx.Err() == nil; i++ {
-		at := rng.Int64N(int64(len(part))/sectorSize) * sectorSize
-		n := min((1+rng.Int64N(16))*sectorSize, int64(len(part))-at)
+		at := rng.Int64N(int64(len(part))/format.SectorSize) * format.SectorSize
+		n := min((1+rng.Int64N(16))*format.SectorSize, int64(len(part))-at)
 		var err error
 		switch rng.IntN(5) {
 		case 0:

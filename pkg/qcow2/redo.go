@@ -3,6 +3,8 @@ package qcow2
 import (
 	"fmt"
 	"sync/atomic"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // RedoLog is what guests have changed in the mapping since the last commit, in memory that outlives the process. A
@@ -79,18 +81,18 @@ func (l *RedoLog) room(n int) bool {
 }
 
 // note appends what entries from guest cluster first on are now. There must be room.
-func (l *RedoLog) note(g geometry, first int64, es []l2Entry) {
+func (l *RedoLog) note(g format.Geometry, first int64, es []format.L2Entry) {
 	if l == nil {
 		return
 	}
 	end := l.end()
 	for i := 0; i < len(es); end++ {
 		n := 1
-		for i+n < len(es) && es[i+n] == es[i].next(g, n) {
+		for i+n < len(es) && es[i+n] == es[i].Next(g, n) {
 			n++
 		}
 		r := l.record(end)
-		r[0], r[1], r[2], r[3] = uint64(first)+uint64(i), uint64(n), es[i].desc, uint64(es[i].sub)
+		r[0], r[1], r[2], r[3] = uint64(first)+uint64(i), uint64(n), es[i].Desc, uint64(es[i].Sub)
 		i += n
 	}
 	// A process can die between any two stores; the records count from here on.
@@ -105,22 +107,22 @@ func (l *RedoLog) forget(end uint64) {
 }
 
 // changes returns for each L2 table, by its index in L1, what its entries became in the end.
-func (l *RedoLog) changes(g geometry) (map[int64]map[int64]l2Entry, error) {
-	tables := map[int64]map[int64]l2Entry{}
+func (l *RedoLog) changes(g format.Geometry) (map[int64]map[int64]format.L2Entry, error) {
+	tables := map[int64]map[int64]format.L2Entry{}
 	for i := l.begin(); i != l.end(); i++ {
 		r := l.record(i)
 		guest, n := int64(r[0]), int64(r[1])
-		first := guest & (g.l2Entries - 1)
-		if guest < 0 || n <= 0 || n > g.l2Entries-first {
+		first := guest & (g.L2Entries - 1)
+		if guest < 0 || n <= 0 || n > g.L2Entries-first {
 			return nil, fmt.Errorf("%w: redo record of %d clusters from %d on", ErrCorrupt, n, guest)
 		}
-		t := tables[guest>>g.l2Bits]
+		t := tables[guest>>g.L2Bits]
 		if t == nil {
-			t = map[int64]l2Entry{}
-			tables[guest>>g.l2Bits] = t
+			t = map[int64]format.L2Entry{}
+			tables[guest>>g.L2Bits] = t
 		}
 		for k := range n {
-			t[first+k] = l2Entry{r[2], subBitmap(r[3])}.next(g, int(k))
+			t[first+k] = format.L2Entry{Desc: r[2], Sub: format.SubBitmap(r[3])}.Next(g, int(k))
 		}
 	}
 	return tables, nil

@@ -4,15 +4,17 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // replay makes durable what a dead process had acknowledged and not committed. Only what an entry became in the end
 // counts: what it was in between has been given up, or would be by the process that is dead.
 func (img *Image) replay(l *RedoLog) error {
-	if was := l.words[redoCluster]; was != 0 && was != uint64(img.g.clusterSize) {
+	if was := l.words[redoCluster]; was != 0 && was != uint64(img.g.ClusterSize) {
 		return fmt.Errorf("%w: redo log of an image with clusters of %d bytes", ErrCorrupt, was)
 	}
-	l.words[redoCluster] = uint64(img.g.clusterSize)
+	l.words[redoCluster] = uint64(img.g.ClusterSize)
 	tables, err := l.changes(img.g)
 	if err != nil {
 		return err
@@ -33,22 +35,22 @@ func (img *Image) replay(l *RedoLog) error {
 }
 
 // redoTable changes entries of one active L2 table again.
-func (img *Image) redoTable(index int64, changed map[int64]l2Entry) error {
+func (img *Image) redoTable(index int64, changed map[int64]format.L2Entry) error {
 	keys := slices.Sorted(maps.Keys(changed))
-	c := chunk{table: index, first: keys[0], last: keys[len(keys)-1]}
+	c := format.Chunk{Table: index, First: keys[0], Last: keys[len(keys)-1]}
 	if index >= int64(len(img.l1)) {
 		return fmt.Errorf("%w: the L1 table has %d", ErrCorrupt, len(img.l1))
 	}
-	c.off = index*img.g.l2Coverage + c.first<<img.g.clusterBits
-	c.n = (c.last - c.first + 1) << img.g.clusterBits
+	c.Off = index*img.g.L2Coverage + c.First<<img.g.ClusterBits
+	c.N = (c.Last - c.First + 1) << img.g.ClusterBits
 	old, err := img.entries(c)
 	if err != nil {
 		return err
 	}
 	es := slices.Clone(old)
 	for i, e := range changed {
-		is := &es[i-c.first]
-		if is.reference() == e.reference() && is.sub == e.sub {
+		is := &es[i-c.First]
+		if is.Reference() == e.Reference() && is.Sub == e.Sub {
 			continue // it was committed; whether the cluster is shared by now, the image knows
 		}
 		if *is, err = img.redoEntry(e); err != nil {
@@ -65,19 +67,19 @@ func (img *Image) redoTable(index int64, changed map[int64]l2Entry) error {
 }
 
 // redoEntry checks an entry of the log: its host cluster must be counted. COPIED is what the count says.
-func (img *Image) redoEntry(e l2Entry) (l2Entry, error) {
-	if err := e.check(img.g, img.version); err != nil {
+func (img *Image) redoEntry(e format.L2Entry) (format.L2Entry, error) {
+	if err := e.Check(img.g, img.version); err != nil {
 		return e, err
 	}
-	if e.desc&flagCompressed != 0 {
+	if e.Desc&format.FlagCompressed != 0 {
 		return e, fmt.Errorf("%w: guests write no compressed clusters", ErrCorrupt)
 	}
-	if e.offset() == 0 {
+	if e.Offset() == 0 {
 		return e, nil
 	}
-	n, err := img.alloc.count(e.offset() >> img.g.clusterBits)
+	n, err := img.alloc.count(e.Offset() >> img.g.ClusterBits)
 	if err == nil && n == 0 {
-		err = fmt.Errorf("%w: host cluster at %#x is free", ErrCorrupt, e.offset())
+		err = fmt.Errorf("%w: host cluster at %#x is free", ErrCorrupt, e.Offset())
 	}
-	return e.withCopied(n == 1), err
+	return e.WithCopied(n == 1), err
 }

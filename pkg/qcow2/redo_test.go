@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // This file kills the process that serves an image, at the calls of its file: all calls so far have been made, what was in
@@ -246,8 +248,8 @@ func (h *killHistory) judge(k kill) {
 		t.Fatalf("check of what was redone: %+v, %v", r, err)
 	}
 	// Another kill, at once: the log is as good as before.
-	off := min(h.g.clusterSize, k.active.size/2)
-	p := stamp(1<<20, off, min(2*h.g.clusterSize, k.active.size-off))
+	off := min(h.g.ClusterSize, k.active.size/2)
+	p := stamp(1<<20, off, min(2*h.g.ClusterSize, k.active.size-off))
 	_, err := img.WriteAt(p, off)
 	must(t, err)
 	k.active.writeAt(p, off)
@@ -308,7 +310,7 @@ func TestKill(t *testing.T) {
 // A log that fills up is emptied by a commit.
 func TestRedoLogFull(t *testing.T) {
 	h := newKillHistory(t, 3)
-	c := h.g.clusterSize
+	c := h.g.ClusterSize
 	l := h.img.redo
 	for i := int64(0); l.end() < 3*l.capacity()/2; i++ {
 		off := i * 7 % (h.model.active.size / c) * c
@@ -389,13 +391,13 @@ func TestRedoOfSharedCluster(t *testing.T) {
 	must(t, err)
 	_, err = img.CreateSnapshot("s", nil)
 	must(t, err)
-	es, err := img.entries(chunk{off: 0, n: 512})
+	es, err := img.entries(format.Chunk{Off: 0, N: 512})
 	must(t, err)
-	e := es[0].withCopied(true)
-	e.sub = e.sub.with(img.g.subMask(0, img.g.clusterSize)) // else it is what is mapped already
+	e := es[0].WithCopied(true)
+	e.Sub = e.Sub.With(img.g.SubMask(0, img.g.ClusterSize)) // else it is what is mapped already
 	must(t, img.alloc.endReservation())
 	l := img.redo
-	l.note(img.g, 0, []l2Entry{e}) // and the process dies
+	l.note(img.g, 0, []format.L2Entry{e}) // and the process dies
 
 	img = openRedo(t, f.clone(), p, words)
 	f = img.f.File.(*memFile)
@@ -439,15 +441,15 @@ func TestBadRedoLog(t *testing.T) {
 			w[redoEnd] = 1
 			w[redoHeader+1] = 1
 			w[redoHeader+2] = 1 << 30
-			w[redoHeader+3] = uint64(subAllocated)
+			w[redoHeader+3] = uint64(format.SubAllocated)
 		},
 		"an odd descriptor": func(w []uint64) {
 			w[redoEnd] = 1
 			w[redoHeader+1] = 1
 			w[redoHeader+2] = 512
-			w[redoHeader+3] = uint64(subAllocated)
+			w[redoHeader+3] = uint64(format.SubAllocated)
 		},
-		"compressed": func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1; w[redoHeader+2] = flagCompressed },
+		"compressed": func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1; w[redoHeader+2] = format.FlagCompressed },
 	} {
 		f := newMemFile("bad")
 		must(t, Create(f, 1<<20, CreateOptions{}))

@@ -5,14 +5,16 @@ import (
 	"encoding/binary"
 	"fmt"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // refcounts is the live refcount table and its blocks, loaded on demand. The allocator guards it.
 type refcounts struct {
 	f       File
-	g       geometry
-	table   []int64 // host offset of each refcount block, 0 = none; as many as the table has room for
-	tableAt run     // host clusters of the table
+	g       format.Geometry
+	table   []int64    // host offset of each refcount block, 0 = none; as many as the table has room for
+	tableAt format.Run // host clusters of the table
 	blocks  map[int64]*refBlock
 	limit   int    // clean blocks kept in memory, and about as many dirty ones
 	tidyAt  int    // with so many blocks in memory clean ones are looked for
@@ -21,17 +23,17 @@ type refcounts struct {
 
 // refBlock is a refcount block in memory.
 type refBlock struct {
-	counts  counts
-	dirty   sectorSet
+	counts  format.Counts
+	dirty   format.SectorSet
 	writing bool   // its dirty sectors were taken and are not yet written
 	used    uint64 // the later, the larger
 }
 
 // add changes n counts from index i on, see counts.add.
-func (b *refBlock) add(i, n int64, delta int) (fallen, error) {
-	fell, err := b.counts.add(i, n, delta)
+func (b *refBlock) add(i, n int64, delta int) (format.Fallen, error) {
+	fell, err := b.counts.Add(i, n, delta)
 	if err == nil {
-		b.dirty.addRange(b.counts.at(i), b.counts.at(i+n-1)+1)
+		b.dirty.AddRange(b.counts.At(i), b.counts.At(i+n-1)+1)
 	}
 	return fell, err
 }
@@ -39,29 +41,29 @@ func (b *refBlock) add(i, n int64, delta int) (fallen, error) {
 // refBlockCacheBytes bounds the clean refcount blocks in memory, and about the dirty ones: 8 MiB count 256 GiB of 64 KiB clusters.
 const refBlockCacheBytes = 8 << 20
 
-func loadRefcounts(f File, g geometry, h *header) (*refcounts, error) {
+func loadRefcounts(f File, g format.Geometry, h *format.Header) (*refcounts, error) {
 	length, err := f.Size()
 	if err != nil {
 		return nil, err
 	}
-	b := make([]byte, h.refTableClusters<<g.clusterBits)
-	if h.refTableOffset+int64(len(b)) > g.clusters(length)<<g.clusterBits {
-		return nil, fmt.Errorf("%w: the refcount table, %d bytes at file offset %#x, reaches beyond the end of the file", ErrCorrupt, len(b), h.refTableOffset)
+	b := make([]byte, h.RefTableClusters<<g.ClusterBits)
+	if h.RefTableOffset+int64(len(b)) > g.Clusters(length)<<g.ClusterBits {
+		return nil, fmt.Errorf("%w: the refcount table, %d bytes at file offset %#x, reaches beyond the end of the file", ErrCorrupt, len(b), h.RefTableOffset)
 	}
-	if err := readPadded(f, b, h.refTableOffset); err != nil {
+	if err := format.ReadPadded(f, b, h.RefTableOffset); err != nil {
 		return nil, fmt.Errorf("read the refcount table: %w", err)
 	}
-	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: max(refBlockCacheBytes>>g.clusterBits, 4)}
+	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: max(refBlockCacheBytes>>g.ClusterBits, 4)}
 	table := make([]int64, len(b)/8)
 	for i := range table {
 		e := binary.BigEndian.Uint64(b[i*8:])
-		if e >= maxHostOffset || !g.aligned(int64(e)) || int64(e) >= g.clusters(length)<<g.clusterBits {
+		if e >= format.MaxHostOffset || !g.Aligned(int64(e)) || int64(e) >= g.Clusters(length)<<g.ClusterBits {
 			return nil, fmt.Errorf("%s: %w: refcount table entry %d (file offset %#x) is %#x",
-				f.Name(), ErrCorrupt, i, h.refTableOffset+int64(i)*8, e)
+				f.Name(), ErrCorrupt, i, h.RefTableOffset+int64(i)*8, e)
 		}
 		table[i] = int64(e)
 	}
-	rc.setTable(table, run{h.refTableOffset >> g.clusterBits, h.refTableClusters})
+	rc.setTable(table, format.Run{First: h.RefTableOffset >> g.ClusterBits, N: h.RefTableClusters})
 	return rc, nil
 }
 
@@ -92,8 +94,8 @@ func (rc *refcounts) absent(i int64) (off int64, ok bool) {
 
 // read reads block i at off. It needs no lock.
 func (rc *refcounts) read(i, off int64) (*refBlock, error) {
-	b := &refBlock{counts: rc.g.newCounts(1)}
-	if err := readPadded(rc.f, b.counts.b, off); err != nil {
+	b := &refBlock{counts: rc.g.NewCounts(1)}
+	if err := format.ReadPadded(rc.f, b.counts.B, off); err != nil {
 		return nil, fmt.Errorf("read refcount block %d: %w", i, err)
 	}
 	return b, nil
@@ -113,7 +115,7 @@ func (rc *refcounts) dropClean(leave int) {
 	defer func() { rc.tidyAt = len(rc.blocks) + max(rc.limit/4, 1) }() // to look at all takes long
 	var clean []int64
 	for k, b := range rc.blocks {
-		if b.dirty.empty() && !b.writing {
+		if b.dirty.Empty() && !b.writing {
 			clean = append(clean, k)
 		}
 	}
@@ -136,7 +138,7 @@ func (rc *refcounts) touch(b *refBlock) {
 func (rc *refcounts) crowded() bool {
 	dirty := 0
 	for _, b := range rc.blocks {
-		if !b.dirty.empty() {
+		if !b.dirty.Empty() {
 			dirty++
 		}
 	}
@@ -144,23 +146,23 @@ func (rc *refcounts) crowded() bool {
 }
 
 // add changes the counts of clusters that have refcount blocks and returns those that fell to 0.
-func (rc *refcounts) add(r run, delta int) (zero runs, err error) {
-	err = rc.g.eachBlock(r, func(k, i, n int64) error {
+func (rc *refcounts) add(r format.Run, delta int) (zero format.Runs, err error) {
+	err = rc.g.EachBlock(r, func(k, i, n int64) error {
 		b, err := rc.block(k)
 		if err != nil {
 			return err
 		}
 		if b == nil {
-			return fmt.Errorf("%s: %w: clusters %d to %d are in use but have no refcount block", rc.f.Name(), ErrCorrupt, r.first, r.end()-1)
+			return fmt.Errorf("%s: %w: clusters %d to %d are in use but have no refcount block", rc.f.Name(), ErrCorrupt, r.First, r.End()-1)
 		}
 		fell, err := b.add(i, n, delta)
 		if err != nil {
 			return fmt.Errorf("%s: refcount block %d: %w", rc.f.Name(), k, err)
 		}
-		for j := i; fell.to0 && j < i+n; {
-			from := b.counts.find(j, i+n-j, 0)
-			j = min(b.counts.nextNonzero(from), i+n)
-			zero.add(run{k<<rc.g.blockBits + from, j - from})
+		for j := i; fell.ToZero && j < i+n; {
+			from := b.counts.Find(j, i+n-j, 0)
+			j = min(b.counts.NextNonzero(from), i+n)
+			zero.Add(format.Run{First: k<<rc.g.BlockBits + from, N: j - from})
 		}
 		return nil
 	})
@@ -170,18 +172,18 @@ func (rc *refcounts) add(r run, delta int) (zero runs, err error) {
 // blockWrite is a block's sectors on their way to the disk.
 type blockWrite struct {
 	block *refBlock
-	dirty sectorSet
-	parts []metaWrite
+	dirty format.SectorSet
+	parts []format.MetaWrite
 }
 
 // takeDirty collects what has changed in the blocks; wrote tells what became of it.
 func (rc *refcounts) takeDirty() []blockWrite {
 	var ws []blockWrite
 	for i, b := range rc.blocks {
-		if b.dirty.empty() {
+		if b.dirty.Empty() {
 			continue
 		}
-		ws = append(ws, blockWrite{b, b.dirty, b.dirty.parts(b.counts.b, rc.table[i])})
+		ws = append(ws, blockWrite{b, b.dirty, b.dirty.Parts(b.counts.B, rc.table[i])})
 		b.dirty, b.writing = nil, true
 	}
 	return ws
@@ -192,7 +194,7 @@ func (rc *refcounts) wrote(ws []blockWrite, err error) {
 	for _, w := range ws {
 		w.block.writing = false
 		if err != nil {
-			w.block.dirty.addAll(w.dirty)
+			w.block.dirty.AddAll(w.dirty)
 		}
 	}
 	rc.dropClean(rc.limit)
@@ -207,7 +209,7 @@ func (rc *refcounts) writeBack() error {
 }
 
 func writeBlocks(f File, ws []blockWrite) error {
-	var parts []metaWrite
+	var parts []format.MetaWrite
 	for _, w := range ws {
 		parts = append(parts, w.parts...)
 	}
@@ -218,7 +220,7 @@ func writeBlocks(f File, ws []blockWrite) error {
 }
 
 // setTable replaces the table.
-func (rc *refcounts) setTable(table []int64, at run) {
+func (rc *refcounts) setTable(table []int64, at format.Run) {
 	rc.table, rc.tableAt = table, at
 }
 

@@ -3,49 +3,51 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // growTable makes room in the refcount table, whose entries are all in use. The new table and the blocks that count it
 // go behind the end of the file, where the old table does not reach, so that they describe themselves; one header
 // write switches; then the old table is free. Called with mu held.
 func (a *allocator) growTable() error {
-	first := max(int64(len(a.rc.table))<<a.g.blockBits, a.g.clusters(a.length.Load()))
+	first := max(int64(len(a.rc.table))<<a.g.BlockBits, a.g.Clusters(a.length.Load()))
 	if a.build != nil {
 		first = max(first, a.build.searchFrom())
 	}
-	k := (first + a.g.blockCounts - 1) >> a.g.blockBits
-	first = k << a.g.blockBits
+	k := (first + a.g.BlockCounts - 1) >> a.g.BlockBits
+	first = k << a.g.BlockBits
 	entries, tableClusters, newBlocks := k, int64(0), int64(0)
 	for need := k + max(k/2, 1); entries < need; {
-		tableClusters = a.g.clusters(need * 8)
+		tableClusters = a.g.Clusters(need * 8)
 		newBlocks = 1
-		for newBlocks<<a.g.blockBits < newBlocks+tableClusters {
+		for newBlocks<<a.g.BlockBits < newBlocks+tableClusters {
 			newBlocks++
 		}
-		entries, need = tableClusters<<a.g.clusterBits/8, k+newBlocks
+		entries, need = tableClusters<<a.g.ClusterBits/8, k+newBlocks
 	}
-	if tableClusters<<a.g.clusterBits > maxRefcountTableBytes {
-		return fmt.Errorf("%s: %w: the refcount table would exceed %d MiB", a.f.Name(), ErrLimit, maxRefcountTableBytes>>20)
+	if tableClusters<<a.g.ClusterBits > format.MaxRefcountTableBytes {
+		return fmt.Errorf("%s: %w: the refcount table would exceed %d MiB", a.f.Name(), ErrLimit, format.MaxRefcountTableBytes>>20)
 	}
-	used := run{first, newBlocks + tableClusters}
+	used := format.Run{First: first, N: newBlocks + tableClusters}
 	if err := a.refuse(used); err != nil {
 		return err
 	}
 
 	table := make([]int64, entries)
 	copy(table, a.rc.table)
-	all := a.g.newCounts(newBlocks)
-	for i := range used.n {
-		all.set(i, 1)
+	all := a.g.NewCounts(newBlocks)
+	for i := range used.N {
+		all.Set(i, 1)
 	}
 	for i := range newBlocks {
-		table[k+i] = (first + i) << a.g.clusterBits
+		table[k+i] = (first + i) << a.g.ClusterBits
 	}
-	raw := make([]byte, tableClusters<<a.g.clusterBits)
+	raw := make([]byte, tableClusters<<a.g.ClusterBits)
 	for i, off := range table {
 		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
 	}
-	if _, err := a.f.WriteAt(append(all.b, raw...), first<<a.g.clusterBits); err != nil {
+	if _, err := a.f.WriteAt(append(all.B, raw...), first<<a.g.ClusterBits); err != nil {
 		return err
 	}
 	// Blocks that claim has made and not yet linked must not appear in a durable table before their content.
@@ -55,9 +57,9 @@ func (a *allocator) growTable() error {
 	if err := a.sync(); err != nil {
 		return err
 	}
-	at := run{first + newBlocks, tableClusters}
-	if err := a.switchHeader(func(h *header) {
-		h.refTableOffset, h.refTableClusters = at.first<<a.g.clusterBits, at.n
+	at := format.Run{First: first + newBlocks, N: tableClusters}
+	if err := a.switchHeader(func(h *format.Header) {
+		h.RefTableOffset, h.RefTableClusters = at.First<<a.g.ClusterBits, at.N
 	}); err != nil {
 		return err
 	}
@@ -73,8 +75,8 @@ func (a *allocator) growTable() error {
 	a.search.touch(used)
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)
-	a.length.Store(max(a.length.Load(), used.end()<<a.g.clusterBits))
-	if err := a.releaseLocked(runs{old}); err != nil {
+	a.length.Store(max(a.length.Load(), used.End()<<a.g.ClusterBits))
+	if err := a.releaseLocked(format.Runs{old}); err != nil {
 		return a.fail(err)
 	}
 	return nil

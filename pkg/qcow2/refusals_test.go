@@ -5,6 +5,8 @@ import (
 	"math"
 	"strings"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // TestRefusals asks for what cannot be: each is refused by a named error that says what is wrong, and nothing changes.
@@ -53,7 +55,7 @@ func TestRefusals(t *testing.T) {
 		"the deletion of an open one":     {ErrInUse, "there", func(img *Image) error { return withView(t, img, img.DeleteSnapshot) }},
 		"a goto to none":                  {ErrNotFound, "gone", func(img *Image) error { return img.GotoSnapshot(ByName("gone")) }},
 		"to find none":                    {ErrNotFound, "gone", func(img *Image) error { _, err := img.FindSnapshot(ByName("gone")); return err }},
-		"a disk that shrinks":             {ErrUnsupported, "shrink", func(img *Image) error { return img.Resize(sectorSize) }},
+		"a disk that shrinks":             {ErrUnsupported, "shrink", func(img *Image) error { return img.Resize(format.SectorSize) }},
 		"a disk without end":              {ErrLimit, "L1 table", func(img *Image) error { return img.Resize(1 << 50) }},
 		"a read behind the end":           {ErrOutOfRange, "disk of", func(img *Image) error { _, err := img.ReadAt(make([]byte, 1), img.Size()); return err }},
 		"a write before the beginning":    {ErrOutOfRange, "-1", func(img *Image) error { _, err := img.WriteAt(make([]byte, 1), -1); return err }},
@@ -75,7 +77,7 @@ func TestRefusals(t *testing.T) {
 			return errors.Join(err, v.Close())
 		}},
 		"a smaller clone": {ErrOutOfRange, "512", func(img *Image) error {
-			return Clone(t.Context(), newMemFile("clone"), img.Active(), sectorSize, nil)
+			return Clone(t.Context(), newMemFile("clone"), img.Active(), format.SectorSize, nil)
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,14 +1,16 @@
 package qcow2
 
+import "github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+
 // release gives clusters up once each: those that nobody counts any more are punched and free. Nothing durable
 // may reference them (I4).
-func (a *allocator) release(rs runs) error {
+func (a *allocator) release(rs format.Runs) error {
 	if len(rs) == 0 {
 		return nil
 	}
 	a.ledger.Lock()
 	defer a.ledger.Unlock()
-	for part, blocks := range a.g.byBlocks(rs, min(releaseBlocks, a.rc.limit)) {
+	for part, blocks := range a.g.ByBlocks(rs, min(releaseBlocks, a.rc.limit)) {
 		if err := a.fetch(blocks); err != nil {
 			return err
 		}
@@ -33,7 +35,7 @@ func (a *allocator) crowded() bool {
 }
 
 // releasePart is release with ledger held.
-func (a *allocator) releasePart(rs runs) error {
+func (a *allocator) releasePart(rs format.Runs) error {
 	sole, others, err := a.bySoleness(rs)
 	if err != nil {
 		return err
@@ -56,23 +58,23 @@ func (a *allocator) releasePart(rs runs) error {
 }
 
 // bySoleness splits runs into those that are counted once and others. Called with ledger held, so that this stays so.
-func (a *allocator) bySoleness(rs runs) (sole, others runs, err error) {
+func (a *allocator) bySoleness(rs format.Runs) (sole, others format.Runs, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, r := range rs {
-		err := a.g.eachBlock(r, func(k, i, n int64) error {
+		err := a.g.EachBlock(r, func(k, i, n int64) error {
 			b, err := a.rc.block(k)
 			if err != nil || b == nil {
-				others.add(run{k<<a.g.blockBits + i, n})
+				others.Add(format.Run{First: k<<a.g.BlockBits + i, N: n})
 				return err
 			}
 			for first, end := i, i+n; i < end; first = i {
-				if i = b.counts.alike(first, end-first, 1); i > first {
-					sole.add(run{k<<a.g.blockBits + first, i - first})
+				if i = b.counts.Alike(first, end-first, 1); i > first {
+					sole.Add(format.Run{First: k<<a.g.BlockBits + first, N: i - first})
 					continue
 				}
-				i = b.counts.find(first, end-first, 1)
-				others.add(run{k<<a.g.blockBits + first, i - first})
+				i = b.counts.Find(first, end-first, 1)
+				others.Add(format.Run{First: k<<a.g.BlockBits + first, N: i - first})
 			}
 			return nil
 		})
@@ -83,7 +85,7 @@ func (a *allocator) bySoleness(rs runs) (sole, others runs, err error) {
 	return sole, others, nil
 }
 
-func (a *allocator) releaseLocked(rs runs) error {
+func (a *allocator) releaseLocked(rs format.Runs) error {
 	for _, r := range rs {
 		zero, err := a.add(r, -1)
 		if err != nil {
@@ -98,7 +100,7 @@ func (a *allocator) releaseLocked(rs runs) error {
 
 // punch gives the blocks of free clusters back to the file system. Called with mu held, so that no cluster is
 // handed out before its punch is done.
-func (a *allocator) punch(free runs) error {
+func (a *allocator) punch(free format.Runs) error {
 	a.reuse(free)
 	for _, r := range free {
 		if err := a.punchHole(r); err != nil {
@@ -109,17 +111,17 @@ func (a *allocator) punch(free runs) error {
 }
 
 // reuse notes that clusters are free. Called with mu held.
-func (a *allocator) reuse(free runs) {
+func (a *allocator) reuse(free format.Runs) {
 	for _, r := range free {
 		a.metadata.remove(r)
-		a.next = min(a.next, r.first)
+		a.next = min(a.next, r.First)
 	}
 }
 
 // punchHole punches clusters, as far as the file reaches.
-func (a *allocator) punchHole(r run) error {
-	at := r.first << a.g.clusterBits
-	if n := min(r.n<<a.g.clusterBits, a.length.Load()-at); n > 0 {
+func (a *allocator) punchHole(r format.Run) error {
+	at := r.First << a.g.ClusterBits
+	if n := min(r.N<<a.g.ClusterBits, a.length.Load()-at); n > 0 {
 		return a.f.PunchHole(at, n)
 	}
 	return nil
@@ -138,23 +140,23 @@ func (a *allocator) close() error {
 	if err := a.sync(); err != nil {
 		return err
 	}
-	last := a.g.clusters(a.length.Load()) - 1
+	last := a.g.Clusters(a.length.Load()) - 1
 	for last > 0 {
-		b, err := a.rc.block(last >> a.g.blockBits)
+		b, err := a.rc.block(last >> a.g.BlockBits)
 		if err != nil {
 			return err
 		}
 		switch {
 		case b == nil: // nothing is counted under it
-			last = max(last>>a.g.blockBits<<a.g.blockBits-1, 0)
+			last = max(last>>a.g.BlockBits<<a.g.BlockBits-1, 0)
 			continue
-		case b.counts.get(last&(a.g.blockCounts-1)) == 0:
+		case b.counts.Get(last&(a.g.BlockCounts-1)) == 0:
 			last--
 			continue
 		}
 		break
 	}
-	if end := (last + 1) << a.g.clusterBits; end < a.length.Load() {
+	if end := (last + 1) << a.g.ClusterBits; end < a.length.Load() {
 		if err := a.f.Truncate(end); err != nil {
 			return err
 		}
@@ -177,7 +179,7 @@ func (a *allocator) giveBack() error {
 	for len(a.ready) > 0 {
 		r := a.ready[0]
 		a.ready = a.ready[1:] // first: what has been released, in part even, must not be handed out
-		if err := a.releaseLocked(runs{r}); err != nil {
+		if err := a.releaseLocked(format.Runs{r}); err != nil {
 			return err
 		}
 	}
@@ -185,8 +187,8 @@ func (a *allocator) giveBack() error {
 }
 
 // punchCounted punches those clusters that are counted once. Called with ledger held.
-func (a *allocator) punchCounted(rs runs) error {
-	for part, blocks := range a.g.byBlocks(rs, min(releaseBlocks, a.rc.limit)) {
+func (a *allocator) punchCounted(rs format.Runs) error {
+	for part, blocks := range a.g.ByBlocks(rs, min(releaseBlocks, a.rc.limit)) {
 		if err := a.fetch(blocks); err != nil {
 			return err
 		}

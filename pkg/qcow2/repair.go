@@ -3,6 +3,8 @@ package qcow2
 import (
 	"context"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // RepairKind says what Repair may change.
@@ -44,7 +46,7 @@ func Repair(ctx context.Context, f File, kind RepairKind, progress func(done, to
 }
 
 func (r *repairer) run() error {
-	h, err := readHeader(r.f, parseHeader)
+	h, err := format.ReadHeader(r.f, format.ParseHeader)
 	if err != nil {
 		return err
 	}
@@ -74,8 +76,8 @@ func (r *repairer) run() error {
 }
 
 // check also returns what the check has learnt.
-func (r *repairer) check(h header) (*checker, error) {
-	if err := h.checkable(); err != nil {
+func (r *repairer) check(h format.Header) (*checker, error) {
+	if err := h.Checkable(); err != nil {
 		return nil, err
 	}
 	c, err := newChecker(r.stop, r.f, h, r.nextPhase())
@@ -87,7 +89,7 @@ func (r *repairer) check(h header) (*checker, error) {
 
 // verify checks what the repair has made of the image, and clears the bits that say that it needs one.
 func (r *repairer) verify() error {
-	h, err := readHeader(r.f, parseHeader)
+	h, err := format.ReadHeader(r.f, format.ParseHeader)
 	if err != nil {
 		return err
 	}
@@ -100,12 +102,12 @@ func (r *repairer) verify() error {
 		}
 		r.result.Left = c.result
 	}
-	const bits = incompatDirty | incompatCorrupt
+	const bits = format.IncompatDirty | format.IncompatCorrupt
 	if r.result.Left.Corruptions+r.result.Left.Errors > 0 {
 		return nil
 	}
-	if h.incompatible&bits != 0 {
-		h.incompatible &^= bits
+	if h.Incompatible&bits != 0 {
+		h.Incompatible &^= bits
 		r.note("the dirty and the corrupt bit were cleared")
 		if err := r.switchHeader(h); err != nil {
 			return err
@@ -119,7 +121,7 @@ func (r *repairer) verify() error {
 
 // recount makes the counts, and the COPIED flags that follow from them, right in an image whose writer postponed them.
 // ErrCorrupt, and nothing changed, if more is wrong.
-func recount(f File, h header) error {
+func recount(f File, h format.Header) error {
 	r := &repairer{stop: func() error { return nil }, f: f, kind: RepairAll}
 	if err := r.rebuild(h, true); err != nil {
 		return fmt.Errorf("rebuild the reference counts: %w", err)

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // leaksFlags tells whether, with a leak given back, a COPIED flag would have to be set: the two cannot be changed in one
@@ -21,15 +23,15 @@ func (c *checker) leaksFlags() bool {
 // lowerCounts lowers the count of each leaked cluster, in place: every sector that reaches the disk makes the image a
 // little better. Then the clusters that are free now are given back to the file system.
 func (r *repairer) lowerCounts(c *checker) error {
-	var free runs
-	err := c.scan(c.h.refTableOffset, c.h.refTableClusters<<c.g.clusterBits, func(b []byte, at int64) error {
+	var free format.Runs
+	err := c.scan(c.h.RefTableOffset, c.h.RefTableClusters<<c.g.ClusterBits, func(b []byte, at int64) error {
 		for i := 0; i < len(b); i += 8 {
 			e := binary.BigEndian.Uint64(b[i:])
-			off := int64(e &^ refTableReserved)
-			if e == 0 || e >= maxHostOffset || !c.g.aligned(off) || off >= c.length {
+			off := int64(e &^ format.RefTableReserved)
+			if e == 0 || e >= format.MaxHostOffset || !c.g.Aligned(off) || off >= c.length {
 				continue
 			}
-			k, j := c.group(off >> c.g.clusterBits)
+			k, j := c.group(off >> c.g.ClusterBits)
 			if k.use(j) != useRefcountBlock || k.refs.get(j) != 1 {
 				continue // something else may own it
 			}
@@ -46,8 +48,8 @@ func (r *repairer) lowerCounts(c *checker) error {
 		return err // what a damaged image has lost may be found in its leaks
 	}
 	for _, run := range free {
-		at := run.first << c.g.clusterBits
-		if n := min(run.n<<c.g.clusterBits, c.length-at); n > 0 {
+		at := run.First << c.g.ClusterBits
+		if n := min(run.N<<c.g.ClusterBits, c.length-at); n > 0 {
 			if err := r.f.PunchHole(at, n); err != nil {
 				return err
 			}
@@ -57,30 +59,30 @@ func (r *repairer) lowerCounts(c *checker) error {
 }
 
 // lowerBlock is lowerCounts for the refcount block with that index, at off.
-func (r *repairer) lowerBlock(c *checker, off, index int64, free *runs) error {
-	block := c.g.newCounts(1)
-	if err := readPadded(r.f, block.b, off); err != nil {
+func (r *repairer) lowerBlock(c *checker, off, index int64, free *format.Runs) error {
+	block := c.g.NewCounts(1)
+	if err := format.ReadPadded(r.f, block.B, off); err != nil {
 		return err
 	}
-	var dirty sectorSet
-	for i := range min(c.g.blockCounts, max(0, c.clusters-index<<c.g.blockBits)) {
-		cluster := index<<c.g.blockBits + i
+	var dirty format.SectorSet
+	for i := range min(c.g.BlockCounts, max(0, c.clusters-index<<c.g.BlockBits)) {
+		cluster := index<<c.g.BlockBits + i
 		k, j := c.group(cluster)
 		stored, refs := k.stored.get(j), k.refs.get(j)
-		if stored <= refs || block.get(i) != stored || refs == 1 && k.use(j) >= useL2 {
+		if stored <= refs || block.Get(i) != stored || refs == 1 && k.use(j) >= useL2 {
 			continue
 		}
-		block.set(i, refs)
-		dirty.add(block.at(i) / sectorSize)
-		r.note("cluster %d at %#x: refcount %d became %d", cluster, cluster<<c.g.clusterBits, stored, refs)
+		block.Set(i, refs)
+		dirty.Add(block.At(i) / format.SectorSize)
+		r.note("cluster %d at %#x: refcount %d became %d", cluster, cluster<<c.g.ClusterBits, stored, refs)
 		if refs == 0 {
-			free.add(run{cluster, 1})
+			free.Add(format.Run{First: cluster, N: 1})
 		}
 	}
 	var err error
-	dirty.each(func(first, n int64) {
-		at := first * sectorSize
-		if _, e := r.f.WriteAt(block.b[at:at+n*sectorSize], off+at); e != nil && err == nil {
+	dirty.Each(func(first, n int64) {
+		at := first * format.SectorSize
+		if _, e := r.f.WriteAt(block.B[at:at+n*format.SectorSize], off+at); e != nil && err == nil {
 			err = fmt.Errorf("write refcount block %d: %w", index, e)
 		}
 	})

@@ -1,6 +1,10 @@
 package qcow2
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+)
 
 // rebuild makes the next generation of a damaged image: what can be read stays where it is, and whatever has to change is
 // written behind the end of the file, where one write of the header selects it. References are counted anew; the old
@@ -8,7 +12,7 @@ import "fmt"
 type rebuild struct {
 	*checker              // its refs are the counts of the next generation
 	r           *repairer // to report to
-	rows        []snapshotRow
+	rows        []format.SnapshotRow
 	rowsChanged bool
 	first, next int64           // clusters of the new structures: next begins the next one
 	moved       map[int64]int64 // where L2 tables have gone, by their old offset
@@ -18,7 +22,7 @@ type rebuild struct {
 
 // behindEnd tells whether an L1 table reaches behind the last cluster of the file. As QEMU has it, what it says there is nothing.
 func (b *rebuild) behindEnd(l1 l1Region) bool {
-	return l1.offset+l1.entries*8 > b.g.clusters(b.length)<<b.g.clusterBits
+	return l1.offset+l1.entries*8 > b.g.Clusters(b.length)<<b.g.ClusterBits
 }
 
 // write puts content, padded to whole clusters, behind all else and returns its offset.
@@ -26,13 +30,13 @@ func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
 	if err := b.stop(); err != nil {
 		return 0, err
 	}
-	n := max(b.g.clusters(int64(len(content))), 1)
+	n := max(b.g.Clusters(int64(len(content))), 1)
 	padded := content
-	if int64(len(content)) != n<<b.g.clusterBits {
-		padded = make([]byte, n<<b.g.clusterBits)
+	if int64(len(content)) != n<<b.g.ClusterBits {
+		padded = make([]byte, n<<b.g.ClusterBits)
 		copy(padded, content)
 	}
-	off := b.next << b.g.clusterBits
+	off := b.next << b.g.ClusterBits
 	if _, err := b.file.WriteAt(padded, off); err != nil {
 		return 0, fmt.Errorf("write %s: %w", use, err)
 	}
@@ -41,11 +45,11 @@ func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
 }
 
 // isNew tells whether the rebuild wrote what is at off: then it may be written again.
-func (b *rebuild) isNew(off int64) bool { return off>>b.g.clusterBits >= b.first }
+func (b *rebuild) isNew(off int64) bool { return off>>b.g.ClusterBits >= b.first }
 
 // occupy counts a structure of n bytes that is used times often. It returns false if something else is there.
 func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
-	first, end := off>>b.g.clusterBits, b.g.clusters(off+n)
+	first, end := off>>b.g.ClusterBits, b.g.Clusters(off+n)
 	for cluster := first; cluster < end; cluster++ {
 		if k, i := b.group(cluster); k.refs.get(i) != 0 {
 			return false
@@ -61,7 +65,7 @@ func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
 
 // vacate forgets the references to n bytes at off.
 func (c *checker) vacate(off, n int64) {
-	for cluster := off >> c.g.clusterBits; cluster < c.g.clusters(off+n); cluster++ {
+	for cluster := off >> c.g.ClusterBits; cluster < c.g.Clusters(off+n); cluster++ {
 		k, i := c.group(cluster)
 		k.refs.set(i, 0)
 		k.setUse(i, useNothing)

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // rebuild with lossless set fails with ErrCorrupt, and changes nothing, where a reference would have to be given up.
-func (r *repairer) rebuild(h header, lossless bool) error {
+func (r *repairer) rebuild(h format.Header, lossless bool) error {
 	c, err := newChecker(r.stop, r.f, h, nil)
 	if err != nil {
 		return err
@@ -32,34 +34,34 @@ func (r *repairer) rebuild(h header, lossless bool) error {
 			return err
 		}
 	}
-	b.h.incompatible &^= incompatDirty | incompatCorrupt
+	b.h.Incompatible &^= format.IncompatDirty | format.IncompatCorrupt
 	return r.switchHeader(*b.h)
 }
 
 // salvageRows reads the snapshot table as far as it goes.
 func (b *rebuild) salvageRows(lossless bool) error {
-	if err := b.h.checkL1Table(); err != nil {
+	if err := b.h.CheckL1Table(); err != nil {
 		return err
 	}
-	b.l1 = append(b.l1, l1Region{offset: b.h.l1Offset, entries: b.h.l1Size, from: origin{use: useL1}})
+	b.l1 = append(b.l1, l1Region{offset: b.h.L1Offset, entries: b.h.L1Size, from: origin{use: useL1}})
 	if b.behindEnd(b.l1[0]) && (lossless || !b.r.isAllKnown()) {
 		return fmt.Errorf("%w: the active L1 table, %d entries at offset %#x, is behind the end of the file: nothing tells where the disk is",
-			ErrCorrupt, b.h.l1Size, b.h.l1Offset)
+			ErrCorrupt, b.h.L1Size, b.h.L1Offset)
 	}
-	if b.h.snapshots == 0 {
+	if b.h.Snapshots == 0 {
 		return nil
 	}
-	var rows []snapshotRow
-	err := b.h.checkSnapshotTable()
+	var rows []format.SnapshotRow
+	err := b.h.CheckSnapshotTable()
 	if err == nil {
-		t := newSnapshotReader(b.file, b.h)
-		t.shorten = true
-		rows, _, err = t.rows(b.h)
+		t := format.NewSnapshotReader(b.file, b.h)
+		t.Shorten = true
+		rows, _, err = t.Rows(b.h)
 	}
 	if err != nil && !isDamage(err) {
 		return err
 	}
-	if n := b.h.snapshots - int64(len(rows)); n > 0 {
+	if n := b.h.Snapshots - int64(len(rows)); n > 0 {
 		b.rowsChanged = true
 		b.r.lose("the last %d rows of the snapshot table were cut off: %v", n, cmp.Or(err, ErrLimit))
 	}
@@ -70,24 +72,24 @@ func (b *rebuild) salvageRows(lossless bool) error {
 }
 
 // salvageRow keeps a row that can be used.
-func (b *rebuild) salvageRow(i int, row *snapshotRow) {
-	what := fmt.Sprintf("snapshot table row %d (id %.40q, name %.80q)", i, row.id, row.name)
+func (b *rebuild) salvageRow(i int, row *format.SnapshotRow) {
+	what := fmt.Sprintf("snapshot table row %d (id %.40q, name %.80q)", i, row.ID, row.Name)
 	switch {
-	case row.extraSize > maxSnapshotExtraBytes:
+	case row.ExtraSize > format.MaxSnapshotExtraBytes:
 		b.rowsChanged = true
-		b.r.note("%s: %d bytes of extra data were cut to %d", what, row.extraSize, maxSnapshotExtraBytes)
-	case b.h.version >= 3 && row.extraSize < 16:
+		b.r.note("%s: %d bytes of extra data were cut to %d", what, row.ExtraSize, format.MaxSnapshotExtraBytes)
+	case b.h.Version >= 3 && row.ExtraSize < 16:
 		b.rowsChanged = true
-		b.r.note("%s: %d bytes of extra data were completed", what, row.extraSize)
+		b.r.note("%s: %d bytes of extra data were completed", what, row.ExtraSize)
 	}
-	if row.diskSize < 0 || b.g.l1Entries(row.diskSize) > maxL1Bytes/8 {
+	if row.DiskSize < 0 || b.g.L1Entries(row.DiskSize) > format.MaxL1Bytes/8 {
 		b.rowsChanged = true
-		b.r.note("%s: a disk of %d bytes became that of the active one", what, uint64(row.diskSize))
-		row.diskSize = b.h.size
+		b.r.note("%s: a disk of %d bytes became that of the active one", what, uint64(row.DiskSize))
+		row.DiskSize = b.h.Size
 	}
-	err := row.check(b.g)
-	if err == nil && b.behindEnd(l1Region{offset: row.l1Offset, entries: row.l1Size}) {
-		err = fmt.Errorf("%w: L1 table at offset %#x, behind the end of the file", ErrCorrupt, row.l1Offset)
+	err := row.Check(b.g)
+	if err == nil && b.behindEnd(l1Region{offset: row.L1Offset, entries: row.L1Size}) {
+		err = fmt.Errorf("%w: L1 table at offset %#x, behind the end of the file", ErrCorrupt, row.L1Offset)
 	}
 	if err != nil {
 		b.rowsChanged = true
@@ -95,8 +97,8 @@ func (b *rebuild) salvageRow(i int, row *snapshotRow) {
 		return
 	}
 	b.l1 = append(b.l1, l1Region{
-		offset: row.l1Offset, entries: row.l1Size,
-		from: origin{use: useSnapshotL1, table: row.l1Offset, index: int64(len(b.rows))},
+		offset: row.L1Offset, entries: row.L1Size,
+		from: origin{use: useSnapshotL1, table: row.L1Offset, index: int64(len(b.rows))},
 	})
 	b.rows = append(b.rows, *row)
 }
@@ -105,14 +107,14 @@ func (b *rebuild) salvageRow(i int, row *snapshotRow) {
 func (b *rebuild) settleL2Tables() error {
 	for _, l2 := range b.l2 {
 		at, moved := b.moved[l2.offset]
-		if !moved && b.occupy(useL2, l2.offset, b.g.clusterSize, l2.times) {
+		if !moved && b.occupy(useL2, l2.offset, b.g.ClusterSize, l2.times) {
 			continue
 		}
 		if !moved {
-			t := b.g.newTable()
-			err := readPadded(b.file, t.b, l2.offset)
+			t := b.g.NewTable()
+			err := format.ReadPadded(b.file, t.B, l2.offset)
 			if err == nil {
-				at, err = b.write(useL2, t.b)
+				at, err = b.write(useL2, t.B)
 			}
 			if err != nil {
 				return err
@@ -120,7 +122,7 @@ func (b *rebuild) settleL2Tables() error {
 			b.moved[l2.offset] = at
 			b.r.note("the L2 table at %#x moved to %#x: its cluster holds data, too", l2.offset, at)
 		}
-		b.occupy(useL2, at, b.g.clusterSize, l2.times)
+		b.occupy(useL2, at, b.g.ClusterSize, l2.times)
 	}
 	return nil
 }
@@ -129,49 +131,49 @@ func (b *rebuild) settleL2Tables() error {
 func (b *rebuild) settleL1Tables() error {
 	for _, l1 := range b.l1 {
 		raw := make([]byte, l1.entries*8)
-		if err := readPadded(b.file, raw, l1.offset); err != nil {
+		if err := format.ReadPadded(b.file, raw, l1.offset); err != nil {
 			return err
 		}
-		es := decodeL1(raw)
+		es := format.DecodeL1(raw)
 		changed := b.repoint(es, l1.from.use == useL1)
 		at := l1.offset
 		var err error
 		switch fits := l1.entries == 0 || b.isNew(at) || b.occupy(l1.from.use, at, l1.entries*8, 1); {
 		case b.isNew(at):
-			_, err = b.file.WriteAt(encodeL1(es), at)
+			_, err = b.file.WriteAt(format.EncodeL1(es), at)
 			b.occupy(l1.from.use, at, l1.entries*8, 1)
 		case changed || !fits:
 			if fits {
 				b.vacate(at, l1.entries*8)
 			}
-			at, err = b.write(l1.from.use, encodeL1(es))
+			at, err = b.write(l1.from.use, format.EncodeL1(es))
 			b.occupy(l1.from.use, at, l1.entries*8, 1)
 		}
 		if err != nil {
 			return err
 		}
 		if l1.from.use == useL1 {
-			b.h.l1Offset = at
-		} else if row := &b.rows[l1.from.index]; row.l1Offset != at {
-			row.l1Offset, b.rowsChanged = at, true
+			b.h.L1Offset = at
+		} else if row := &b.rows[l1.from.index]; row.L1Offset != at {
+			row.L1Offset, b.rowsChanged = at, true
 		}
 	}
 	return nil
 }
 
 // repoint follows L2 tables that have moved, and in the active L1 table sets COPIED as it must be.
-func (b *rebuild) repoint(es []l1Entry, active bool) (changed bool) {
+func (b *rebuild) repoint(es []format.L1Entry, active bool) (changed bool) {
 	for i, e := range es {
-		if e.offset() == 0 {
+		if e.Offset() == 0 {
 			continue
 		}
-		if at, ok := b.moved[e.offset()]; ok {
-			e = e&flagCopied | l1Entry(at)
+		if at, ok := b.moved[e.Offset()]; ok {
+			e = e&format.FlagCopied | format.L1Entry(at)
 		}
 		if active {
-			k, j := b.group(e.offset() >> b.g.clusterBits)
-			if e &^= flagCopied; k.refs.get(j) == 1 {
-				e |= flagCopied
+			k, j := b.group(e.Offset() >> b.g.ClusterBits)
+			if e &^= format.FlagCopied; k.refs.get(j) == 1 {
+				e |= format.FlagCopied
 			}
 		}
 		changed = changed || e != es[i]
@@ -193,16 +195,16 @@ func (b *rebuild) settleBitmaps() error {
 	if err != nil {
 		return err
 	}
-	alone.vacate(0, b.g.clusterSize)
+	alone.vacate(0, b.g.ClusterSize)
 	if alone.result.Corruptions > 0 || b.meets(alone) {
-		b.h.autoclear &^= autoclearBitmaps
+		b.h.Autoclear &^= autoclearBitmaps
 		b.r.note("the dirty bitmaps are damaged: they are no longer marked as consistent")
 		return nil
 	}
 	for k := range alone.inOrder() {
 		for i := range int64(groupClusters) {
 			if k.refs.get(i) != 0 {
-				b.occupy(k.use(i), (k.first()+i)<<b.g.clusterBits, b.g.clusterSize, 1)
+				b.occupy(k.use(i), (k.first()+i)<<b.g.ClusterBits, b.g.ClusterSize, 1)
 			}
 		}
 	}
@@ -223,21 +225,21 @@ func (b *rebuild) meets(other *checker) bool {
 
 // settleRows writes the snapshot table again if it changed, or shares its place with something else.
 func (b *rebuild) settleRows() error {
-	table, err := encodeSnapshotTable(b.rows)
+	table, err := format.EncodeSnapshotTable(b.rows)
 	if err != nil {
 		return err
 	}
 	n := int64(len(table))
 	switch {
 	case n == 0:
-		b.h.snapshots, b.h.snapshotsOffset = 0, 0
-	case b.rowsChanged || !b.occupy(useSnapshotTable, b.h.snapshotsOffset, n, 1):
+		b.h.Snapshots, b.h.SnapshotsOffset = 0, 0
+	case b.rowsChanged || !b.occupy(useSnapshotTable, b.h.SnapshotsOffset, n, 1):
 		at, err := b.write(useSnapshotTable, table)
 		if err != nil {
 			return err
 		}
 		b.occupy(useSnapshotTable, at, n, 1)
-		b.h.snapshots, b.h.snapshotsOffset = int64(len(b.rows)), at
+		b.h.Snapshots, b.h.SnapshotsOffset = int64(len(b.rows)), at
 	}
 	return nil
 }
@@ -253,31 +255,31 @@ func (b *rebuild) writeRefcounts() error {
 		if len(indexes) > 0 {
 			entries = indexes[len(indexes)-1] + 1
 		}
-		b.h.refTableClusters = b.g.clusters(entries * 8)
-		if entries*8 > maxRefcountTableBytes {
-			return fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, maxRefcountTableBytes>>20)
+		b.h.RefTableClusters = b.g.Clusters(entries * 8)
+		if entries*8 > format.MaxRefcountTableBytes {
+			return fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, format.MaxRefcountTableBytes>>20)
 		}
-		need := int64(len(blocks)) + b.h.refTableClusters
+		need := int64(len(blocks)) + b.h.RefTableClusters
 		again = need != n
 		n = need
-		for cluster := first; cluster < first+n; cluster += b.g.blockCounts {
-			blocks[cluster>>b.g.blockBits] = true
+		for cluster := first; cluster < first+n; cluster += b.g.BlockCounts {
+			blocks[cluster>>b.g.BlockBits] = true
 		}
-		blocks[(first+n-1)>>b.g.blockBits] = true
-		again = again || int64(len(blocks))+b.h.refTableClusters != n
+		blocks[(first+n-1)>>b.g.BlockBits] = true
+		again = again || int64(len(blocks))+b.h.RefTableClusters != n
 	}
-	b.occupy(useRefcountBlock, first<<b.g.clusterBits, n<<b.g.clusterBits, 1)
-	table := make([]byte, b.h.refTableClusters<<b.g.clusterBits)
+	b.occupy(useRefcountBlock, first<<b.g.ClusterBits, n<<b.g.ClusterBits, 1)
+	table := make([]byte, b.h.RefTableClusters<<b.g.ClusterBits)
 	for _, index := range slices.Sorted(maps.Keys(blocks)) {
-		at, err := b.write(useRefcountBlock, b.countsOf(index).b)
+		at, err := b.write(useRefcountBlock, b.countsOf(index).B)
 		if err != nil {
 			return err
 		}
 		binary.BigEndian.PutUint64(table[index*8:], uint64(at))
 	}
 	at, err := b.write(useRefcountTable, table)
-	b.h.refTableOffset = at
-	b.r.note("the refcount table and its blocks were written anew, at %#x", first<<b.g.clusterBits)
+	b.h.RefTableOffset = at
+	b.r.note("the refcount table and its blocks were written anew, at %#x", first<<b.g.ClusterBits)
 	return err
 }
 
@@ -287,7 +289,7 @@ func (b *rebuild) usedBlocks() map[int64]bool {
 	for k := range b.inOrder() {
 		for i := range int64(groupClusters) {
 			if k.refs.get(i) != 0 {
-				blocks[(k.first()+i)>>b.g.blockBits] = true
+				blocks[(k.first()+i)>>b.g.BlockBits] = true
 			}
 		}
 	}
@@ -295,11 +297,11 @@ func (b *rebuild) usedBlocks() map[int64]bool {
 }
 
 // countsOf returns the content of a refcount block.
-func (b *rebuild) countsOf(index int64) counts {
-	block := b.g.newCounts(1)
-	for i := range b.g.blockCounts {
-		if k, j := b.group(index<<b.g.blockBits + i); k.refs.get(j) != 0 {
-			block.set(i, k.refs.get(j))
+func (b *rebuild) countsOf(index int64) format.Counts {
+	block := b.g.NewCounts(1)
+	for i := range b.g.BlockCounts {
+		if k, j := b.group(index<<b.g.BlockBits + i); k.refs.get(j) != 0 {
+			block.Set(i, k.refs.get(j))
 		}
 	}
 	return block

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // repairer is a running Repair.
@@ -30,26 +32,26 @@ func (r *repairer) nextPhase() func(done, total int64) {
 }
 
 // switchHeader makes h the live header. All that it selects has been written.
-func (r *repairer) switchHeader(h header) error {
+func (r *repairer) switchHeader(h format.Header) error {
 	if err := r.f.Sync(); err != nil {
 		return err
 	}
-	if _, err := r.f.WriteAt(h.encode(), 0); err != nil {
+	if _, err := r.f.WriteAt(h.Encode(), 0); err != nil {
 		return fmt.Errorf("write the header: %w", err)
 	}
 	return r.f.Sync()
 }
 
-func (r *repairer) note(format string, args ...any) {
+func (r *repairer) note(text string, args ...any) {
 	if len(r.result.Mended) < maxProblems {
-		r.result.Mended = append(r.result.Mended, fmt.Sprintf(format, args...))
+		r.result.Mended = append(r.result.Mended, fmt.Sprintf(text, args...))
 	}
 }
 
 // lose notes that a reference to content was given up.
-func (r *repairer) lose(format string, args ...any) {
+func (r *repairer) lose(text string, args ...any) {
 	r.result.Lost++
-	r.note(format, args...)
+	r.note(text, args...)
 }
 
 // isDamage tells whether what was read is wrong. What merely cannot be read just now must not be given up.
@@ -64,12 +66,12 @@ func (r *repairer) isAllKnown() bool {
 	if c == nil || c.length > maxKnown {
 		return false
 	}
-	b := make([]byte, c.g.clusterSize)
-	for cluster := range c.g.clusters(c.length) {
+	b := make([]byte, c.g.ClusterSize)
+	for cluster := range c.g.Clusters(c.length) {
 		if k, i := c.group(cluster); k.refs.get(i) > 0 {
 			continue
 		}
-		if readPadded(r.f, b, cluster<<c.g.clusterBits) != nil || !onlyZeros(b) {
+		if format.ReadPadded(r.f, b, cluster<<c.g.ClusterBits) != nil || !format.OnlyZeros(b) {
 			return false
 		}
 	}

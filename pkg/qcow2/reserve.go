@@ -3,10 +3,12 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // take hands out n clusters, neighbours where possible. Whoever fails to use them gives them to release.
-func (a *allocator) take(n int64) (runs, error) {
+func (a *allocator) take(n int64) (format.Runs, error) {
 	for {
 		got, missing := a.takeReady(n)
 		if missing == 0 {
@@ -19,19 +21,19 @@ func (a *allocator) take(n int64) (runs, error) {
 }
 
 // takeReady hands out n reserved clusters, or says how many are missing.
-func (a *allocator) takeReady(n int64) (got runs, missing int64) {
+func (a *allocator) takeReady(n int64) (got format.Runs, missing int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if have := a.ready.clusters(); have < n {
+	if have := a.ready.Clusters(); have < n {
 		return nil, n - have
 	}
 	for n > 0 {
 		r := a.ready[0]
-		k := min(n, r.n)
-		got.add(run{r.first, k})
-		a.search.touch(run{r.first, k})
+		k := min(n, r.N)
+		got.Add(format.Run{First: r.First, N: k})
+		a.search.touch(format.Run{First: r.First, N: k})
 		n -= k
-		if a.ready[0] = (run{r.first + k, r.n - k}); k == r.n {
+		if a.ready[0] = (format.Run{First: r.First + k, N: r.N - k}); k == r.N {
 			a.ready = a.ready[1:]
 		}
 	}
@@ -42,7 +44,7 @@ func (a *allocator) takeReady(n int64) (got runs, missing int64) {
 // reserveAhead has clusters reserved in the background when half of the last reservation is used up. Called with mu held.
 func (a *allocator) reserveAhead() {
 	low := a.batch / 4 // it doubles each time
-	if a.ahead || a.ready.clusters() >= low {
+	if a.ahead || a.ready.Clusters() >= low {
 		return
 	}
 	a.ahead = true
@@ -80,7 +82,7 @@ func (a *allocator) reserveRound(n int64) (int64, error) {
 	a.ledger.Lock()
 	defer a.ledger.Unlock()
 	a.mu.Lock()
-	n -= a.ready.clusters()
+	n -= a.ready.Clusters()
 	c := claim{a: a, at: a.next, next: a.next, missing: max(n, a.batch), need: n}
 	a.mu.Unlock()
 	if n <= 0 {
@@ -100,16 +102,16 @@ func (a *allocator) reserveRound(n int64) (int64, error) {
 		return 0, err
 	}
 	for _, r := range c.got {
-		a.ready.add(r)
+		a.ready.Add(r)
 	}
-	return c.got.clusters(), nil
+	return c.got.Clusters(), nil
 }
 
 // prepare makes reserved clusters read as zeros and, with their counts, durable. Called with ledger held.
-func (a *allocator) prepare(got runs) error {
+func (a *allocator) prepare(got format.Runs) error {
 	for _, r := range got {
-		if at := r.first << a.g.clusterBits; at < a.length.Load() {
-			if err := a.f.PunchHole(at, min(r.n<<a.g.clusterBits, a.length.Load()-at)); err != nil {
+		if at := r.First << a.g.ClusterBits; at < a.length.Load() {
+			if err := a.f.PunchHole(at, min(r.N<<a.g.ClusterBits, a.length.Load()-at)); err != nil {
 				return err
 			}
 		}
@@ -124,7 +126,7 @@ func (a *allocator) prepare(got runs) error {
 }
 
 // reach makes the file at least so long that clusters lie inside it. Called with ledger held.
-func (a *allocator) reach(rs runs) error {
+func (a *allocator) reach(rs format.Runs) error {
 	a.growth.Lock()
 	defer a.growth.Unlock()
 	length, err := a.f.Size() // a new refcount block, or an operation, may have made it longer
@@ -133,7 +135,7 @@ func (a *allocator) reach(rs runs) error {
 	}
 	end := max(length, a.length.Load())
 	for _, r := range rs {
-		end = max(end, r.end()<<a.g.clusterBits)
+		end = max(end, r.End()<<a.g.ClusterBits)
 	}
 	if end > length {
 		if err := a.f.Truncate(end); err != nil {
@@ -151,7 +153,7 @@ func (a *allocator) link(blocks []int64) error {
 	for _, k := range blocks {
 		var e [8]byte
 		binary.BigEndian.PutUint64(e[:], uint64(a.rc.table[k]))
-		if _, err := a.f.WriteAt(e[:], a.rc.tableAt.first<<a.g.clusterBits+k*8); err != nil {
+		if _, err := a.f.WriteAt(e[:], a.rc.tableAt.First<<a.g.ClusterBits+k*8); err != nil {
 			// Whether the table on disk has the block is unknown now.
 			return a.fail(fmt.Errorf("write refcount table entry %d: %w", k, err))
 		}

@@ -1,5 +1,7 @@
 package qcow2
 
+import "github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+
 // claim is a reservation's search: it counts free clusters, block by block, in memory. Used with the ledger held; guests get
 // at the clusters that are ready between two blocks, and do not wait for reads.
 type claim struct {
@@ -8,7 +10,7 @@ type claim struct {
 	next      int64 // the allocator's next as this search has left it; -1: it must not move on
 	missing   int64 // clusters still wanted
 	need      int64 // and so many of them now
-	got       runs
+	got       format.Runs
 	newBlocks []int64 // refcount blocks that it made; the table on disk does not yet point at them
 }
 
@@ -21,8 +23,8 @@ func (c *claim) search() error {
 		if err := c.a.fetch(c.ahead(blocks)); err != nil {
 			return err
 		}
-		k := c.at >> c.a.g.blockBits
-		for c.at>>c.a.g.blockBits < k+blocks && c.missing > 0 && len(c.got) < maxClaimed {
+		k := c.at >> c.a.g.BlockBits
+		for c.at>>c.a.g.BlockBits < k+blocks && c.missing > 0 && len(c.got) < maxClaimed {
 			if err := c.step(); err != nil {
 				return err
 			}
@@ -40,9 +42,9 @@ func (c *claim) ahead(n int64) []int64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var ks []int64
-	first := c.at >> a.g.blockBits
+	first := c.at >> a.g.BlockBits
 	for k := first; k < first+n; k++ {
-		if _, busy := a.unsafe[k]; !busy || (k+1)<<a.g.blockBits > a.unsafeEnd {
+		if _, busy := a.unsafe[k]; !busy || (k+1)<<a.g.BlockBits > a.unsafeEnd {
 			ks = append(ks, k)
 		}
 	}
@@ -54,8 +56,8 @@ func (c *claim) step() error {
 	a := c.a
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	k, i := c.at>>a.g.blockBits, c.at&(a.g.blockCounts-1)
-	behind := (k + 1) << a.g.blockBits
+	k, i := c.at>>a.g.BlockBits, c.at&(a.g.BlockCounts-1)
+	behind := (k + 1) << a.g.BlockBits
 	if _, busy := a.unsafe[k]; busy && c.at < a.unsafeEnd {
 		c.at, c.next = min(behind, a.unsafeEnd), -1 // what is skipped is free soon, and the rest can wait for it
 		c.missing = min(c.missing, c.need)
@@ -66,14 +68,14 @@ func (c *claim) step() error {
 		return err
 	}
 	if b != nil {
-		i = b.counts.nextZero(i)
+		i = b.counts.NextZero(i)
 	}
-	for i < a.g.blockCounts && !a.free(k<<a.g.blockBits+i) {
+	for i < a.g.BlockCounts && !a.free(k<<a.g.BlockBits+i) {
 		if i++; b != nil {
-			i = b.counts.nextZero(i)
+			i = b.counts.NextZero(i)
 		}
 	}
-	switch c.at = k<<a.g.blockBits + i; {
+	switch c.at = k<<a.g.BlockBits + i; {
 	case c.at == behind:
 		return nil
 	case k >= int64(len(a.rc.table)):
@@ -95,18 +97,18 @@ func (c *claim) step() error {
 // take claims free clusters from at on, which block b counts at index i. Called with the allocator's lock held.
 func (c *claim) take(b *refBlock, i int64) error {
 	a, end := c.a, i
-	for end < a.g.blockCounts && end-i < c.missing && b.counts.get(end) == 0 && a.free(c.at+end-i) {
+	for end < a.g.BlockCounts && end-i < c.missing && b.counts.Get(end) == 0 && a.free(c.at+end-i) {
 		end++
 	}
-	r := run{c.at, end - i}
+	r := format.Run{First: c.at, N: end - i}
 	if err := a.refuse(r); err != nil {
 		return err
 	}
 	if _, err := a.add(r, 1); err != nil {
 		return err
 	}
-	c.got.add(r)
-	c.missing, c.need, c.at = c.missing-r.n, max(c.need-r.n, 0), r.end()
+	c.got.Add(r)
+	c.missing, c.need, c.at = c.missing-r.N, max(c.need-r.N, 0), r.End()
 	if a.next == c.next { // else clusters before it have become free meanwhile
 		a.next, c.next = c.at, c.at
 	}
@@ -115,7 +117,7 @@ func (c *claim) take(b *refBlock, i int64) error {
 
 // newBlock makes refcount block k in cluster c, a free one that it counts itself. Called with the allocator's lock held.
 func (a *allocator) newBlock(k, c int64) error {
-	r := run{c, 1}
+	r := format.Run{First: c, N: 1}
 	if err := a.refuse(r); err != nil {
 		return err
 	}
@@ -123,12 +125,12 @@ func (a *allocator) newBlock(k, c int64) error {
 		return err
 	}
 	a.search.touch(r)
-	b := &refBlock{counts: a.g.newCounts(1)}
-	b.counts.set(c&(a.g.blockCounts-1), 1)
-	for s := range a.g.clusterSize / sectorSize {
-		b.dirty.add(s)
+	b := &refBlock{counts: a.g.NewCounts(1)}
+	b.counts.Set(c&(a.g.BlockCounts-1), 1)
+	for s := range a.g.ClusterSize / format.SectorSize {
+		b.dirty.Add(s)
 	}
-	a.rc.table[k] = r.first << a.g.clusterBits
+	a.rc.table[k] = r.First << a.g.ClusterBits
 	a.rc.keep(k, b)
 	if a.build != nil {
 		return a.build.mirror(r, 1)
@@ -141,10 +143,10 @@ func (a *allocator) newBlock(k, c int64) error {
 func (c *claim) undo() {
 	a := c.a
 	for _, r := range c.got {
-		a.next = min(a.next, r.first)
-		_ = a.g.eachBlock(r, func(k, i, n int64) error {
+		a.next = min(a.next, r.First)
+		_ = a.g.EachBlock(r, func(k, i, n int64) error {
 			if b := a.rc.blocks[k]; b != nil {
-				_, err := a.add(run{k<<a.g.blockBits + i, n}, -1)
+				_, err := a.add(format.Run{First: k<<a.g.BlockBits + i, N: n}, -1)
 				return err
 			}
 			return nil
@@ -152,7 +154,7 @@ func (c *claim) undo() {
 	}
 	for _, k := range c.newBlocks {
 		off := a.rc.table[k]
-		a.metadata.remove(run{off >> a.g.clusterBits, 1})
+		a.metadata.remove(format.Run{First: off >> a.g.ClusterBits, N: 1})
 		if a.build != nil {
 			a.build.unmake(k, off)
 		}

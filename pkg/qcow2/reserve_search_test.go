@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // scatteredImage opens an image in which every second cluster of data is free, and no refcount block is in memory yet.
@@ -49,14 +51,14 @@ func TestReserveScattered(t *testing.T) {
 	}
 	const n = 300
 	must(t, a.reserve(n))
-	if got := a.ready.clusters(); got < n {
+	if got := a.ready.Clusters(); got < n {
 		t.Errorf("%d clusters are ready, of %d", got, n)
 	}
 	if most > maxClaimed || most < maxClaimed/2 {
 		t.Errorf("%d punches in one round, at most %d are wanted, and many", most, maxClaimed)
 	}
 	for c := range a.next {
-		if b, err := a.rc.block(c >> a.g.blockBits); err != nil || b.counts.get(c&(a.g.blockCounts-1)) == 0 {
+		if b, err := a.rc.block(c >> a.g.BlockBits); err != nil || b.counts.Get(c&(a.g.BlockCounts-1)) == 0 {
 			t.Fatalf("cluster %d is free (%v), and the next search begins at %d", c, err, a.next)
 		}
 	}
@@ -93,12 +95,12 @@ func TestClaimSkipsUnsafe(t *testing.T) {
 	_, img := scatteredImage(t)
 	a := img.alloc
 	c := beginClaim(img, 4)
-	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.clusters(a.length.Load())
+	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.Clusters(a.length.Load())
 	must(t, c.step())
 	a.reopen(0, a.freeIn(0))
 	must(t, c.search())
-	if next, err := a.rc.block(0); err != nil || a.next > next.counts.nextZero(0) {
-		t.Errorf("the next search begins at %d, and cluster %d is free (%v)", a.next, next.counts.nextZero(0), err)
+	if next, err := a.rc.block(0); err != nil || a.next > next.counts.NextZero(0) {
+		t.Errorf("the next search begins at %d, and cluster %d is free (%v)", a.next, next.counts.NextZero(0), err)
 	}
 	endClaim(t, img, &c)
 }
@@ -111,12 +113,12 @@ func TestFailedReservationBesideOperation(t *testing.T) {
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	a := img.alloc
-	first := a.g.blockCounts // that no block counts
+	first := a.g.BlockCounts // that no block counts
 	placed := false
 	must(t, img.change(operation{
 		begin: func(*generation) error { return nil },
 		build: func(n *generation) error {
-			var taken run
+			var taken format.Run
 			n.next = first + 100
 			err := n.locked(func() (err error) {
 				taken, err = n.take(1)
@@ -145,8 +147,8 @@ func TestFailedReservationBesideOperation(t *testing.T) {
 			return n.locked(func() error { return n.add(taken, -1) })
 		},
 	}))
-	if b, err := a.rc.block(0); err != nil || b.counts.get(0) != 1 || !placed {
-		t.Fatalf("the header is counted %d times (%v)", b.counts.get(0), err)
+	if b, err := a.rc.block(0); err != nil || b.counts.Get(0) != 1 || !placed {
+		t.Fatalf("the header is counted %d times (%v)", b.counts.Get(0), err)
 	}
 	_, err = img.WriteAt(pattern(1, 3<<20), 0)
 	must(t, err)
@@ -162,8 +164,8 @@ func TestClaimBesidePunching(t *testing.T) {
 	for len(c.got) < 2 {
 		must(t, c.step())
 	}
-	low := c.got[0].first - 1
-	a.reopen(0, runs{{low, 1}}) // as the end of an operation does
+	low := c.got[0].First - 1
+	a.reopen(0, format.Runs{{First: low, N: 1}}) // as the end of an operation does
 	must(t, c.search())
 	if a.next != low {
 		t.Errorf("the next search begins at %d, and cluster %d has become free", a.next, low)
@@ -174,12 +176,12 @@ func TestClaimBesidePunching(t *testing.T) {
 // Refcount blocks that are not dirty do not fill memory; those used last stay.
 func TestRefcountBlocksInMemory(t *testing.T) {
 	const limit, many = 4, 10
-	g := newGeometry(16, 4, false)
+	g := format.NewGeometry(16, 4, false)
 	rc := &refcounts{g: g, table: make([]int64, many+1), blocks: map[int64]*refBlock{}, limit: limit}
 	for k := range int64(many) {
 		rc.table[k] = (k + 1) << 16
-		b := &refBlock{counts: g.newCounts(1)}
-		b.dirty.add(0)
+		b := &refBlock{counts: g.NewCounts(1)}
+		b.dirty.Add(0)
 		rc.keep(k, b)
 	}
 	if len(rc.blocks) != many || !rc.crowded() {
@@ -189,7 +191,7 @@ func TestRefcountBlocksInMemory(t *testing.T) {
 	must(t, err)
 	rc.wrote(rc.takeDirty(), nil)
 	for range 3 {
-		rc.keep(many, &refBlock{counts: g.newCounts(1)})
+		rc.keep(many, &refBlock{counts: g.NewCounts(1)})
 		if len(rc.blocks) > limit+1 || rc.blocks[0] == nil || rc.blocks[many] == nil {
 			t.Errorf("%d blocks stay in memory: the first one %t, the last one %t", len(rc.blocks), rc.blocks[0] != nil, rc.blocks[many] != nil)
 		}

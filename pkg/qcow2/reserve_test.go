@@ -36,7 +36,7 @@ func TestReserveBesideOperation(t *testing.T) {
 	reserved := make(chan error, 1)
 	_, err = img.CreateSnapshot("new", func(Snapshot) {
 		f.hold.Store(true)
-		go func() { reserved <- img.alloc.reserve(img.alloc.ready.clusters() + 1) }()
+		go func() { reserved <- img.alloc.reserve(img.alloc.ready.Clusters() + 1) }()
 		<-f.held
 		// That the operation writes by then shows a mistake; that it does not hides one.
 		time.AfterFunc(50*time.Millisecond, func() { close(f.tell) })

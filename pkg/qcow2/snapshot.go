@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // maxSnapshotName is the longest name in bytes: QEMU cuts longer ones off when it lists them.
@@ -17,25 +19,25 @@ func (img *Image) CreateSnapshot(name string, cut func(Snapshot)) (Snapshot, err
 	if err := checkSnapshotName(name); err != nil {
 		return Snapshot{}, err
 	}
-	var row snapshotRow
-	var l1 []l1Entry
+	var row format.SnapshotRow
+	var l1 []format.L1Entry
 	err := img.change(operation{
 		begin: func(n *generation) error {
 			if _, err := findSnapshot(n.row, ByName(name)); err == nil {
 				return fmt.Errorf("snapshot %q: %w", name, ErrExists)
 			}
-			if len(n.row) >= maxSnapshots {
+			if len(n.row) >= format.MaxSnapshots {
 				return fmt.Errorf("%w: %d snapshots", ErrLimit, len(n.row))
 			}
 			l1 = img.activeL1()
 			now := time.Now()
-			row = snapshotRow{
-				id: newSnapshotID(n.row), name: name, l1Size: int64(len(l1)), diskSize: n.h.size,
-				dateSec: uint32(now.Unix()), dateNsec: uint32(now.Nanosecond()), icount: unknownIcount,
+			row = format.SnapshotRow{
+				ID: newSnapshotID(n.row), Name: name, L1Size: int64(len(l1)), DiskSize: n.h.Size,
+				DateSec: uint32(now.Unix()), DateNsec: uint32(now.Nanosecond()), Icount: format.UnknownIcount,
 			}
 			n.frozen = true
 			// A VM's state lies beyond the disk. It belongs to the snapshot alone from now on.
-			n.l1Keep = min(n.g.l1Entries(n.h.size), n.l1Keep)
+			n.l1Keep = min(n.g.L1Entries(n.h.Size), n.l1Keep)
 			if cut != nil {
 				cut(newSnapshot(&row))
 			}
@@ -55,15 +57,15 @@ func checkSnapshotName(name string) error {
 
 // create makes row a snapshot of the state that l1 maps. The snapshot gets its L2 tables; the active state gets new
 // ones where COPIED is set, for it shares all that was mapped.
-func (n *generation) create(row *snapshotRow, l1 []l1Entry) (err error) {
+func (n *generation) create(row *format.SnapshotRow, l1 []format.L1Entry) (err error) {
 	if len(l1) > 0 { // else it is an empty disk of QEMU's: there is no table to count
-		row.l1Offset, err = n.place(encodeL1(l1))
+		row.L1Offset, err = n.place(format.EncodeL1(l1))
 	}
 	if err != nil {
 		return err
 	}
 	n.row = append(n.row, *row)
-	return n.eachTable(l1[:n.l1Keep], func(i, off int64, t table) error {
+	return n.eachTable(l1[:n.l1Keep], func(i, off int64, t format.L2Table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}
@@ -71,7 +73,7 @@ func (n *generation) create(row *snapshotRow, l1 []l1Entry) (err error) {
 		if err := n.locked(func() error { return n.referenceRuns(off, 1) }); err != nil {
 			return err
 		}
-		if changed || !t.clearCopied() {
+		if changed || !t.ClearCopied() {
 			return nil
 		}
 		return n.replace(i, off, t)
@@ -90,8 +92,8 @@ func (img *Image) GotoSnapshot(s Selector) error {
 		if err != nil {
 			return err
 		}
-		n.l1 = append(l1, make([]l1Entry, max(1-len(l1), 0))...)
-		n.h.size = row.diskSize
+		n.l1 = append(l1, make([]format.L1Entry, max(1-len(l1), 0))...)
+		n.h.Size = row.DiskSize
 		return n.restore(img.activeL1())
 	}})
 }
@@ -99,7 +101,7 @@ func (img *Image) GotoSnapshot(s Selector) error {
 // DeleteSnapshot removes a snapshot and frees what nothing else needs. Guests go on; the snapshot is listed until it
 // is gone. ErrNotFound; ErrInUse while a View of it is open.
 func (img *Image) DeleteSnapshot(s Selector) error {
-	var row snapshotRow
+	var row format.SnapshotRow
 	return img.change(operation{
 		frees: true,
 		begin: func(n *generation) error {
@@ -108,10 +110,10 @@ func (img *Image) DeleteSnapshot(s Selector) error {
 				return err
 			}
 			row = n.row[at]
-			if img.viewed(row.id) {
-				return fmt.Errorf("snapshot %q is open: %w", row.name, ErrInUse)
+			if img.viewed(row.ID) {
+				return fmt.Errorf("snapshot %q is open: %w", row.Name, ErrInUse)
 			}
-			n.deleting = row.id
+			n.deleting = row.ID
 			n.row = slices.Delete(n.row, at, at+1)
 			return nil
 		},
@@ -140,14 +142,14 @@ func (img *Image) RenameSnapshot(s Selector, name string) error {
 			return nil
 		},
 		build: func(n *generation) error {
-			n.row[at].name = name
+			n.row[at].Name = name
 			return nil
 		},
 	})
 }
 
 // delete takes away the references of a snapshot that the next generation does not list.
-func (n *generation) delete(row *snapshotRow) error {
+func (n *generation) delete(row *format.SnapshotRow) error {
 	l1, err := n.img.snapshotL1(row)
 	if err != nil {
 		return err
@@ -157,7 +159,7 @@ func (n *generation) delete(row *snapshotRow) error {
 	}
 	look := false
 	if err := n.locked(func() error {
-		err := n.drop(row.l1Offset, row.l1Size*8)
+		err := n.drop(row.L1Offset, row.L1Size*8)
 		look = n.fell1
 		return err
 	}); err != nil || !look {
@@ -169,7 +171,7 @@ func (n *generation) delete(row *snapshotRow) error {
 // DropActive makes the active disk read as zeros and frees what no snapshot needs. Guests wait.
 func (img *Image) DropActive() error {
 	return img.change(operation{stop: true, frees: true, begin: nothing, build: func(n *generation) error {
-		n.l1 = make([]l1Entry, max(n.l1Keep, 1))
+		n.l1 = make([]format.L1Entry, max(n.l1Keep, 1))
 		return n.unreference(img.activeL1())
 	}})
 }
@@ -177,18 +179,18 @@ func (img *Image) DropActive() error {
 // Resize makes the active disk size bytes large, rounded up to sectors; what is added reads as zeros. Guests wait. It
 // does not shrink: ErrUnsupported.
 func (img *Image) Resize(size int64) error {
-	size = roundToSectors(size)
+	size = format.RoundToSectors(size)
 	return img.change(operation{stop: true, prepare: img.zeroBehindEnd, begin: nothing, build: func(n *generation) error {
-		have, need := n.g.l1Entries(n.h.size), n.g.l1Entries(size)
+		have, need := n.g.L1Entries(n.h.Size), n.g.L1Entries(size)
 		switch {
-		case size < n.h.size:
-			return fmt.Errorf("%w: shrink from %d to %d bytes", ErrUnsupported, n.h.size, size)
-		case need > maxL1Bytes/8:
-			return fmt.Errorf("%w: a disk of %d bytes needs more than %d MiB of L1 table", ErrLimit, size, maxL1Bytes>>20)
-		case n.h.version < 3 && len(n.row) > 0:
+		case size < n.h.Size:
+			return fmt.Errorf("%w: shrink from %d to %d bytes", ErrUnsupported, n.h.Size, size)
+		case need > format.MaxL1Bytes/8:
+			return fmt.Errorf("%w: a disk of %d bytes needs more than %d MiB of L1 table", ErrLimit, size, format.MaxL1Bytes>>20)
+		case n.h.Version < 3 && len(n.row) > 0:
 			return fmt.Errorf("%w: resize of a version 2 image with snapshots", ErrUnsupported)
 		}
-		n.h.size = size
+		n.h.Size = size
 		n.l1 = img.activeL1()
 		if have < int64(len(n.l1)) {
 			// What lies beyond the disk, a VM's state, must not become part of it.
@@ -197,7 +199,7 @@ func (img *Image) Resize(size int64) error {
 			}
 			clear(n.l1[have:])
 		}
-		n.l1 = append(n.l1, make([]l1Entry, max(need-int64(len(n.l1)), 0))...)
+		n.l1 = append(n.l1, make([]format.L1Entry, max(need-int64(len(n.l1)), 0))...)
 		return nil
 	}})
 }

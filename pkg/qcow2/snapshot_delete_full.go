@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // A file system may be full to its last byte when nobody has kept room on it. A snapshot is deleted then in three steps: it is
@@ -12,17 +14,17 @@ import (
 
 // unlist strikes a snapshot off the table, durably, and punches what only it had. Called with gate held exclusively, and no
 // operation under way.
-func (img *Image) unlist(s Selector) (snapshotRow, error) {
+func (img *Image) unlist(s Selector) (format.SnapshotRow, error) {
 	img.mu.Lock()
 	rows, old := slices.Clone(img.rows), img.tableClusters()
 	img.mu.Unlock()
 	at, err := findSnapshot(rows, s)
 	if err != nil {
-		return snapshotRow{}, err
+		return format.SnapshotRow{}, err
 	}
 	row := rows[at]
-	if img.viewed(row.id) {
-		return row, fmt.Errorf("snapshot %q is open: %w", row.name, ErrInUse)
+	if img.viewed(row.ID) {
+		return row, fmt.Errorf("snapshot %q is open: %w", row.Name, ErrInUse)
 	}
 	if img.alloc.searching() {
 		return row, errors.New("leaks are being looked for")
@@ -37,45 +39,45 @@ func (img *Image) unlist(s Selector) (snapshotRow, error) {
 	img.mu.Lock()
 	now := img.tableClusters()
 	img.mu.Unlock()
-	if now.first == old.first {
-		old = run{now.end(), old.n - now.n}
+	if now.First == old.First {
+		old = format.Run{First: now.End(), N: old.N - now.N}
 	}
-	if err = img.punchSole(l1); err == nil && old.n > 0 {
-		err = img.alloc.release(runs{old})
+	if err = img.punchSole(l1); err == nil && old.N > 0 {
+		err = img.alloc.release(format.Runs{old})
 	}
 	if err != nil {
-		err = fmt.Errorf("snapshot %q is deleted, but what it had is leaked: %w", row.name, err)
+		err = fmt.Errorf("snapshot %q is deleted, but what it had is leaked: %w", row.Name, err)
 	}
 	return row, err
 }
 
 // tableClusters returns where the snapshot table is. Called with mu held.
-func (img *Image) tableClusters() run {
-	return run{img.hdr.Load().snapshotsOffset >> img.g.clusterBits, img.g.clusters(img.rowBytes)}
+func (img *Image) tableClusters() format.Run {
+	return format.Run{First: img.hdr.Load().SnapshotsOffset >> img.g.ClusterBits, N: img.g.Clusters(img.rowBytes)}
 }
 
 // strike makes the header select the snapshot table without a row: the same one if it is the last row, else a new one.
-func (img *Image) strike(rows []snapshotRow, at int) error {
+func (img *Image) strike(rows []format.SnapshotRow, at int) error {
 	h := *img.hdr.Load()
-	h.snapshots--
+	h.Snapshots--
 	switch {
-	case h.snapshots == 0:
-		h.snapshotsOffset = 0
+	case h.Snapshots == 0:
+		h.SnapshotsOffset = 0
 	case at < len(rows)-1:
 		var err error
-		if h.snapshotsOffset, err = img.placeRows(rows, at); err != nil {
+		if h.SnapshotsOffset, err = img.placeRows(rows, at); err != nil {
 			return err
 		}
 		if err := img.sync(); err != nil {
 			return err
 		}
 	}
-	left, length, err := readSnapshotTable(img.f, &h)
+	left, length, err := format.ReadSnapshotTable(img.f, &h)
 	if err != nil {
 		return err
 	}
-	if err := img.switchHeader(func(live *header) {
-		live.snapshots, live.snapshotsOffset = h.snapshots, h.snapshotsOffset
+	if err := img.switchHeader(func(live *format.Header) {
+		live.Snapshots, live.SnapshotsOffset = h.Snapshots, h.SnapshotsOffset
 	}); err != nil {
 		return err
 	}
@@ -86,12 +88,12 @@ func (img *Image) strike(rows []snapshotRow, at int) error {
 }
 
 // placeRows writes a snapshot table without a row, if need be to blocks that were zeros.
-func (img *Image) placeRows(rows []snapshotRow, without int) (int64, error) {
-	b, err := encodeSnapshotTable(slices.Delete(slices.Clone(rows), without, without+1))
+func (img *Image) placeRows(rows []format.SnapshotRow, without int) (int64, error) {
+	b, err := format.EncodeSnapshotTable(slices.Delete(slices.Clone(rows), without, without+1))
 	if err != nil {
 		return 0, err
 	}
-	got, err := img.alloc.take(img.g.clusters(int64(len(b))))
+	got, err := img.alloc.take(img.g.Clusters(int64(len(b))))
 	if err != nil {
 		return 0, err
 	}
@@ -99,7 +101,7 @@ func (img *Image) placeRows(rows []snapshotRow, without int) (int64, error) {
 		return 0, img.giveBack(got, fmt.Errorf("%w: no neighbouring clusters for the snapshot table", ErrNoSpace))
 	}
 	img.alloc.metadata.put(got[0], metadataSole)
-	off := got[0].first << img.g.clusterBits
+	off := got[0].First << img.g.ClusterBits
 	if _, err = img.f.WriteAt(b, off); errors.Is(err, ErrNoSpace) {
 		if err = img.punchZeros(rows); err == nil {
 			_, err = img.f.WriteAt(b, off)
@@ -115,21 +117,21 @@ func (img *Image) placeRows(rows []snapshotRow, without int) (int64, error) {
 const zeroBlock = 4096
 
 // punchZeros punches blocks of zeros in metadata that is never written in place. It reads as before.
-func (img *Image) punchZeros(rows []snapshotRow) error {
-	all := runs{{0, 1}} // of the header's cluster only the first sector is written
+func (img *Image) punchZeros(rows []format.SnapshotRow) error {
+	all := format.Runs{{First: 0, N: 1}} // of the header's cluster only the first sector is written
 	img.mu.Lock()
 	all = append(all, img.tableClusters())
 	img.mu.Unlock()
 	for i := range rows {
-		all = append(all, run{rows[i].l1Offset >> img.g.clusterBits, img.g.clusters(rows[i].l1Size * 8)})
+		all = append(all, format.Run{First: rows[i].L1Offset >> img.g.ClusterBits, N: img.g.Clusters(rows[i].L1Size * 8)})
 	}
 	b := make([]byte, zeroBlock)
 	for _, r := range all {
-		for at := r.first << img.g.clusterBits; at < r.end()<<img.g.clusterBits; at += zeroBlock {
-			if err := readPadded(img.f, b, at); err != nil {
+		for at := r.First << img.g.ClusterBits; at < r.End()<<img.g.ClusterBits; at += zeroBlock {
+			if err := format.ReadPadded(img.f, b, at); err != nil {
 				return err
 			}
-			if img.g.clusterSize < zeroBlock || !onlyZeros(b) {
+			if img.g.ClusterSize < zeroBlock || !format.OnlyZeros(b) {
 				continue
 			}
 			if err := img.f.PunchHole(at, zeroBlock); err != nil {
@@ -141,31 +143,31 @@ func (img *Image) punchZeros(rows []snapshotRow) error {
 }
 
 // punchSole punches data that is counted once, of a snapshot that is gone. The counts stay, so nobody takes it.
-func (img *Image) punchSole(l1 []l1Entry) error {
+func (img *Image) punchSole(l1 []format.L1Entry) error {
 	a := img.alloc
 	a.ledger.Lock()
 	defer a.ledger.Unlock()
 	for _, e := range l1 {
-		if e.offset() == 0 {
+		if e.Offset() == 0 {
 			continue
 		}
 		if err := img.checkL1Entry(e); err != nil {
 			return err
 		}
-		t, err := readL2(img.f, img.g, e.offset())
+		t, err := format.ReadL2(img.f, img.g, e.Offset())
 		if err != nil {
 			return err
 		}
-		entries, err := t.entryRuns(img.g, img.version, nil)
+		entries, err := t.EntryRuns(img.g, img.version, nil)
 		if err != nil {
-			return fmt.Errorf("L2 table at file offset %#x, %w", e.offset(), err)
+			return fmt.Errorf("L2 table at file offset %#x, %w", e.Offset(), err)
 		}
-		var hosts runs
+		var hosts format.Runs
 		for _, r := range entries {
-			if err := a.metadata.refuse(r.hosts); err != nil {
-				return fmt.Errorf("L2 table at file offset %#x: %w", e.offset(), err)
+			if err := a.metadata.refuse(r.Hosts); err != nil {
+				return fmt.Errorf("L2 table at file offset %#x: %w", e.Offset(), err)
 			}
-			hosts.add(r.hosts)
+			hosts.Add(r.Hosts)
 		}
 		if err := a.punchCounted(hosts); err != nil {
 			return err

@@ -5,6 +5,8 @@ import (
 	"math"
 	"strconv"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // Snapshot is one row of an image's snapshot table.
@@ -19,15 +21,15 @@ type Snapshot struct {
 
 // newSnapshot returns what a row of the snapshot table says. Sizes and times beyond what that can hold, which
 // are data only, are cut to the largest.
-func newSnapshot(r *snapshotRow) Snapshot {
+func newSnapshot(r *format.SnapshotRow) Snapshot {
 	return Snapshot{
-		ID:          r.id,
-		Name:        r.name,
-		Date:        time.Unix(int64(r.dateSec), int64(r.dateNsec)).UTC(),
-		VMClock:     time.Duration(min(r.vmClock, math.MaxInt64)),
-		VMStateSize: int64(min(r.vmStateSize, math.MaxInt64)),
-		DiskSize:    r.diskSize,
-		Icount:      r.icount,
+		ID:          r.ID,
+		Name:        r.Name,
+		Date:        time.Unix(int64(r.DateSec), int64(r.DateNsec)).UTC(),
+		VMClock:     time.Duration(min(r.VMClock, math.MaxInt64)),
+		VMStateSize: int64(min(r.VMStateSize, math.MaxInt64)),
+		DiskSize:    r.DiskSize,
+		Icount:      r.Icount,
 	}
 }
 
@@ -77,8 +79,8 @@ func (s Selector) String() string {
 }
 
 // findSnapshot returns the index of the row that s selects, or ErrNotFound.
-func findSnapshot(rows []snapshotRow, s Selector) (int, error) {
-	first := func(match func(*snapshotRow) bool) int {
+func findSnapshot(rows []format.SnapshotRow, s Selector) (int, error) {
+	first := func(match func(*format.SnapshotRow) bool) int {
 		for i := range rows {
 			if match(&rows[i]) {
 				return i
@@ -86,8 +88,8 @@ func findSnapshot(rows []snapshotRow, s Selector) (int, error) {
 		}
 		return -1
 	}
-	hasID := func(r *snapshotRow) bool { return r.id == s.id }
-	hasName := func(r *snapshotRow) bool { return r.name == s.name }
+	hasID := func(r *format.SnapshotRow) bool { return r.ID == s.id }
+	hasName := func(r *format.SnapshotRow) bool { return r.Name == s.name }
 
 	found := -1
 	switch s.kind {
@@ -96,7 +98,7 @@ func findSnapshot(rows []snapshotRow, s Selector) (int, error) {
 	case selectName:
 		found = first(hasName)
 	case selectBoth:
-		found = first(func(r *snapshotRow) bool { return hasID(r) && hasName(r) })
+		found = first(func(r *format.SnapshotRow) bool { return hasID(r) && hasName(r) })
 	case selectEither:
 		if found = first(hasID); found < 0 {
 			found = first(hasName)
@@ -110,11 +112,11 @@ func findSnapshot(rows []snapshotRow, s Selector) (int, error) {
 
 // newSnapshotID returns the ID for the next snapshot: one more than the largest number among the IDs, or,
 // should that be the largest number of all, the smallest that is free.
-func newSnapshotID(rows []snapshotRow) string {
+func newSnapshotID(rows []format.SnapshotRow) string {
 	used := make(map[uint64]bool, len(rows))
 	var largest uint64
 	for i := range rows {
-		if n, err := strconv.ParseUint(rows[i].id, 10, 64); err == nil {
+		if n, err := strconv.ParseUint(rows[i].ID, 10, 64); err == nil {
 			used[n] = true
 			largest = max(largest, n)
 		}
@@ -147,12 +149,12 @@ func (img *Image) FindSnapshot(s Selector) (Snapshot, error) {
 	return newSnapshot(&row), nil
 }
 
-func (img *Image) findRow(s Selector) (snapshotRow, error) {
+func (img *Image) findRow(s Selector) (format.SnapshotRow, error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	i, err := findSnapshot(img.rows, s)
 	if err != nil {
-		return snapshotRow{}, fmt.Errorf("%s: %w", img.f.Name(), err)
+		return format.SnapshotRow{}, fmt.Errorf("%s: %w", img.f.Name(), err)
 	}
 	return img.rows[i], nil
 }

@@ -6,11 +6,13 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 func TestFindSnapshot(t *testing.T) {
-	rows := []snapshotRow{
-		{id: "1", name: "two"}, {id: "2", name: "one"}, {id: "3", name: "2"}, {id: "4", name: "one"}, {id: "4", name: "same id"},
+	rows := []format.SnapshotRow{
+		{ID: "1", Name: "two"}, {ID: "2", Name: "one"}, {ID: "3", Name: "2"}, {ID: "4", Name: "one"}, {ID: "4", Name: "same id"},
 	}
 	for _, test := range []struct {
 		selector Selector
@@ -55,9 +57,9 @@ func TestNewSnapshotID(t *testing.T) {
 		{"18446744073709551615 1 2 4", "3"},
 		{"18446744073709551616", "1"}, // does not fit: not a number
 	} {
-		var rows []snapshotRow
+		var rows []format.SnapshotRow
 		for id := range strings.FieldsSeq(test.ids) {
-			rows = append(rows, snapshotRow{id: id})
+			rows = append(rows, format.SnapshotRow{ID: id})
 		}
 		if got := newSnapshotID(rows); got != test.want {
 			t.Errorf("after %q comes %s, want %s", test.ids, got, test.want)
@@ -66,8 +68,8 @@ func TestNewSnapshotID(t *testing.T) {
 }
 
 func TestSnapshotOfRow(t *testing.T) {
-	row := snapshotRow{
-		id: "1", name: "n", dateSec: 60, dateNsec: 5, vmClock: math.MaxUint64, vmStateSize: math.MaxUint64, diskSize: 7, icount: 3,
+	row := format.SnapshotRow{
+		ID: "1", Name: "n", DateSec: 60, DateNsec: 5, VMClock: math.MaxUint64, VMStateSize: math.MaxUint64, DiskSize: 7, Icount: 3,
 	}
 	want := Snapshot{
 		ID: "1", Name: "n", Date: time.Date(1970, 1, 1, 0, 1, 0, 5, time.UTC), VMClock: math.MaxInt64, VMStateSize: math.MaxInt64, DiskSize: 7, Icount: 3,

@@ -3,12 +3,14 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // verify walks through all metadata of an image for which nothing vouches. ErrCorrupt, and nothing changed, if a cluster is
 // counted less often than it is referenced, or anything else contradicts the format. COPIED flags that the counts do not
 // allow are cleared: without them a write goes elsewhere.
-func verify(f File, h header) error {
+func verify(f File, h format.Header) error {
 	c, err := newChecker(func() error { return nil }, f, h, nil)
 	if err == nil {
 		err = c.check()
@@ -30,22 +32,22 @@ func verify(f File, h header) error {
 func (c *checker) clearCopied() error {
 	for at, size := range c.miscopied {
 		b := make([]byte, size)
-		if err := readPadded(c.file, b, at); err != nil {
+		if err := format.ReadPadded(c.file, b, at); err != nil {
 			return err
 		}
 		stride := int64(8)
-		if at != c.h.l1Offset {
-			stride = c.g.l2EntrySize()
+		if at != c.h.L1Offset {
+			stride = c.g.L2EntrySize()
 		}
-		var dirty sectorSet
+		var dirty format.SectorSet
 		for i := int64(0); i < size; i += stride {
 			e := binary.BigEndian.Uint64(b[i:])
-			if e&(flagCopied|flagCompressed) == flagCopied && e&offsetMask != 0 && c.stored(int64(e&offsetMask)) != 1 {
-				binary.BigEndian.PutUint64(b[i:], e&^flagCopied)
-				dirty.add(i / sectorSize)
+			if e&(format.FlagCopied|format.FlagCompressed) == format.FlagCopied && e&format.OffsetMask != 0 && c.stored(int64(e&format.OffsetMask)) != 1 {
+				binary.BigEndian.PutUint64(b[i:], e&^format.FlagCopied)
+				dirty.Add(i / format.SectorSize)
 			}
 		}
-		if err := writeAll(c.file, dirty.parts(b, at)); err != nil {
+		if err := writeAll(c.file, dirty.Parts(b, at)); err != nil {
 			return err
 		}
 	}

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"fmt"
 	"sync"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // View reads one state of an image: the active one, or a snapshot. A snapshot's view does not wait for guest
@@ -10,8 +12,8 @@ import (
 type View struct {
 	img  *Image
 	size int64 // of a snapshot's disk
-	row  *snapshotRow
-	l1   []l1Entry
+	row  *format.SnapshotRow
+	l1   []format.L1Entry
 
 	mu     sync.Mutex // guards all below
 	l2     *l2Cache
@@ -40,11 +42,11 @@ func (img *Image) OpenSnapshot(s Selector) (*View, error) {
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	if img.build != nil && img.build.deleting == row.id {
-		return nil, fmt.Errorf("%s: snapshot %q is being deleted: %w", img.f.Name(), row.name, ErrInUse)
+	if img.build != nil && img.build.deleting == row.ID {
+		return nil, fmt.Errorf("%s: snapshot %q is being deleted: %w", img.f.Name(), row.Name, ErrInUse)
 	}
-	img.views[row.id]++
-	return &View{img: img, size: row.diskSize, row: &row, l1: l1, l2: newL2Cache(viewCacheBytes, img.g)}, nil
+	img.views[row.ID]++
+	return &View{img: img, size: row.DiskSize, row: &row, l1: l1, l2: newL2Cache(viewCacheBytes, img.g)}, nil
 }
 
 // viewed tells whether a view of a snapshot is open.
@@ -73,7 +75,7 @@ func (v *View) Close() error {
 	if v.row != nil {
 		v.img.mu.Lock()
 		defer v.img.mu.Unlock()
-		v.img.views[v.row.id]--
+		v.img.views[v.row.ID]--
 	}
 	return nil
 }
@@ -84,16 +86,16 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 		return v.img.ReadAt(p, off)
 	}
 	if off < 0 || off > v.size || int64(len(p)) > v.size-off {
-		return 0, fmt.Errorf("%s, snapshot %q: %w: %d bytes at %d of a disk of %d", v.img.f.Name(), v.row.name, ErrOutOfRange, len(p), off, v.size)
+		return 0, fmt.Errorf("%s, snapshot %q: %w: %d bytes at %d of a disk of %d", v.img.f.Name(), v.row.Name, ErrOutOfRange, len(p), off, v.size)
 	}
 	done := 0
-	err := v.img.g.chunks(off, int64(len(p)), func(c chunk) error {
+	err := v.img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error {
 		es, err := v.entries(c)
 		if err == nil {
-			err = v.img.readEntries(p[done:done+int(c.n)], c.off, es)
+			err = v.img.readEntries(p[done:done+int(c.N)], c.Off, es)
 		}
 		if err == nil {
-			done += int(c.n)
+			done += int(c.N)
 		}
 		return err
 	})
@@ -101,18 +103,18 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // entries returns a copy of the checked entries of c.
-func (v *View) entries(c chunk) ([]l2Entry, error) {
+func (v *View) entries(c format.Chunk) ([]format.L2Entry, error) {
 	es, err := v.mappedEntries(c)
 	if es == nil {
-		es = make([]l2Entry, c.last-c.first+1)
+		es = make([]format.L2Entry, c.Last-c.First+1)
 	}
 	return es, err
 }
 
 // mappedEntries is entries, or nil if there is no L2 table.
-func (v *View) mappedEntries(c chunk) ([]l2Entry, error) {
+func (v *View) mappedEntries(c format.Chunk) ([]format.L2Entry, error) {
 	if v.row == nil {
-		if err := v.img.begin(c.off, c.n, false); err != nil {
+		if err := v.img.begin(c.Off, c.N, false); err != nil {
 			return nil, err
 		}
 		defer v.img.end()
@@ -123,36 +125,36 @@ func (v *View) mappedEntries(c chunk) ([]l2Entry, error) {
 	if v.closed {
 		return nil, fmt.Errorf("view of %s: %w", v.img.f.Name(), ErrClosed)
 	}
-	t, err := v.table(c.table)
-	if err != nil || t.b == nil {
+	t, err := v.table(c.Table)
+	if err != nil || t.B == nil {
 		return nil, err
 	}
-	es := make([]l2Entry, c.last-c.first+1)
+	es := make([]format.L2Entry, c.Last-c.First+1)
 	for i := range es {
-		es[i] = t.entry(c.first + int64(i))
-		if err := es[i].check(v.img.g, v.img.version); err != nil {
-			return nil, fmt.Errorf("%s: L2 table %d of snapshot %q, entry %d: %w", v.img.f.Name(), c.table, v.row.name, c.first+int64(i), err)
+		es[i] = t.Entry(c.First + int64(i))
+		if err := es[i].Check(v.img.g, v.img.version); err != nil {
+			return nil, fmt.Errorf("%s: L2 table %d of snapshot %q, entry %d: %w", v.img.f.Name(), c.Table, v.row.Name, c.First+int64(i), err)
 		}
 	}
 	return es, nil
 }
 
 // table returns a snapshot's L2 table, an empty one if there is none. Called with mu held.
-func (v *View) table(index int64) (table, error) {
+func (v *View) table(index int64) (format.L2Table, error) {
 	if t := v.l2.get(index); t != nil {
 		return t.data, nil
 	}
 	e := v.l1[index]
 	if err := v.img.checkL1Entry(e); err != nil {
-		return table{}, fmt.Errorf("%s: L1 entry %d of snapshot %q: %w", v.img.f.Name(), index, v.row.name, err)
+		return format.L2Table{}, fmt.Errorf("%s: L1 entry %d of snapshot %q: %w", v.img.f.Name(), index, v.row.Name, err)
 	}
-	if e.offset() == 0 {
-		return table{}, nil
+	if e.Offset() == 0 {
+		return format.L2Table{}, nil
 	}
-	data, err := readL2(v.img.f, v.img.g, e.offset())
+	data, err := format.ReadL2(v.img.f, v.img.g, e.Offset())
 	if err != nil {
-		return table{}, err
+		return format.L2Table{}, err
 	}
-	v.l2.put(&l2Table{index: index, offset: e.offset(), data: data})
+	v.l2.put(&l2Table{index: index, offset: e.Offset(), data: data})
 	return data, nil
 }

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
 // WriteAt writes p to the active disk at off: all of it, or an error and how much came before. It is durable
@@ -21,17 +23,17 @@ func (img *Image) write(p []byte, off int64) (int, error) {
 	}
 	defer img.end()
 	done := 0
-	err := img.g.chunks(off, int64(len(p)), func(c chunk) error {
-		err := img.writeChunk(c, p[done:done+int(c.n)])
+	err := img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error {
+		err := img.writeChunk(c, p[done:done+int(c.N)])
 		if err == nil {
-			done += int(c.n)
+			done += int(c.N)
 		}
 		return err
 	})
 	return done, err
 }
 
-func (img *Image) writeChunk(c chunk, p []byte) error {
+func (img *Image) writeChunk(c format.Chunk, p []byte) error {
 	if done, err := img.writeInPlace(c, p); done || err != nil {
 		return err
 	}
@@ -74,29 +76,29 @@ func (img *Image) running() (n *generation, releasing bool) {
 
 // writeInPlace writes to clusters that the active state owns: the mapping stays as it is. It does nothing if one
 // of them is not.
-func (img *Image) writeInPlace(c chunk, p []byte) (bool, error) {
-	unlock := img.lock(c, !img.wholeBlocks(c.off, c.n))
+func (img *Image) writeInPlace(c format.Chunk, p []byte) (bool, error) {
+	unlock := img.lock(c, !img.wholeBlocks(c.Off, c.N))
 	defer unlock()
 	es, err := img.entries(c)
 	if err != nil {
 		return false, err
 	}
 	for i, e := range es {
-		if mask := img.touched(c, i); !e.own() || e.sub&mask != mask {
+		if mask := img.touched(c, i); !e.Own() || e.Sub&mask != mask {
 			return false, nil
 		}
 	}
-	return true, img.writeHosts(p, img.g.inCluster(c.off), es)
+	return true, img.writeHosts(p, img.g.InCluster(c.Off), es)
 }
 
 // writeMapping writes a chunk that needs new clusters (Spec A, W1): the data first, to clusters that nothing
 // references, and then, in memory, the entries. Called with the chunk locked exclusively.
-func (img *Image) writeMapping(c chunk, p []byte) error {
+func (img *Image) writeMapping(c format.Chunk, p []byte) error {
 	old, err := img.entries(c)
 	if err != nil {
 		return err
 	}
-	if err := img.ownTable(c.table); err != nil {
+	if err := img.ownTable(c.Table); err != nil {
 		return err
 	}
 	es, got, err := img.newEntries(c, old)
@@ -117,10 +119,10 @@ func (img *Image) writeMapping(c chunk, p []byte) error {
 }
 
 // newEntries returns what the entries old become when data is written to them, and the clusters taken for it.
-func (img *Image) newEntries(c chunk, old []l2Entry) ([]l2Entry, runs, error) {
+func (img *Image) newEntries(c format.Chunk, old []format.L2Entry) ([]format.L2Entry, format.Runs, error) {
 	var need int64
 	for _, e := range old {
-		if !e.own() {
+		if !e.Own() {
 			need++
 		}
 	}
@@ -128,55 +130,55 @@ func (img *Image) newEntries(c chunk, old []l2Entry) ([]l2Entry, runs, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	es := make([]l2Entry, len(old))
+	es := make([]format.L2Entry, len(old))
 	left := got
-	next := run{}
+	next := format.Run{}
 	for i, e := range old {
-		sub := e.sub.with(img.touched(c, i))
-		if e.own() {
-			es[i] = l2Entry{e.desc, sub}
+		sub := e.Sub.With(img.touched(c, i))
+		if e.Own() {
+			es[i] = format.L2Entry{Desc: e.Desc, Sub: sub}
 			continue
 		}
-		if e.kind() == kindCompressed {
-			sub = subAllocated
+		if e.Kind() == format.KindCompressed {
+			sub = format.SubAllocated
 		}
-		if next.n == 0 {
+		if next.N == 0 {
 			next, left = left[0], left[1:]
 		}
-		es[i] = ownEntry(next.first<<img.g.clusterBits, sub)
-		next = run{next.first + 1, next.n - 1}
+		es[i] = format.OwnEntry(next.First<<img.g.ClusterBits, sub)
+		next = format.Run{First: next.First + 1, N: next.N - 1}
 	}
 	return es, got, nil
 }
 
 // touched selects the subclusters of cluster i of c that c covers, in part or whole.
-func (img *Image) touched(c chunk, i int) subBitmap {
+func (img *Image) touched(c format.Chunk, i int) format.SubBitmap {
 	from, to := img.within(c, i)
-	return img.g.subMask(from, to)
+	return img.g.SubMask(from, to)
 }
 
 // within returns the bytes of cluster i of c that c covers.
-func (img *Image) within(c chunk, i int) (from, to int64) {
-	to = img.g.clusterSize
+func (img *Image) within(c format.Chunk, i int) (from, to int64) {
+	to = img.g.ClusterSize
 	if i == 0 {
-		from = img.g.inCluster(c.off)
+		from = img.g.InCluster(c.Off)
 	}
-	if int64(i) == c.last-c.first {
-		to = img.g.inCluster(c.off+c.n-1) + 1
+	if int64(i) == c.Last-c.First {
+		to = img.g.InCluster(c.Off+c.N-1) + 1
 	}
 	return from, to
 }
 
 // fill extends p, the guest's data for c, at both ends where the clusters there must hold more than it. in is where
 // the result begins in the first cluster.
-func (img *Image) fill(c chunk, old []l2Entry, p []byte) (data []byte, in int64, err error) {
+func (img *Image) fill(c format.Chunk, old []format.L2Entry, p []byte) (data []byte, in int64, err error) {
 	last := len(old) - 1
 	from, to := img.within(c, 0)
 	in, _ = img.fillBounds(old[0], from, to)
 	from, to = img.within(c, last)
 	_, out := img.fillBounds(old[last], from, to)
 
-	head, tail := img.g.inCluster(c.off)-in, out-to
+	head, tail := img.g.InCluster(c.Off)-in, out-to
 	if head == 0 && tail == 0 {
 		return p, in, nil
 	}
@@ -186,14 +188,14 @@ func (img *Image) fill(c chunk, old []l2Entry, p []byte) (data []byte, in int64,
 		err = img.readRun(data[head+int64(len(p)):], to, old[last])
 	}
 	if err != nil {
-		return nil, 0, fmt.Errorf("%s: copy on write at guest offset %#x: %w", img.f.Name(), c.off, err)
+		return nil, 0, fmt.Errorf("%s: copy on write at guest offset %#x: %w", img.f.Name(), c.Off, err)
 	}
 	// A new cluster reads as zeros: they are not copied.
-	if !old[last].own() {
-		data = data[:int64(len(data))-tail+nonzero(data[int64(len(data))-tail:])]
+	if !old[last].Own() {
+		data = data[:int64(len(data))-tail+format.Nonzero(data[int64(len(data))-tail:])]
 	}
-	if !old[0].own() {
-		zeros := leadingZeros(data[:head])
+	if !old[0].Own() {
+		zeros := format.LeadingZeros(data[:head])
 		data, in = data[zeros:], in+zeros
 	}
 	return data, in, nil
@@ -202,27 +204,27 @@ func (img *Image) fill(c chunk, old []l2Entry, p []byte) (data []byte, in int64,
 // fillBounds returns which bytes of a cluster must be written so that the guest may write from to to. A new cluster
 // reads as zeros, and takes over what e holds; one that is kept may have old content in the subclusters that
 // hold no data so far.
-func (img *Image) fillBounds(e l2Entry, from, to int64) (int64, int64) {
+func (img *Image) fillBounds(e format.L2Entry, from, to int64) (int64, int64) {
 	switch {
-	case e.own():
-		if e.sub&img.g.subMask(from, from+1) == 0 {
-			from &^= img.g.subSize - 1
+	case e.Own():
+		if e.Sub&img.g.SubMask(from, from+1) == 0 {
+			from &^= img.g.SubSize - 1
 		}
-		if e.sub&img.g.subMask(to-1, to) == 0 {
-			to = (to + img.g.subSize - 1) &^ (img.g.subSize - 1)
+		if e.Sub&img.g.SubMask(to-1, to) == 0 {
+			to = (to + img.g.SubSize - 1) &^ (img.g.SubSize - 1)
 		}
 		return from, to
-	case e.kind().readsZero():
+	case e.Kind().ReadsZero():
 		return from, to
 	}
-	return 0, img.g.clusterSize
+	return 0, img.g.ClusterSize
 }
 
 // needsBarrier tells whether the data must be durable before the mapping: unless each changed entry replaces
 // what reads as zeros by a new cluster, which reads as zeros until the data is there.
-func needsBarrier(old, es []l2Entry) bool {
+func needsBarrier(old, es []format.L2Entry) bool {
 	for i, e := range es {
-		if e != old[i] && old[i].kind() != kindUnallocated && old[i].kind() != kindZero {
+		if e != old[i] && old[i].Kind() != format.KindUnallocated && old[i].Kind() != format.KindZero {
 			return true
 		}
 	}
@@ -231,20 +233,20 @@ func needsBarrier(old, es []l2Entry) bool {
 
 // writeHosts writes data, which begins in bytes into the first cluster of es, to host clusters: neighbours
 // together.
-func (img *Image) writeHosts(data []byte, in int64, es []l2Entry) error {
+func (img *Image) writeHosts(data []byte, in int64, es []format.L2Entry) error {
 	for len(data) > 0 {
 		k := 1
-		for k < len(es) && es[k].offset() == es[k-1].offset()+img.g.clusterSize {
+		for k < len(es) && es[k].Offset() == es[k-1].Offset()+img.g.ClusterSize {
 			k++
 		}
-		if err := img.alloc.metadata.refuse(run{es[0].offset() >> img.g.clusterBits, int64(k)}); err != nil {
+		if err := img.alloc.metadata.refuse(format.Run{First: es[0].Offset() >> img.g.ClusterBits, N: int64(k)}); err != nil {
 			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}
-		if last := es[k-1].offset(); last >= img.alloc.length.Load() {
+		if last := es[k-1].Offset(); last >= img.alloc.length.Load() {
 			return fmt.Errorf("%s: %w: data cluster at %#x, beyond the end of the file", img.f.Name(), ErrCorrupt, last)
 		}
-		n := min(int64(k)<<img.g.clusterBits-in, int64(len(data)))
-		if _, err := img.f.WriteAt(data[:n], es[0].offset()+in); err != nil {
+		n := min(int64(k)<<img.g.ClusterBits-in, int64(len(data)))
+		if _, err := img.f.WriteAt(data[:n], es[0].Offset()+in); err != nil {
 			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}
 		data, es, in = data[n:], es[k:], 0

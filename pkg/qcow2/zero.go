@@ -1,32 +1,34 @@
 package qcow2
 
+import "github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+
 // WriteZeroes makes n bytes at off read as zeros. Host clusters that the active state owns are kept, so that a
 // later write there cannot run out of space.
 func (img *Image) WriteZeroes(off, n int64) error {
-	return img.eachToZero(off, n, func(e l2Entry) l2Entry {
+	return img.eachToZero(off, n, func(e format.L2Entry) format.L2Entry {
 		switch {
-		case img.version < 3 || !e.own():
+		case img.version < 3 || !e.Own():
 			return img.zeroEntry()
 		}
-		return l2Entry{e.desc, subZero}
+		return format.L2Entry{Desc: e.Desc, Sub: format.SubZero}
 	})
 }
 
 // Discard makes n bytes at off read as zeros and gives up the host clusters of whole clusters. The file system
 // gets them back after the next Flush, unless a snapshot needs them.
 func (img *Image) Discard(off, n int64) error {
-	return img.eachToZero(off, n, func(l2Entry) l2Entry { return img.zeroEntry() })
+	return img.eachToZero(off, n, func(format.L2Entry) format.L2Entry { return img.zeroEntry() })
 }
 
 // maxZeroed is how many bytes one change of the mapping zeroes at most.
-func maxZeroed(g geometry) int64 { return min(g.l2Coverage, maxRedoEntries<<g.clusterBits) }
+func maxZeroed(g format.Geometry) int64 { return min(g.L2Coverage, maxRedoEntries<<g.ClusterBits) }
 
 // zeroEntry maps a cluster that reads as zeros: no backing file is ever behind an unallocated one.
-func (img *Image) zeroEntry() l2Entry { return l2Entry{} }
+func (img *Image) zeroEntry() format.L2Entry { return format.L2Entry{} }
 
 // eachToZero replaces the entry of each whole cluster that does not read as zeros by replace's, and writes zeros
 // to the parts of clusters at the ends.
-func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error {
+func (img *Image) eachToZero(off, n int64, replace func(format.L2Entry) format.L2Entry) error {
 	err := img.toZero(off, n, replace)
 	if err == nil {
 		err = img.relieve()
@@ -34,15 +36,15 @@ func (img *Image) eachToZero(off, n int64, replace func(l2Entry) l2Entry) error 
 	return img.judge(err)
 }
 
-func (img *Image) toZero(off, n int64, replace func(l2Entry) l2Entry) error {
+func (img *Image) toZero(off, n int64, replace func(format.L2Entry) format.L2Entry) error {
 	if err := img.begin(off, n, true); err != nil {
 		return err
 	}
 	defer img.end()
-	return img.g.parts(off, n, maxZeroed(img.g), func(c chunk) error {
+	return img.g.Parts(off, n, maxZeroed(img.g), func(c format.Chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
-		for _, part := range img.g.wholeClusters(c, img.Size()) {
+		for _, part := range img.g.WholeClusters(c, img.Size()) {
 			if err := img.withSpace(func() error { return img.zeroPart(part, replace) }); err != nil {
 				return err
 			}
@@ -52,17 +54,17 @@ func (img *Image) toZero(off, n int64, replace func(l2Entry) l2Entry) error {
 }
 
 // zeroPart makes one part read as zeros: c is whole clusters, or lies in one.
-func (img *Image) zeroPart(c chunk, replace func(l2Entry) l2Entry) error {
+func (img *Image) zeroPart(c format.Chunk, replace func(format.L2Entry) format.L2Entry) error {
 	old, err := img.mappedEntries(c)
 	if err != nil || old == nil {
 		return err
 	}
-	whole := img.g.inCluster(c.off) == 0 && (img.g.inCluster(c.off+c.n) == 0 || c.off+c.n == img.Size())
-	es := make([]l2Entry, len(old))
+	whole := img.g.InCluster(c.Off) == 0 && (img.g.InCluster(c.Off+c.N) == 0 || c.Off+c.N == img.Size())
+	es := make([]format.L2Entry, len(old))
 	changed := false
 	for i, e := range old {
 		es[i] = e
-		if !e.kind().readsZero() || whole && e.kind() == kindZeroAlloc {
+		if !e.Kind().ReadsZero() || whole && e.Kind() == format.KindZeroAlloc {
 			es[i] = replace(e)
 		}
 		changed = changed || es[i] != e
@@ -71,9 +73,9 @@ func (img *Image) zeroPart(c chunk, replace func(l2Entry) l2Entry) error {
 	case !changed:
 		return nil
 	case !whole:
-		return img.writeMapping(c, make([]byte, c.n))
+		return img.writeMapping(c, make([]byte, c.N))
 	}
-	if err := img.ownTable(c.table); err != nil {
+	if err := img.ownTable(c.Table); err != nil {
 		return err
 	}
 	return img.setEntries(c, old, es, false)
@@ -87,12 +89,12 @@ func (img *Image) zeroBehindEnd() error {
 	}
 	defer img.end()
 	size := img.Size()
-	end := img.g.l1Entries(size) * img.g.l2Coverage
-	return img.g.parts(size, end-size, maxZeroed(img.g), func(c chunk) error {
+	end := img.g.L1Entries(size) * img.g.L2Coverage
+	return img.g.Parts(size, end-size, maxZeroed(img.g), func(c format.Chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
-		for _, part := range img.g.wholeClusters(c, end) {
-			if err := img.zeroPart(part, func(l2Entry) l2Entry { return img.zeroEntry() }); err != nil {
+		for _, part := range img.g.WholeClusters(c, end) {
+			if err := img.zeroPart(part, func(format.L2Entry) format.L2Entry { return img.zeroEntry() }); err != nil {
 				return err
 			}
 		}

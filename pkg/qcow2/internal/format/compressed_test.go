@@ -1,4 +1,4 @@
-package qcow2
+package format
 
 import (
 	"bytes"
@@ -46,10 +46,10 @@ func TestDecompressDeflate(t *testing.T) {
 		{"zeros", make([]byte, 512), nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			var z decompressor
+			var z Decompressor
 			for range 2 { // the second with a used decompressor
 				dst := make([]byte, cluster)
-				err := z.decompress(dst, test.src)
+				err := z.Decompress(dst, test.src)
 				switch {
 				case test.want == nil && !errors.Is(err, ErrCorrupt):
 					t.Fatalf("got %v, want ErrCorrupt", err)
@@ -64,7 +64,7 @@ func TestDecompressDeflate(t *testing.T) {
 }
 
 func TestDecompressConcurrently(t *testing.T) {
-	var z decompressor
+	var z Decompressor
 	var wg sync.WaitGroup
 	for i := range 8 {
 		want := pattern(byte(i), 4096)
@@ -72,7 +72,7 @@ func TestDecompressConcurrently(t *testing.T) {
 		wg.Go(func() {
 			dst := make([]byte, len(want))
 			for range 50 {
-				if err := z.decompress(dst, src); err != nil || !bytes.Equal(dst, want) {
+				if err := z.Decompress(dst, src); err != nil || !bytes.Equal(dst, want) {
 					t.Errorf("stream %d: %v", i, err)
 					return
 				}
@@ -99,26 +99,26 @@ func TestDecompressQEMU(t *testing.T) {
 			}
 			raw := filepath.Join(t.TempDir(), "raw")
 			must(t, os.WriteFile(raw, content, 0o600))
-			path := tempImage(t)
+			path := filepath.Join(t.TempDir(), "image.qcow2")
 			qemuImg(t, "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", fmt.Sprintf("cluster_size=%d,compression_type=%s", clusterSize, c.kind), raw, path)
 			f, err := os.ReadFile(path)
 			must(t, err)
 
-			h, err := decodeHeader(f)
+			h, err := DecodeHeader(f)
 			must(t, err)
-			g := h.geometry()
-			z := decompressor{kind: h.compressionType}
+			g := h.Geometry()
+			z := Decompressor{Kind: h.CompressionType}
 			dst := make([]byte, clusterSize)
 			compressed := 0
 			for guest := int64(0); guest < int64(size); guest += int64(clusterSize) {
-				l2 := int64(binary.BigEndian.Uint64(f[h.l1Offset+8*g.l1Index(guest):]) & offsetMask)
-				e := g.table(f[l2:]).entry(g.l2Index(guest))
-				if e.kind() != kindCompressed {
+				l2 := int64(binary.BigEndian.Uint64(f[h.L1Offset+8*g.L1Index(guest):]) & OffsetMask)
+				e := g.Table(f[l2:]).Entry(g.L2Index(guest))
+				if e.Kind() != KindCompressed {
 					continue
 				}
 				compressed++
-				off, n := e.compressed(g)
-				must(t, z.decompress(dst, f[off:min(int64(len(f)), off+n)]))
+				off, n := e.Compressed(g)
+				must(t, z.Decompress(dst, f[off:min(int64(len(f)), off+n)]))
 				if !bytes.Equal(dst, content[guest:guest+int64(clusterSize)]) {
 					t.Fatalf("guest offset %#x: wrong content", guest)
 				}
@@ -128,14 +128,4 @@ func TestDecompressQEMU(t *testing.T) {
 			}
 		})
 	}
-}
-
-// pattern returns n bytes that depend on seed, do not repeat soon and are never all zero.
-func pattern(seed byte, n int) []byte {
-	b := make([]byte, n)
-	_, _ = rand.NewChaCha8([32]byte{seed}).Read(b) // never fails
-	for i := range b {
-		b[i] |= 1
-	}
-	return b
 }

@@ -1,4 +1,4 @@
-package qcow2
+package format
 
 import (
 	"bytes"
@@ -16,16 +16,16 @@ import (
 // Compression types (specification: "Header", byte 104).
 const (
 	compressionDeflate = 0
-	compressionZstd    = 1
+	CompressionZstd    = 1
 )
 
-// errContent tells damaged content apart from damaged metadata.
-var errContent = errors.New("damaged content")
+// ErrContent tells damaged content apart from damaged metadata.
+var ErrContent = errors.New("damaged content")
 
-// decompressor decompresses an image's clusters. It is safe for concurrent use and keeps idle streams, each with its
+// Decompressor decompresses an image's clusters. It is safe for concurrent use and keeps idle streams, each with its
 // window, for the next cluster.
-type decompressor struct {
-	kind uint8     // compression type
+type Decompressor struct {
+	Kind uint8     // compression type
 	idle sync.Pool // of *decompressStream
 }
 
@@ -42,7 +42,7 @@ const zstdWindow = 8 << 20
 // newDecompressStream makes a decoder for clusters of size bytes.
 func newDecompressStream(kind uint8, size int) (*decompressStream, error) {
 	s := new(decompressStream)
-	if kind == compressionZstd {
+	if kind == CompressionZstd {
 		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 			zstd.WithDecoderMaxWindow(uint64(max(size, zstdWindow))))
 		if err != nil {
@@ -56,21 +56,21 @@ func newDecompressStream(kind uint8, size int) (*decompressStream, error) {
 	return s, nil
 }
 
-// decompress fills dst, exactly one cluster, from src, the bytes that a compressed L2 entry names: raw deflate or
+// Decompress fills dst, exactly one cluster, from src, the bytes that a compressed L2 entry names: raw deflate or
 // zstd, padded to whole sectors and possibly cut at the end of the file. It never produces more than len(dst)
 // bytes, whatever the stream holds; a stream that is broken or yields less is ErrCorrupt, and dst is then undefined.
-func (z *decompressor) decompress(dst, src []byte) error {
+func (z *Decompressor) Decompress(dst, src []byte) error {
 	s, ok := z.idle.Get().(*decompressStream)
 	if !ok {
 		var err error
-		if s, err = newDecompressStream(z.kind, len(dst)); err != nil {
+		if s, err = newDecompressStream(z.Kind, len(dst)); err != nil {
 			return err
 		}
 	}
 	defer z.idle.Put(s)
 	defer s.src.Reset(nil) // the caller owns src
 
-	if z.kind == compressionZstd {
+	if z.Kind == CompressionZstd {
 		src = narrowWindow(src, len(dst))
 	}
 	s.src.Reset(src)
@@ -80,7 +80,7 @@ func (z *decompressor) decompress(dst, src []byte) error {
 		n, err = io.ReadFull(s.decoder, dst)
 	}
 	if err != nil {
-		return fmt.Errorf("%w: %w: compressed cluster of %d bytes yields %d of %d: %w", ErrCorrupt, errContent, len(src), n, len(dst), err)
+		return fmt.Errorf("%w: %w: compressed cluster of %d bytes yields %d of %d: %w", ErrCorrupt, ErrContent, len(src), n, len(dst), err)
 	}
 	return nil
 }

@@ -1,12 +1,14 @@
-package qcow2
+package format
 
 import (
 	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -16,11 +18,9 @@ import (
 const tableAt = 0x10000
 
 // tableFile returns a file whose snapshot table is b, and a header that says so.
-func tableFile(t testing.TB, b []byte, rows int) (*memFile, *header) {
-	t.Helper()
-	f := newMemFile("table")
-	must(t, write(f, tableAt, string(b)))
-	return f, &header{version: 3, clusterBits: 16, size: 5 << 20, snapshots: int64(rows), snapshotsOffset: tableAt}
+func tableFile(b []byte, rows int) (io.ReaderAt, *Header) {
+	f := strings.NewReader(strings.Repeat("\x00", tableAt) + string(b))
+	return f, &Header{Version: 3, ClusterBits: 16, Size: 5 << 20, Snapshots: int64(rows), SnapshotsOffset: tableAt}
 }
 
 // rawRow builds a row by hand.
@@ -49,11 +49,11 @@ func extraData(vmState, disk, icount uint64, tail ...byte) []byte {
 }
 
 func TestReadSnapshotTable(t *testing.T) {
-	row := snapshotRow{
-		l1Offset: 0x20000, l1Size: 3, id: "1", name: "one", dateSec: 1_700_000_000, dateNsec: 999, vmClock: 77,
-		vmStateSize: 5, diskSize: 5 << 20, icount: unknownIcount,
+	row := SnapshotRow{
+		L1Offset: 0x20000, L1Size: 3, ID: "1", Name: "one", DateSec: 1_700_000_000, DateNsec: 999, VMClock: 77,
+		VMStateSize: 5, DiskSize: 5 << 20, Icount: UnknownIcount,
 	}
-	with := func(change func(*snapshotRow)) snapshotRow {
+	with := func(change func(*SnapshotRow)) SnapshotRow {
 		r := row
 		change(&r)
 		return r
@@ -62,48 +62,48 @@ func TestReadSnapshotTable(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		extra []byte
-		want  snapshotRow
+		want  SnapshotRow
 	}{
 		{"no extra data", nil, row},
-		{"7 bytes: too short for anything", full[:7], with(func(r *snapshotRow) { r.extraSize = 7 })},
-		{"8 bytes: VM state size", full[:8], with(func(r *snapshotRow) { r.extraSize, r.vmStateSize = 8, 1<<40 })},
-		{"16 bytes: disk size", full[:16], with(func(r *snapshotRow) { r.extraSize, r.vmStateSize, r.diskSize = 16, 1<<40, 1<<30 })},
-		{"24 bytes: icount", full, with(func(r *snapshotRow) {
-			r.extraSize, r.vmStateSize, r.diskSize, r.icount, r.extra = 24, 1<<40, 1<<30, 9, []byte{}
+		{"7 bytes: too short for anything", full[:7], with(func(r *SnapshotRow) { r.ExtraSize = 7 })},
+		{"8 bytes: VM state size", full[:8], with(func(r *SnapshotRow) { r.ExtraSize, r.VMStateSize = 8, 1<<40 })},
+		{"16 bytes: disk size", full[:16], with(func(r *SnapshotRow) { r.ExtraSize, r.VMStateSize, r.DiskSize = 16, 1<<40, 1<<30 })},
+		{"24 bytes: icount", full, with(func(r *SnapshotRow) {
+			r.ExtraSize, r.VMStateSize, r.DiskSize, r.Icount, r.Extra = 24, 1<<40, 1<<30, 9, []byte{}
 		})},
-		{"a tail of unknown meaning", append(bytes.Clone(full), "tail!"...), with(func(r *snapshotRow) {
-			r.extraSize, r.vmStateSize, r.diskSize, r.icount, r.extra = 29, 1<<40, 1<<30, 9, []byte("tail!")
+		{"a tail of unknown meaning", append(bytes.Clone(full), "tail!"...), with(func(r *SnapshotRow) {
+			r.ExtraSize, r.VMStateSize, r.DiskSize, r.Icount, r.Extra = 29, 1<<40, 1<<30, 9, []byte("tail!")
 		})},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b := rawRow(0x20000, 3, "1", "one", 5, test.extra)
 			first := int64(len(b))
-			b = append(b, make([]byte, align8(first)-first)...)
+			b = append(b, make([]byte, Align8(first)-first)...)
 			b = append(b, b...) // a second row, aligned
-			b = b[:align8(first)+first]
-			f, h := tableFile(t, b, 2)
-			rows, size, err := readSnapshotTable(f, h)
+			b = b[:Align8(first)+first]
+			f, h := tableFile(b, 2)
+			rows, size, err := ReadSnapshotTable(f, h)
 			if err != nil || size != int64(len(b)) {
 				t.Fatalf("%d bytes, %v; want %d", size, err, len(b))
 			}
-			if want := []snapshotRow{test.want, test.want}; !reflect.DeepEqual(rows, want) {
+			if want := []SnapshotRow{test.want, test.want}; !reflect.DeepEqual(rows, want) {
 				t.Fatalf("got  %+v\nwant %+v", rows, want)
 			}
 
 			// Written and read again it is the same, with all of the extra data.
-			encoded, err := encodeSnapshotTable(rows)
+			encoded, err := EncodeSnapshotTable(rows)
 			must(t, err)
-			f, h = tableFile(t, encoded, 2)
-			again, size, err := readSnapshotTable(f, h)
+			f, h = tableFile(encoded, 2)
+			again, size, err := ReadSnapshotTable(f, h)
 			if err != nil || size != int64(len(encoded)) {
 				t.Fatalf("after encoding: %d bytes, %v; want %d", size, err, len(encoded))
 			}
 			for i := range again {
-				if again[i].extraSize != int64(max(24, len(test.extra))) {
-					t.Errorf("row %d was written with %d bytes of extra data", i, again[i].extraSize)
+				if again[i].ExtraSize != int64(max(24, len(test.extra))) {
+					t.Errorf("row %d was written with %d bytes of extra data", i, again[i].ExtraSize)
 				}
-				again[i].extraSize = rows[i].extraSize
-				again[i].extra, rows[i].extra = append([]byte{}, again[i].extra...), append([]byte{}, rows[i].extra...)
+				again[i].ExtraSize = rows[i].ExtraSize
+				again[i].Extra, rows[i].Extra = append([]byte{}, again[i].Extra...), append([]byte{}, rows[i].Extra...)
 			}
 			if !reflect.DeepEqual(again, rows) {
 				t.Fatalf("after encoding %+v\nbefore %+v", again, rows)
@@ -121,13 +121,13 @@ func TestReadSnapshotTableRefuses(t *testing.T) {
 		want  error
 		says  string
 	}{
-		{"a count beyond the limit", good, maxSnapshots + 1, ErrLimit, "65537 snapshots"},
-		{"more rows than the file holds", good, maxSnapshots, ErrCorrupt, "row 1 of 65536 at offset 0x10048"},
+		{"a count beyond the limit", good, MaxSnapshots + 1, ErrLimit, "65537 snapshots"},
+		{"more rows than the file holds", good, MaxSnapshots, ErrCorrupt, "row 1 of 65536 at offset 0x10048"},
 		{"the file ends in the fixed part", good[:39], 1, ErrCorrupt, "row 0 of 1 at offset 0x10000"},
 		{"the file ends in the extra data", good[:41], 1, ErrCorrupt, "the file ends"},
 		{"the file ends in the name", good[:len(good)-1], 1, ErrCorrupt, "the file ends"},
 		{"too much extra data", rawRow(0x20000, 1, "1", "one", 0, make([]byte, 1025)), 1, ErrLimit, "1025 bytes of extra data"},
-		{"an L1 too large", rawRow(0x20000, maxL1Bytes/8+1, "1", "one", 0, nil), 1, ErrLimit, "L1 table of 4194305 entries"},
+		{"an L1 too large", rawRow(0x20000, MaxL1Bytes/8+1, "1", "one", 0, nil), 1, ErrLimit, "L1 table of 4194305 entries"},
 		{"an L1 that is not aligned", rawRow(0x20200, 1, "1", "one", 0, nil), 1, ErrCorrupt, "0x20200"},
 		{"an L1 beyond what offsets can hold", rawRow(1<<56, 1, "1", "one", 0, nil), 1, ErrCorrupt, "L1 table at offset"},
 		{"an L1 with a negative offset", rawRow(1<<63, 1, "1", "one", 0, nil), 1, ErrCorrupt, "L1 table at offset"},
@@ -135,8 +135,8 @@ func TestReadSnapshotTableRefuses(t *testing.T) {
 		{"a negative disk size", rawRow(0x20000, 1, "1", "one", 0, extraData(0, 1<<63, 0)), 1, ErrCorrupt, "disk of 9223372036854775808 bytes"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			f, h := tableFile(t, test.table, test.rows)
-			_, _, err := readSnapshotTable(f, h)
+			f, h := tableFile(test.table, test.rows)
+			_, _, err := ReadSnapshotTable(f, h)
 			if !errors.Is(err, test.want) || !strings.Contains(fmt.Sprint(err), test.says) {
 				t.Errorf("got %v, want %v and %q", err, test.want, test.says)
 			}
@@ -144,40 +144,39 @@ func TestReadSnapshotTableRefuses(t *testing.T) {
 	}
 	t.Run("a table larger than 64 MiB", func(t *testing.T) {
 		long := rawRow(0x20000, 1, "", strings.Repeat("n", math.MaxUint16), 0, nil)
-		rows := maxSnapshotTableBytes/len(long) + 2
-		f, h := tableFile(t, nil, rows)
-		for i := range rows { // the names are a hole
-			must(t, write(f, tableAt+int64(i)*align8(int64(len(long))), string(long[:snapshotRowBytes])))
-		}
-		must(t, f.Truncate(tableAt+int64(rows)*align8(int64(len(long)))))
-		if _, _, err := readSnapshotTable(f, h); !errors.Is(err, ErrLimit) {
+		rows := MaxSnapshotTableBytes/len(long) + 2
+		f, h := tableFile(bytes.Repeat(append(long, make([]byte, Align8(int64(len(long)))-int64(len(long)))...), rows), rows)
+		if _, _, err := ReadSnapshotTable(f, h); !errors.Is(err, ErrLimit) {
 			t.Errorf("got %v, want ErrLimit", err)
 		}
 	})
 	t.Run("an I/O error is not called corruption", func(t *testing.T) {
-		f, h := tableFile(t, good, 1)
+		_, h := tableFile(good, 1)
 		broken := errors.New("broken disk")
-		f.setFault(func(fileCall) error { return broken })
-		if _, _, err := readSnapshotTable(f, h); !errors.Is(err, broken) || errors.Is(err, ErrCorrupt) {
+		if _, _, err := ReadSnapshotTable(brokenDisk{broken}, h); !errors.Is(err, broken) || errors.Is(err, ErrCorrupt) {
 			t.Errorf("got %v", err)
 		}
 	})
 }
 
+type brokenDisk struct{ err error }
+
+func (d brokenDisk) ReadAt([]byte, int64) (int, error) { return 0, d.err }
+
 func TestEncodeSnapshotTableRefuses(t *testing.T) {
 	long := strings.Repeat("n", math.MaxUint16)
 	for _, test := range []struct {
 		name string
-		rows []snapshotRow
+		rows []SnapshotRow
 	}{
-		{"too many rows", make([]snapshotRow, maxSnapshots+1)},
-		{"an id too long", []snapshotRow{{id: long + "n"}}},
-		{"a name too long", []snapshotRow{{name: long + "n"}}},
-		{"too much extra data", []snapshotRow{{extra: make([]byte, maxSnapshotExtraBytes-snapshotExtraBytes+1)}}},
-		{"a table too large", slicesRepeat(snapshotRow{name: long}, maxSnapshotTableBytes/math.MaxUint16+1)},
+		{"too many rows", make([]SnapshotRow, MaxSnapshots+1)},
+		{"an id too long", []SnapshotRow{{ID: long + "n"}}},
+		{"a name too long", []SnapshotRow{{Name: long + "n"}}},
+		{"too much extra data", []SnapshotRow{{Extra: make([]byte, MaxSnapshotExtraBytes-SnapshotExtraBytes+1)}}},
+		{"a table too large", slicesRepeat(SnapshotRow{Name: long}, MaxSnapshotTableBytes/math.MaxUint16+1)},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			if _, err := encodeSnapshotTable(test.rows); !errors.Is(err, ErrLimit) {
+			if _, err := EncodeSnapshotTable(test.rows); !errors.Is(err, ErrLimit) {
 				t.Errorf("got %v, want ErrLimit", err)
 			}
 		})
@@ -197,7 +196,7 @@ func TestSnapshotVMStateSizeOnDisk(t *testing.T) {
 		size  uint64
 		small uint32
 	}{{0, 0}, {math.MaxUint32, math.MaxUint32}, {math.MaxUint32 + 1, 0}} {
-		b, err := encodeSnapshotTable([]snapshotRow{{vmStateSize: test.size}})
+		b, err := EncodeSnapshotTable([]SnapshotRow{{VMStateSize: test.size}})
 		must(t, err)
 		if got := binary.BigEndian.Uint32(b[32:]); got != test.small {
 			t.Errorf("VM state of %d bytes: the 32-bit field is %d, want %d", test.size, got, test.small)
@@ -213,7 +212,7 @@ func TestSnapshotTableQEMU(t *testing.T) {
 	for _, compat := range []string{"0.10", "1.1"} {
 		t.Run(compat, func(t *testing.T) {
 			t.Parallel()
-			path := tempImage(t)
+			path := filepath.Join(t.TempDir(), "image.qcow2")
 			qemuImg(t, "create", "-q", "-f", "qcow2", "-o", "compat="+compat, path, "3M")
 			names := []string{"a", "with space", "ünïcode", "a", strings.Repeat("x", 255)}
 			for _, name := range names {
@@ -223,37 +222,36 @@ func TestSnapshotTableQEMU(t *testing.T) {
 			if compat == "1.1" {
 				qemuImg(t, "resize", "-q", path, "5M")
 			}
-			f := loadMemFile(t, path)
-			first := make([]byte, 4096)
-			_, err := f.ReadAt(first, 0)
+			f, err := os.Open(path)
 			must(t, err)
-			h, err := decodeHeader(first)
+			defer f.Close()
+			first := make([]byte, 4096)
+			_, err = f.ReadAt(first, 0)
+			must(t, err)
+			h, err := DecodeHeader(first)
 			must(t, err)
 
-			rows, size, err := readSnapshotTable(f, &h)
+			rows, size, err := ReadSnapshotTable(f, &h)
 			must(t, err)
 			if len(rows) != 4 {
 				t.Fatalf("%d rows: %+v", len(rows), rows)
 			}
 			for i := range rows {
-				s := newSnapshot(&rows[i])
+				s := &rows[i]
 				if s.Name != names[i+1] || s.ID != fmt.Sprint(i+2) || s.DiskSize != 3<<20 {
-					t.Errorf("row %d: %+v", i, s)
+					t.Errorf("row %d: %+v", i, *s)
 				}
-				if age := time.Since(s.Date); age < -time.Minute || age > time.Hour {
-					t.Errorf("row %d is dated %v", i, s.Date)
+				if age := time.Since(time.Unix(int64(s.DateSec), 0)); age < -time.Minute || age > time.Hour {
+					t.Errorf("row %d is dated %v", i, age)
 				}
 			}
-			b, err := encodeSnapshotTable(rows)
+			b, err := EncodeSnapshotTable(rows)
 			must(t, err)
 			onDisk := make([]byte, size)
-			_, err = f.ReadAt(onDisk, h.snapshotsOffset)
+			_, err = f.ReadAt(onDisk, h.SnapshotsOffset)
 			must(t, err)
 			if !bytes.Equal(b, onDisk) {
 				t.Errorf("encoded %x\non disk %x", b, onDisk)
-			}
-			if id := newSnapshotID(rows); id != "6" {
-				t.Errorf("the next id is %s, want 6", id)
 			}
 		})
 	}
@@ -261,11 +259,11 @@ func TestSnapshotTableQEMU(t *testing.T) {
 
 // TestSnapshotTableForQEMU lets qemu-img list a table of ours, with odd extra data in it.
 func TestSnapshotTableForQEMU(t *testing.T) {
-	path := tempImage(t)
+	path := filepath.Join(t.TempDir(), "image.qcow2")
 	qemuImg(t, "create", "-q", "-f", "qcow2", path, "1M")
-	b, err := encodeSnapshotTable([]snapshotRow{
-		{id: "7", name: "first", dateSec: 1_700_000_000, vmStateSize: 3 << 30, diskSize: 1 << 20, icount: unknownIcount, extra: []byte("odd tail")},
-		{id: "x", name: "second", diskSize: 1 << 20},
+	b, err := EncodeSnapshotTable([]SnapshotRow{
+		{ID: "7", Name: "first", DateSec: 1_700_000_000, VMStateSize: 3 << 30, DiskSize: 1 << 20, Icount: UnknownIcount, Extra: []byte("odd tail")},
+		{ID: "x", Name: "second", DiskSize: 1 << 20},
 	})
 	must(t, err)
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
