@@ -81,7 +81,7 @@ func (j *judge) moments(l *timeline) func(n int) int {
 }
 
 // fail ends the test with what there is to know about a crash.
-func (j *judge) fail(c crash, running []*crashOp, f *memFile, format string, args ...any) {
+func (j *judge) fail(c crash, running []*crashOp, f *memFile, text string, args ...any) {
 	j.t.Helper()
 	j.y.add(running, func(r *crashRow) { r.findings++ })
 	path := tempImage(j.t)
@@ -91,7 +91,7 @@ func (j *judge) fail(c crash, running []*crashOp, f *memFile, format string, arg
 		last = j.log.calls[c.calls-1].String()
 	}
 	j.t.Fatalf("crash after %d of %d calls (%s; last: %s), level %d: %s\nqemu-img check: %s\n%s", c.calls, len(j.log.calls), c.kind, last,
-		j.level, fmt.Sprintf(format, args...), runQemuCheck(j.t, path).output, j.history())
+		j.level, fmt.Sprintf(text, args...), runQemuCheck(j.t, path).output, j.history())
 }
 
 // judge checks one crash.

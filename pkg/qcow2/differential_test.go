@@ -169,9 +169,9 @@ func (d *duet) create() {
 	d.model.active.size = size
 }
 
-func (d *duet) note(who, what, format string, args ...any) {
+func (d *duet) note(who, what, text string, args ...any) {
 	d.tally.add(who + " " + what)
-	d.log = append(d.log, fmt.Sprintf(who+" "+what+format, args...))
+	d.log = append(d.log, fmt.Sprintf(who+" "+what+text, args...))
 }
 
 // span chooses a request.

@@ -166,8 +166,8 @@ func (h *history) play() {
 	}
 }
 
-func (h *history) note(format string, args ...any) {
-	h.log = append(h.log, fmt.Sprintf(format, args...))
+func (h *history) note(text string, args ...any) {
+	h.log = append(h.log, fmt.Sprintf(text, args...))
 }
 
 func (h *history) step() {

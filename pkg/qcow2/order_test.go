@@ -401,9 +401,9 @@ func (o *orderRun) judge(hold, fail int) {
 	}
 }
 
-func (o *orderRun) fail(what, format string, args ...any) {
+func (o *orderRun) fail(what, text string, args ...any) {
 	o.t.Helper()
-	o.t.Fatalf("%s: %s\n%s", what, fmt.Sprintf(format, args...), o.history())
+	o.t.Fatalf("%s: %s\n%s", what, fmt.Sprintf(text, args...), o.history())
 }
 
 // goOn writes all over the disk: no snapshot may change.

@@ -41,8 +41,8 @@ func (h *killHistory) knows(change func()) {
 	h.moved.Add(1)
 }
 
-func (h *killHistory) note(format string, args ...any) {
-	h.knows(func() { h.history.note(format, args...) })
+func (h *killHistory) note(text string, args ...any) {
+	h.knows(func() { h.history.note(text, args...) })
 }
 
 // flush waits for what the flush releases, too: there is one guest at a time. Nothing is left to be redone then.
