@@ -128,7 +128,7 @@ func (f *finder) function(fn *ast.FuncDecl) {
 		case *ast.IfStmt:
 			f.guard(n)
 		case *ast.BinaryExpr:
-			if flag := f.text(n.Y); (n.Op == token.AND_NOT || n.Op == token.OR) && strings.HasPrefix(flag, "flagCopied") {
+			if flag := f.text(n.Y); (n.Op == token.AND_NOT || n.Op == token.OR) && strings.HasPrefix(strings.TrimPrefix(flag, "format."), "FlagCopied") {
 				f.add("without "+n.Op.String()+" "+flag, n, false, f.over(n, f.text(n.X)))
 			}
 		}
