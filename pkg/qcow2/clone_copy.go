@@ -84,10 +84,6 @@ func (c *copier) takeOver(off, n, to int64) error {
 	return nil
 }
 
-// A settler is a RangeCloner that shares blocks in a way that would make the next Sync long, for the file and for others
-// beside it. Settle makes what it has shared durable without that.
-type settler interface{ Settle() error }
-
 func (c *copier) settle() error {
 	c.settled = time.Now()
 	if s, ok := c.cloner.(settler); ok {

@@ -32,7 +32,7 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 // EndDirect ends a request that StartDirect began, however it went.
 func (img *Image) EndDirect(d *Direct, write bool) {
 	if write {
-		img.f.dirty.Store(true) // after the write: see syncer
+		img.f.wrote()
 	}
 	img.inHand(-1)
 	img.guests.unlock(&d.lock)
@@ -92,23 +92,21 @@ func (l *rangeLock) tryLock(r *guestRange) bool {
 
 // wholeBlocks tells whether n bytes at off share no block of the file's direct I/O with others. A cluster begins with one.
 func (img *Image) wholeBlocks(off, n int64) bool {
-	f, ok := img.f.File.(*directFile)
-	return !ok || (off|n)&(f.block-1) == 0
+	return img.direct == nil || (off|n)&(img.direct.BlockSize()-1) == 0
 }
 
 // inHand tells the file of a request that others do with its descriptor, or that it has ended.
 func (img *Image) inHand(change int32) {
-	if f, ok := img.f.File.(*directFile); ok {
-		f.inHand.Add(change)
+	if img.direct != nil {
+		img.direct.InHand(change)
 	}
 }
 
 // DirectFD returns the descriptor of a file that was opened with OpenDirectFile and does direct I/O; false if it does not. The
 // descriptor is the image's.
 func (img *Image) DirectFD() (int, bool) {
-	f, ok := img.f.File.(*directFile)
-	if !ok || img.readOnly {
+	if img.direct == nil || img.readOnly {
 		return -1, false
 	}
-	return f.fd, true
+	return img.direct.FD(), true
 }

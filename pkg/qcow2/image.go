@@ -19,6 +19,7 @@ import (
 // somehow, and each takes effect whole.
 type Image struct {
 	f        *syncer
+	direct   directIO // f, nil if its I/O goes through the page cache
 	g        format.Geometry
 	readOnly bool
 	version  int

@@ -26,28 +26,6 @@ import (
 // The mark need not be durable at any time. Whichever of ours is found fits only states that we have made, and one that does not
 // fit costs a verification.
 
-// A marker is a File that can keep a mark.
-type marker interface {
-	// State tells files and what they hold apart.
-	State() (fileState, error)
-	// SetWritten sets the time of the last write, in nanoseconds since 1970, as far as the file system keeps it.
-	SetWritten(t int64) error
-	// Mark returns the mark, nil if there is none.
-	Mark() ([]byte, error)
-	// SetMark replaces it; nil removes it.
-	SetMark(mark []byte) error
-	// Boot tells boots of the machine apart: 16 bytes, or none if that is not known.
-	Boot() string
-}
-
-// fileState is the identity of a file, and of its content as far as its length and times tell.
-type fileState struct {
-	Inode   uint64
-	Born    int64 // nanoseconds since 1970, as the next
-	Size    int64
-	Written int64
-}
-
 // soundMark is a mark.
 type soundMark struct {
 	Version uint8

@@ -44,11 +44,12 @@ func open(file File, o OpenOptions) (*Image, error) {
 		return nil, err
 	}
 	g := h.Geometry()
-	if d, ok := file.(*directFile); ok && d.block > g.ClusterSize {
-		return nil, fmt.Errorf("%w: clusters of %d bytes on a file system that writes %d bytes at once", ErrUnsupported, g.ClusterSize, d.block)
+	direct, _ := file.(directIO)
+	if direct != nil && direct.BlockSize() > g.ClusterSize {
+		return nil, fmt.Errorf("%w: clusters of %d bytes on a file system that writes %d bytes at once", ErrUnsupported, g.ClusterSize, direct.BlockSize())
 	}
 	img := &Image{
-		f: f, g: g, readOnly: o.ReadOnly, version: h.Version, makeRoom: o.MakeRoom,
+		f: f, direct: direct, g: g, readOnly: o.ReadOnly, version: h.Version, makeRoom: o.MakeRoom,
 		guests: newRangeLock(), views: make(map[string]int),
 		loading: make(map[int64]chan struct{}),
 	}
@@ -78,7 +79,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 		return nil, err
 	}
 	if h.Autoclear != 0 {
-		f.first = img.clearFeatures
+		f.beforeFirst(img.clearFeatures)
 		h.Autoclear = 0
 		img.hdr.Store(&h)
 	}

@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"os"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
-	"golang.org/x/sys/unix"
 )
 
 // sharedAttempts is how often an image that its writer keeps changing is read before that is an error.
@@ -38,15 +36,11 @@ func OpenShared(path string) (*Image, error) {
 }
 
 func openSharedOnce(path string) (*Image, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	f, err := openUnlocked(path)
 	if err != nil {
-		return nil, classify(err)
+		return nil, err
 	}
-	o := &osFile{f: f, readOnly: true}
-	if err := o.expectRegular(); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return Open(o, OpenOptions{ReadOnly: true})
+	return Open(f, OpenOptions{ReadOnly: true})
 }
 
 // Changed tells whether the image in the file is of another state than when it was opened: each operation on snapshots or on the

@@ -33,6 +33,19 @@ func OpenFile(path string, readOnly bool) (File, error) {
 	return lockedFile(f, readOnly)
 }
 
+// openUnlocked opens the regular file at path for reading, whoever has it: no lock is taken or looked at.
+func openUnlocked(path string) (File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, classify(err)
+	}
+	o := &osFile{f: f, readOnly: true}
+	if err := o.expectRegular(); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return o, nil
+}
+
 // CreateFile creates path, readable by its owner alone, and opens it for writing as OpenFile does.
 // ErrExists when there is anything at path. Its directory is the caller's to sync.
 func CreateFile(path string) (File, error) {

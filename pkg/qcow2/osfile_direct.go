@@ -52,6 +52,17 @@ func OpenDirectFile(path string) (File, error) {
 	return d, nil
 }
 
+var _ directIO = (*directFile)(nil)
+
+// BlockSize implements directIO.
+func (d *directFile) BlockSize() int64 { return d.block }
+
+// FD implements directIO.
+func (d *directFile) FD() int { return d.fd }
+
+// InHand implements directIO.
+func (d *directFile) InHand(change int32) { d.inHand.Add(change) }
+
 // goDirect changes the descriptor, which has the locks.
 func (d *directFile) goDirect(fd int) error {
 	var st unix.Statx_t

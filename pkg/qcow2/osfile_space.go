@@ -53,13 +53,6 @@ func (o *osFile) writeZeros(off, n int64) error {
 	return nil
 }
 
-// An Allocator is a File that can take blocks ahead of need, so that a later write cannot meet a full file system.
-type Allocator interface {
-	// Allocate gives n bytes at off blocks, which may lie beyond the end. Content and length stay as they are.
-	// ErrNoSpace; an error that matches errors.ErrUnsupported where the file system cannot.
-	Allocate(off, n int64) error
-}
-
 var _ Allocator = (*osFile)(nil)
 
 func (o *osFile) Allocate(off, n int64) error {
@@ -74,14 +67,6 @@ func (o *osFile) Allocate(off, n int64) error {
 	return at(o.op("allocate", func(fd int) error {
 		return unix.Fallocate(fd, unix.FALLOC_FL_KEEP_SIZE, off, n)
 	}), off)
-}
-
-// A RangeCloner is a File that can take over a part of another one without copying it.
-type RangeCloner interface {
-	// CloneRange makes n bytes at dstOff share the blocks of n bytes at srcOff of src. The
-	// file grows as needed. An error that matches errors.ErrUnsupported says that these bytes have to be copied
-	// instead: another file system, one without shared blocks, or a range that is not aligned to its blocks.
-	CloneRange(src File, srcOff, dstOff, n int64) error
 }
 
 var _ RangeCloner = (*osFile)(nil)

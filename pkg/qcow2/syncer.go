@@ -52,11 +52,17 @@ func (s *syncer) begin() error {
 	return nil
 }
 
+// beforeFirst has first called before the first change of the file. Called before there is one.
+func (s *syncer) beforeFirst(first func() error) { s.first = first }
+
+// wrote notes a write that somebody else has made, after it: a Sync that overlaps it may have missed it.
+func (s *syncer) wrote() { s.dirty.Store(true) }
+
 func (s *syncer) WriteAt(p []byte, off int64) (int, error) {
 	if err := s.begin(); err != nil {
 		return 0, err
 	}
-	defer s.dirty.Store(true) // after the write: a Sync that overlaps it may have missed it
+	defer s.wrote()
 	return s.File.WriteAt(p, off)
 }
 
@@ -64,7 +70,7 @@ func (s *syncer) Truncate(size int64) error {
 	if err := s.begin(); err != nil {
 		return err
 	}
-	defer s.dirty.Store(true)
+	defer s.wrote()
 	return s.File.Truncate(size)
 }
 
