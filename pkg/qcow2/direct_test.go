@@ -3,9 +3,6 @@ package qcow2
 import (
 	"bytes"
 	"errors"
-	"fmt"
-	"io"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
@@ -13,29 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-// A file past the page cache is like another, whatever is asked for, alone or beside others, and however large its blocks are.
-func TestDirectFile(t *testing.T) {
-	for _, others := range []int32{0, 1} {
-		for _, block := range []int64{512, 4096} {
-			t.Run(fmt.Sprintf("%d others, blocks of %d", others, block), func(t *testing.T) {
-				f := openDirectFile(t, block)
-				f.inHand.Add(others)
-				if _, err := OpenFile(f.Name(), true); !errors.Is(err, ErrInUse) {
-					t.Errorf("opened a second time: %v", err)
-				}
-				useDirectFile(t, f)
-				if made := len(f.submitters.idle); made != int(others) {
-					t.Errorf("%d submitters", made)
-				}
-				must(t, f.Close())
-				if _, err := f.WriteAt(make([]byte, 512), 0); !errors.Is(err, ErrClosed) {
-					t.Errorf("write to a closed file: %v", err)
-				}
-			})
-		}
-	}
-}
 
 // openDirectFile makes an empty file, which is removed when the test ends. Its blocks may be larger than they need be.
 func openDirectFile(t *testing.T, block int64) *directFile {
@@ -52,99 +26,6 @@ func openDirectFile(t *testing.T, block int64) *directFile {
 	}
 	d.block = max(d.block, block)
 	return d
-}
-
-// useDirectFile compares reads and writes with those of memory.
-func useDirectFile(t *testing.T, f *directFile) {
-	t.Helper()
-	model := newSparse()
-	rng := rand.New(rand.NewPCG(1, 1))
-	for range 400 {
-		off, n := rng.Int64N(1<<20), 1+rng.Int64N(5000)
-		switch rng.IntN(4) {
-		case 0:
-			off, n = off&^511, (n+511)&^511
-		case 1:
-			n = 300 << 10 // more than one buffer
-		}
-		p := stamp(int(off), off, n)
-		if rng.IntN(2) == 0 {
-			got, err := f.WriteAt(p, off)
-			if int64(got) != n || err != nil {
-				t.Fatalf("write %d at %d: %d, %v", n, off, got, err)
-			}
-			model.writeAt(p, off)
-			continue
-		}
-		got, err := f.ReadAt(p, off)
-		size, sizeErr := f.Size()
-		must(t, sizeErr)
-		if want := max(0, min(n, size-off)); int64(got) != want || want < n != errors.Is(err, io.EOF) {
-			t.Fatalf("read %d at %d of %d: %d, %v", n, off, size, got, err)
-		}
-		expected := make([]byte, got)
-		model.readAt(expected, off)
-		if i := difference(p[:got], expected); i >= 0 {
-			t.Fatalf("read %d at %d: byte %d differs", n, off, i)
-		}
-	}
-}
-
-// Writes at the same time end up where they belong. What the kernel does not take fails as any other write does, and where it
-// takes none that way they go the usual way.
-func TestSubmittedWrites(t *testing.T) {
-	f := openDirectFile(t, 512)
-	defer f.Close()
-	const writers, each, block = 16, 64, 4096
-	write := func(i int64) {
-		for k := range int64(each) {
-			off := (k*writers + i) * block
-			if n, err := f.WriteAt(stamp(int(i), off, block), off); n != block || err != nil {
-				t.Errorf("write at %d: %d, %v", off, n, err)
-			}
-		}
-	}
-	check := func() {
-		t.Helper()
-		p := make([]byte, block)
-		for off := int64(0); off < writers*each*block; off += block {
-			_, err := f.ReadAt(p, off)
-			must(t, err)
-			if i := difference(p, stamp(int(off/block%writers), off, block)); i >= 0 {
-				t.Fatalf("block at %d: byte %d differs", off, i)
-			}
-		}
-	}
-	var all sync.WaitGroup
-	for i := range int64(writers) {
-		all.Go(func() { write(i) })
-	}
-	all.Wait()
-	check()
-	if made := len(f.submitters.idle); made < 2 || made > writers {
-		t.Errorf("%d submitters for %d writers", made, writers)
-	}
-
-	f.inHand.Add(1)
-	reader, err := os.Open(f.Name())
-	must(t, err)
-	defer reader.Close()
-	refused := &directFile{osFile: &osFile{f: reader}, block: 512}
-	refused.inHand.Add(1)
-	if n, err := refused.WriteAt(alignedBuffer(block), 0); n != 0 || !errors.Is(err, unix.EBADF) {
-		t.Errorf("write to a file that is open for reading: %d, %v", n, err)
-	}
-	refused.submitters.close()
-
-	f.submitters.close()
-	must(t, f.Truncate(0))
-	for i := range int64(writers) {
-		write(i)
-	}
-	check()
-	if made := len(f.submitters.idle); made != 0 {
-		t.Errorf("%d submitters where there can be none", made)
-	}
 }
 
 // A guest writes sectors where the file is written in larger blocks: what it writes beside them at that time stays.
@@ -276,9 +157,9 @@ func TestStartDirect(t *testing.T) {
 	p := stamp(2, 0, 4096)
 	_, err = f.WriteAt(p, host)
 	must(t, err)
-	img.f.dirty.Store(false)
+	must(t, img.f.Sync())
 	img.EndDirect(&d, true)
-	if !img.f.dirty.Load() {
+	if syncsOf(f, func() { must(t, img.f.Sync()) }) != 1 {
 		t.Error("a flush would not sync it")
 	}
 	if host := started(8*cluster, 512, false); host >= 0 {

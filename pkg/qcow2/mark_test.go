@@ -246,7 +246,7 @@ func TestLease(t *testing.T) {
 	if f.mark != nil {
 		t.Fatal("each write renews it")
 	}
-	img.f.leased.Store(1) // time passes
+	img.f.endLease() // time passes
 	var d Direct
 	if _, ok := img.StartDirect(&d, 0, 4096, true); ok {
 		t.Fatal("a direct write begins although the lease has ended")

@@ -504,3 +504,5 @@ func pattern(seed byte, n int) []byte {
 	}
 	return b
 }
+
+func errOf[T any](_ T, err error) error { return err }

@@ -106,13 +106,13 @@ func (img *Image) idle() bool {
 		return false
 	}
 	defer img.gate.RUnlock()
-	for _, mu := range []*sync.Mutex{&img.commitMu, &img.tableMu, &img.alloc.ledger, &img.alloc.mu, &img.mu, &img.hdrMu, &img.f.mu} {
+	for _, mu := range []*sync.Mutex{&img.commitMu, &img.tableMu, &img.alloc.ledger, &img.alloc.mu, &img.mu, &img.hdrMu} {
 		if !mu.TryLock() {
 			return false
 		}
 		mu.Unlock()
 	}
-	return true
+	return !img.f.syncing()
 }
 
 func (h *besideHistory) create() {

@@ -9,9 +9,8 @@ import (
 	"path/filepath"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
+	"golang.org/x/sys/unix"
 )
 
 func newOSFile(t *testing.T) File {
@@ -157,8 +156,6 @@ func TestOSFileReadOnly(t *testing.T) {
 		t.Errorf("sync: %v", err)
 	}
 }
-
-func errOf[T any](_ T, err error) error { return err }
 
 func TestOpenFileRefusesWhatIsNoRegularFile(t *testing.T) {
 	dir := t.TempDir()

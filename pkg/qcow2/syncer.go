@@ -29,6 +29,18 @@ func newSyncer(f File) *syncer {
 // leaseEnded tells that the next change has to begin with begin.
 func (s *syncer) leaseEnded() bool { return time.Now().UnixNano() >= s.leased.Load() }
 
+// endLease ends the lease, as time does.
+func (s *syncer) endLease() { s.leased.Store(1) }
+
+// syncing tells whether a Sync is under way.
+func (s *syncer) syncing() bool {
+	if !s.mu.TryLock() {
+		return true
+	}
+	s.mu.Unlock()
+	return false
+}
+
 // changed tells whether the file was changed.
 func (s *syncer) changed() bool { return s.leased.Load() != 0 }
 
