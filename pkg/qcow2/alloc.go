@@ -6,13 +6,14 @@ import (
 	"sync/atomic"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // allocator hands out host clusters and takes them back. It reserves them in batches ahead of need (Spec A,
 // W0): a cluster that it hands out is counted, and lies inside the file, durably; it reads as zeros; and
 // nothing references it. What a crash leaves of a reservation is leaked, not lost.
 type allocator struct {
-	f            File
+	f            host.File
 	g            format.Geometry
 	sync         func() error // of f; a failure fails the image
 	fail         func(error) error
@@ -57,7 +58,7 @@ type nextGeneration interface {
 }
 
 // newAllocator leaves the functions and the map of metadata to the image.
-func newAllocator(f File, g format.Geometry, h *format.Header) (*allocator, error) {
+func newAllocator(f host.File, g format.Geometry, h *format.Header) (*allocator, error) {
 	rc, err := loadRefcounts(f, g, h)
 	if err != nil {
 		return nil, err
@@ -86,7 +87,7 @@ func (a *allocator) fetch(ks []int64) error {
 		}
 	}
 	a.mu.Unlock()
-	err := together(len(reads), func(i int) (err error) {
+	err := host.Together(len(reads), func(i int) (err error) {
 		reads[i].b, err = a.rc.read(reads[i].k, reads[i].off)
 		return err
 	})

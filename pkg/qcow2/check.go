@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // CheckResult is the verdict on an image's metadata.
@@ -38,7 +39,7 @@ func (r CheckResult) ExitStatus() int {
 
 // Check checks the image in f, which nobody may change meanwhile, also one that is too damaged to be opened. progress,
 // if not nil, is called with the bytes of L2 tables done and to do. An error means that the image could not be checked.
-func Check(ctx context.Context, f File, progress func(done, total int64)) (CheckResult, error) {
+func Check(ctx context.Context, f host.File, progress func(done, total int64)) (CheckResult, error) {
 	h, err := format.ReadHeader(f, format.ParseHeader)
 	if err == nil {
 		err = h.Checkable()
@@ -52,7 +53,7 @@ func Check(ctx context.Context, f File, progress func(done, total int64)) (Check
 // checkImage checks the image in f whose header is h. It only reads f, which must not change meanwhile.
 // progress, when not nil, is called with the bytes of L2 tables done and to do. An error means that the
 // image could not be checked: f cannot be read, ctx ended, or the snapshot table is beyond reading.
-func checkImage(ctx context.Context, f File, h format.Header, progress func(done, total int64)) (CheckResult, error) {
+func checkImage(ctx context.Context, f host.File, h format.Header, progress func(done, total int64)) (CheckResult, error) {
 	c, err := newChecker(ctx.Err, f, h, progress)
 	if err == nil {
 		err = c.check()

@@ -6,6 +6,7 @@ import (
 	"io"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // checker recomputes from the mappings how often each host cluster is referenced and holds that against
@@ -14,7 +15,7 @@ import (
 // claims of size can make it work longer than the file is.
 type checker struct {
 	stop   func() error // says why to end early
-	file   File
+	file   host.File
 	h      *format.Header
 	g      format.Geometry
 	length int64 // of the file, rounded up to sectors
@@ -31,7 +32,7 @@ type checker struct {
 	result   CheckResult
 }
 
-func newChecker(stop func() error, f File, h format.Header, progress func(done, total int64)) (*checker, error) {
+func newChecker(stop func() error, f host.File, h format.Header, progress func(done, total int64)) (*checker, error) {
 	size, err := f.Size()
 	if err != nil {
 		return nil, err

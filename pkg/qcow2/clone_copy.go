@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 const (
@@ -31,12 +32,12 @@ const (
 type copier struct {
 	ctx      context.Context // ends with the first failure
 	cancel   context.CancelCauseFunc
-	dst      File
+	dst      host.File
 	v        *View
-	cloner   RangeCloner // nil where blocks cannot be shared
-	slice    int64       // shared at once
-	requests int64       // of guests before it began
-	settled  time.Time   // when what is shared was last settled
+	cloner   host.RangeCloner // nil where blocks cannot be shared
+	slice    int64            // shared at once
+	requests int64            // of guests before it began
+	settled  time.Time        // when what is shared was last settled
 	work     chan copyPiece
 	running  sync.WaitGroup
 	done     atomic.Int64 // bytes
@@ -50,9 +51,9 @@ type copyPiece struct {
 	read  func(p []byte) error
 }
 
-func startCopier(ctx context.Context, dst File, v *View, total int64, progress func(done, total int64)) *copier {
+func startCopier(ctx context.Context, dst host.File, v *View, total int64, progress func(done, total int64)) *copier {
 	c := &copier{dst: dst, v: v, slice: shareFirst, work: make(chan copyPiece), total: total, progress: progress, requests: v.img.requests.Load()}
-	c.cloner, _ = dst.(RangeCloner)
+	c.cloner, _ = dst.(host.RangeCloner)
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	for range copyStreams {
 		c.running.Go(c.run)
@@ -86,7 +87,7 @@ func (c *copier) takeOver(off, n, to int64) error {
 
 func (c *copier) settle() error {
 	c.settled = time.Now()
-	if s, ok := c.cloner.(settler); ok {
+	if s, ok := c.cloner.(host.Settler); ok {
 		return s.Settle()
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // Flush makes all completed writes durable. Flushes that come while one runs share the next. Of clusters that it frees many
@@ -18,7 +19,7 @@ func (img *Image) Flush() error {
 		return nil
 	}
 	freed, err := img.commitAll()
-	if err == nil && len(freed) > callsAtOnce {
+	if err == nil && len(freed) > host.CallsAtOnce {
 		img.setReleasing(true)
 		go func() { // whoever takes commitMu next waits for its end, so Close does
 			defer img.commitMu.Unlock()
@@ -189,7 +190,7 @@ func (w *commitWork) write(img *Image) error {
 		}
 	}
 	for _, ws := range [][]format.MetaWrite{w.frozen, w.writes} {
-		if err := writeAll(img.f, ws); err != nil {
+		if err := host.WriteAll(img.f, ws); err != nil {
 			return fmt.Errorf("write metadata: %w", err)
 		}
 	}

@@ -4,6 +4,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // heldFile holds up one write or punch until it is released.
@@ -100,7 +102,7 @@ func TestOperationBesideCommit(t *testing.T) {
 	}
 }
 
-const manyFreed = 2 * callsAtOnce
+const manyFreed = 2 * host.CallsAtOnce
 
 // freeMany opens an image of 64 KiB clusters in which manyFreed clusters are discarded, but not yet flushed. Nothing is reserved.
 func freeMany(t *testing.T) (*heldFile, *Image) {

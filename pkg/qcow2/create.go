@@ -6,6 +6,7 @@ import (
 	"math/bits"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // DefaultClusterSize is the cluster size of images that name none, in bytes.
@@ -53,7 +54,7 @@ func (o *CreateOptions) geometry() (format.Geometry, error) {
 
 // Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
 // it. It does not close f, which is empty again when it fails.
-func Create(f File, size int64, o CreateOptions) error {
+func Create(f host.File, size int64, o CreateOptions) error {
 	g, err := o.geometry()
 	if err != nil {
 		return err
@@ -69,11 +70,11 @@ func Create(f File, size int64, o CreateOptions) error {
 		// Nothing half-made is left, and no space taken.
 		return errors.Join(fmt.Errorf("create %s: %w", f.Name(), err), f.Truncate(0))
 	}
-	vouch(f)
+	host.Vouch(f)
 	return nil
 }
 
-func create(f File, g format.Geometry, size int64, o CreateOptions) error {
+func create(f host.File, g format.Geometry, size int64, o CreateOptions) error {
 	var l2, data int64
 	if o.Preallocation != PreallocationOff {
 		l2, data = g.L1Entries(size), g.Clusters(size)
@@ -97,7 +98,7 @@ func create(f File, g format.Geometry, size int64, o CreateOptions) error {
 }
 
 // requireEmpty refuses to write over anything.
-func requireEmpty(f File) error {
+func requireEmpty(f host.File) error {
 	n, err := f.Size()
 	if err == nil && n != 0 {
 		err = fmt.Errorf("%s holds %d bytes: %w", f.Name(), n, ErrExists)

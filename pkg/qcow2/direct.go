@@ -10,7 +10,7 @@ type Direct struct{ lock guestRange }
 // mapped in memory and, for a write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by
 // itself, and calls EndDirect. If not, nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
 func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, ok bool) {
-	if write && img.f.leaseEnded() || !img.gate.TryRLock() {
+	if write && img.f.LeaseEnded() || !img.gate.TryRLock() {
 		return 0, false
 	}
 	size := img.Size()
@@ -32,7 +32,7 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 // EndDirect ends a request that StartDirect began, however it went.
 func (img *Image) EndDirect(d *Direct, write bool) {
 	if write {
-		img.f.wrote()
+		img.f.Wrote()
 	}
 	img.inHand(-1)
 	img.guests.unlock(&d.lock)

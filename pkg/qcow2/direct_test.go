@@ -8,23 +8,24 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 	"golang.org/x/sys/unix"
 )
 
 // openDirectFile makes an empty file, which is removed when the test ends. Its blocks may be larger than they need be.
-func openDirectFile(t *testing.T, block int64) *directFile {
+func openDirectFile(t *testing.T, block int64) *host.DirectFile {
 	t.Helper()
 	path := filepath.Join(diskDir(t), "file")
-	f, err := CreateFile(path)
+	f, err := host.CreateFile(path)
 	must(t, err)
 	must(t, f.Close())
-	f, err = OpenDirectFile(path)
+	f, err = host.OpenDirectFile(path)
 	must(t, err)
-	d, ok := f.(*directFile)
+	d, ok := f.(*host.DirectFile)
 	if !ok {
 		t.Fatalf("%T: no direct I/O", f)
 	}
-	d.block = max(d.block, block)
+	d.Block = max(d.Block, block)
 	return d
 }
 
@@ -55,7 +56,7 @@ func TestPartsOfBlocks(t *testing.T) {
 		all.Go(func() {
 			got := make([]byte, block-sector)
 			for i := range rounds {
-				p := alignedBuffer(block)
+				p := host.AlignedBuffer(block)
 				copy(p, stamp(i, b, block))
 				if err := writeDirect(img, p, b*block); err != nil {
 					t.Error(err)
@@ -76,14 +77,14 @@ func TestPartsOfBlocks(t *testing.T) {
 // writeDirect writes as the event loop does.
 func writeDirect(img *Image, p []byte, off int64) error {
 	var d Direct
-	host, ok := img.StartDirect(&d, off, int64(len(p)), true)
+	at, ok := img.StartDirect(&d, off, int64(len(p)), true)
 	if !ok {
 		_, err := img.WriteAt(p, off)
 		return err
 	}
 	defer img.EndDirect(&d, true)
 	fd, _ := img.DirectFD()
-	_, err := unix.Pwrite(fd, p, host)
+	_, err := unix.Pwrite(fd, p, at)
 	return err
 }
 
@@ -123,17 +124,17 @@ func TestStartDirect(t *testing.T) {
 			img.EndDirect(&other, write)
 		}
 	}
-	started := func(off, n int64, write bool) (host int64) {
+	started := func(off, n int64, write bool) (at int64) {
 		t.Helper()
-		host, ok := img.StartDirect(&d, off, n, write)
+		at, ok := img.StartDirect(&d, off, n, write)
 		if !ok {
 			t.Fatalf("%d bytes at %d: not begun", n, off)
 		}
-		return host
+		return at
 	}
-	host := started(cluster/2, 2*cluster, false)
+	at := started(cluster/2, 2*cluster, false)
 	got := make([]byte, 2*cluster)
-	_, err = f.ReadAt(got, host)
+	_, err = f.ReadAt(got, at)
 	must(t, err)
 	if !bytes.Equal(got, data[cluster/2:][:2*cluster]) {
 		t.Error("the run is somewhere else")
@@ -153,17 +154,17 @@ func TestStartDirect(t *testing.T) {
 	refused("the mapping is being changed", cluster, 512, false)
 	img.guests.unlock(&r)
 
-	host = started(0, 4096, true)
+	at = started(0, 4096, true)
 	p := stamp(2, 0, 4096)
-	_, err = f.WriteAt(p, host)
+	_, err = f.WriteAt(p, at)
 	must(t, err)
 	must(t, img.f.Sync())
 	img.EndDirect(&d, true)
 	if syncsOf(f, func() { must(t, img.f.Sync()) }) != 1 {
 		t.Error("a flush would not sync it")
 	}
-	if host := started(8*cluster, 512, false); host >= 0 {
-		t.Errorf("what is not mapped is read at %d", host)
+	if at := started(8*cluster, 512, false); at >= 0 {
+		t.Errorf("what is not mapped is read at %d", at)
 	}
 	img.EndDirect(&d, false)
 	refused("not mapped", 8*cluster, 512, true)
@@ -188,8 +189,8 @@ func TestStartDirect(t *testing.T) {
 	img.EndDirect(&d, false)
 	refused("shared with a snapshot", 0, 512, true)
 	must(t, img.Discard(0, cluster))
-	if host := started(0, cluster, false); host >= 0 {
-		t.Errorf("what was discarded is read at %d", host)
+	if at := started(0, cluster, false); at >= 0 {
+		t.Errorf("what was discarded is read at %d", at)
 	}
 	img.EndDirect(&d, false)
 	refused("half discarded", 0, 2*cluster, false)

@@ -4,6 +4,7 @@ import (
 	"errors"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // Errors that callers match with errors.Is. Each is wrapped with the file, the
@@ -13,11 +14,11 @@ var (
 	ErrNotFound = errors.New("not found")
 
 	// ErrExists is returned when a snapshot of that name, or a file to be created, exists.
-	ErrExists = errors.New("already exists")
+	ErrExists = host.ErrExists
 
 	// ErrInUse is returned when another process holds the image (QEMU's byte locks), or
 	// when a snapshot to be deleted is open.
-	ErrInUse = errors.New("in use")
+	ErrInUse = host.ErrInUse
 
 	// ErrCorrupt is returned when metadata contradicts the format. Nothing was changed.
 	ErrCorrupt = format.ErrCorrupt
@@ -27,23 +28,23 @@ var (
 	ErrUnsupported = format.ErrUnsupported
 
 	// ErrNoSpace is returned when the file system that holds the image is full.
-	ErrNoSpace = errors.New("no space left")
+	ErrNoSpace = host.ErrNoSpace
 
 	// ErrLimit is returned when a limit of the format would be exceeded: snapshots,
 	// table sizes, reference counts.
 	ErrLimit = format.ErrLimit
 
 	// ErrReadOnly is returned when an image or a snapshot that is open for reading is written.
-	ErrReadOnly = errors.New("read-only")
+	ErrReadOnly = host.ErrReadOnly
 
 	// ErrOutOfRange is returned when a request reaches beyond the end of the disk, or has
 	// a negative offset or length.
-	ErrOutOfRange = errors.New("out of range")
+	ErrOutOfRange = host.ErrOutOfRange
 
 	// ErrFailed is returned by every operation after a write of metadata or a sync has
 	// failed: what is on disk is unknown until the image is opened again.
 	ErrFailed = errors.New("image failed earlier; open it again")
 
 	// ErrClosed is returned by operations on a closed image.
-	ErrClosed = errors.New("image is closed")
+	ErrClosed = host.ErrClosed
 )

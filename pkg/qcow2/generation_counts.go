@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // shadowBlock is a refcount block of the next generation: live counts, plus what the operation changes. One that has no
@@ -71,7 +72,7 @@ func (n *generation) newCounts() format.Counts {
 		return c
 	}
 	if int64(len(n.slab)) < size {
-		n.slab = newMemory(slabBytes)
+		n.slab = host.NewMemory(slabBytes)
 	}
 	c := format.Counts{B: n.slab[:size:size], Order: n.g.RefcountOrder}
 	n.slab = n.slab[size:]
@@ -87,8 +88,8 @@ func (n *generation) stock() error {
 	}); err != nil || !short {
 		return err
 	}
-	slab := newMemory(slabBytes)
-	populate(slab)
+	slab := host.NewMemory(slabBytes)
+	host.Populate(slab)
 	return n.locked(func() error { n.slab = slab; return nil })
 }
 

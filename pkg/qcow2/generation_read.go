@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // This file reads L2 tables in bulk (C4).
@@ -88,7 +89,7 @@ func (n *generation) batchSize() int64 { return max(batchBytes, n.g.ClusterSize)
 // memory returns the memory of all batches, for what is done when none is read.
 func (n *generation) memory() []byte {
 	if n.buffer == nil {
-		n.buffer = newMemory(batchesRead * n.batchSize())
+		n.buffer = host.NewMemory(batchesRead * n.batchSize())
 	}
 	return n.buffer
 }

@@ -3,12 +3,14 @@ package qcow2
 import (
 	"fmt"
 	"sync"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // metaWriter gathers writes, which are made in the order of their calls: what comes one after the other in the file is
 // written together, while the next is gathered.
 type metaWriter struct {
-	f       File
+	f       host.File
 	growth  *sync.RWMutex // see allocator
 	off     int64
 	b       []byte // to be written at off
@@ -37,7 +39,7 @@ func (w *metaWriter) zeros(n int64) error {
 // room sees to it that n bytes at off can be appended to b.
 func (w *metaWriter) room(off, n int64) error {
 	if w.b == nil {
-		m := newMemory(2 * maxGathered)
+		m := host.NewMemory(2 * maxGathered)
 		w.b, w.spare = m[:0:maxGathered], m[maxGathered:maxGathered]
 	}
 	if off != w.off+int64(len(w.b)) || int64(len(w.b))+n > maxGathered {
@@ -62,7 +64,7 @@ func (w *metaWriter) send() error {
 		w.growth.RLock()
 		_, err := w.f.WriteAt(b, off)
 		w.growth.RUnlock()
-		if f, ok := w.f.(writebacker); ok && err == nil {
+		if f, ok := w.f.(host.Writebacker); ok && err == nil {
 			f.StartWriteback(off, int64(len(b))) // the disk works while we go on, and a sync has less to do
 		}
 		done <- err

@@ -13,13 +13,14 @@ import (
 	"sync/atomic"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // Image is an open image. Its methods are safe for concurrent use; requests that overlap are ordered
 // somehow, and each takes effect whole.
 type Image struct {
-	f        *syncer
-	direct   directIO // f, nil if its I/O goes through the page cache
+	f        *host.Syncer
+	direct   host.DirectIO // f, nil if its I/O goes through the page cache
 	g        format.Geometry
 	readOnly bool
 	version  int
@@ -172,7 +173,7 @@ func (img *Image) judge(err error) error {
 	if err == nil || img.readOnly || !errors.Is(err, ErrCorrupt) || errors.Is(err, format.ErrContent) {
 		return err
 	}
-	disown(img.f.File)
+	host.Disown(img.f.File)
 	cause := fmt.Errorf("%w; nothing is written any more; %w", err, errRepair)
 	if !img.corrupt.CompareAndSwap(nil, &cause) || img.version < 3 {
 		return err // version 2 has no bit for it

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // This file shows that an image is changed only where its counts are vouched for: what others have written is verified first.
@@ -30,9 +31,9 @@ func zeroCounts(t *testing.T, path string) {
 
 // openAt opens an image as offline commands do, or as it is served to guests.
 func openAt(path string, served bool) (*Image, error) {
-	open := func() (File, error) { return OpenFile(path, false) }
+	open := func() (host.File, error) { return host.OpenFile(path, false) }
 	if served {
-		open = func() (File, error) { return OpenDirectFile(path) }
+		open = func() (host.File, error) { return host.OpenDirectFile(path) }
 	}
 	f, err := open()
 	if err != nil {
@@ -52,7 +53,7 @@ func TestUncounted(t *testing.T) {
 					qemuImg(t, "create", "-q", "-f", "qcow2", path, "64M")
 					qemuIO(t, path, "write -q -P 1 0 8M")
 				} else {
-					f, err := CreateFile(path)
+					f, err := host.CreateFile(path)
 					must(t, err)
 					must(t, Create(f, 64<<20, CreateOptions{}))
 					img, err := Open(f, OpenOptions{})
@@ -70,7 +71,7 @@ func TestUncounted(t *testing.T) {
 				if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
 					t.Errorf("the file of %d bytes has %d, or others: %v", len(before), len(after), err)
 				}
-				f, err := OpenFile(path, true)
+				f, err := host.OpenFile(path, true)
 				must(t, err)
 				img, err := Open(f, OpenOptions{ReadOnly: true})
 				must(t, err)
@@ -80,7 +81,7 @@ func TestUncounted(t *testing.T) {
 					t.Error("it reads otherwise")
 				}
 				must(t, img.Close())
-				f, err = OpenFile(path, false)
+				f, err = host.OpenFile(path, false)
 				must(t, err)
 				r, err := Repair(t.Context(), f, RepairAll, nil)
 				if must(t, errors.Join(err, f.Close())); r.Left.ExitStatus() != 0 || r.Lost != 0 {
@@ -97,8 +98,8 @@ func TestUncounted(t *testing.T) {
 
 // countsReads counts what an opening reads, to tell whether it verifies.
 type countsReads struct {
-	File
-	marker
+	host.File
+	host.Marker
 	bytes int64
 }
 
@@ -110,9 +111,9 @@ func (c *countsReads) ReadAt(p []byte, off int64) (int, error) {
 // verifies tells whether the image at path is verified when it is opened for writing. It changes nothing.
 func verifies(t *testing.T, path string) bool {
 	t.Helper()
-	f, err := OpenFile(path, false)
+	f, err := host.OpenFile(path, false)
 	must(t, err)
-	c := &countsReads{File: f, marker: f.(marker)}
+	c := &countsReads{File: f, Marker: f.(host.Marker)}
 	img, err := Open(c, OpenOptions{})
 	must(t, err)
 	l2 := int64(0)
@@ -132,10 +133,10 @@ func verifies(t *testing.T, path string) bool {
 // others may have written is, once.
 func TestMark(t *testing.T) {
 	path := tempImage(t)
-	f, err := CreateFile(path)
+	f, err := host.CreateFile(path)
 	must(t, err)
 	must(t, Create(f, 16<<20, CreateOptions{ClusterSize: 4096}))
-	use := func(f File) {
+	use := func(f host.File) {
 		t.Helper()
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
@@ -145,8 +146,8 @@ func TestMark(t *testing.T) {
 		}
 		must(t, img.Close())
 	}
-	open := func() File {
-		f, err := OpenFile(path, false)
+	open := func() host.File {
+		f, err := host.OpenFile(path, false)
 		must(t, err)
 		return f
 	}
@@ -176,7 +177,7 @@ func TestMark(t *testing.T) {
 	must(t, err)
 	_, err = r.WriteAt([]byte{0, 1}, 3*4096) // at once after the close: what is there is not asked
 	must(t, errors.Join(err, r.Close()))
-	if f := open(); vouched(f) {
+	if f := open(); host.Vouched(f) {
 		t.Error("a write right after the close is not noticed")
 	} else {
 		must(t, f.Close())
@@ -198,7 +199,7 @@ func TestMarkOfTheDead(t *testing.T) {
 		{name: "a power cut", after: func(f *memFile) { f.boot = "the next boot" }, vouch: true},
 		{name: "a power cut, and another writer", after: func(f *memFile) {
 			f.boot = "the next boot"
-			f.written += int64(markLease + time.Second)
+			f.written += int64(host.MarkLease + time.Second)
 		}},
 		{name: "a power cut, and another writer whose clock is wrong", after: func(f *memFile) {
 			f.boot = "the next boot"
@@ -246,7 +247,7 @@ func TestLease(t *testing.T) {
 	if f.mark != nil {
 		t.Fatal("each write renews it")
 	}
-	img.f.endLease() // time passes
+	img.f.EndLease() // time passes
 	var d Direct
 	if _, ok := img.StartDirect(&d, 0, 4096, true); ok {
 		t.Fatal("a direct write begins although the lease has ended")

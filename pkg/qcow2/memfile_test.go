@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // This file holds the file that tests put behind an image: memFile keeps its content in memory, fails
@@ -182,10 +183,10 @@ func newMemFile(name string) *memFile {
 	return &memFile{name: name, content: newSparse(), boot: "this boot"}
 }
 
-func (f *memFile) State() (fileState, error) {
+func (f *memFile) State() (host.FileState, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return fileState{Inode: 1, Size: f.content.size, Written: f.written}, nil
+	return host.FileState{Inode: 1, Size: f.content.size, Written: f.written}, nil
 }
 
 func (f *memFile) SetWritten(t int64) error {
@@ -212,7 +213,7 @@ func (f *memFile) Boot() string { return f.boot }
 
 // disguise makes whatever is in the file pass for sound.
 func (f *memFile) disguise() *memFile {
-	vouch(f)
+	host.Vouch(f)
 	return f
 }
 
@@ -483,7 +484,7 @@ func TestMemFile(t *testing.T) {
 	})
 }
 
-func write(f File, off int64, s string) error {
+func write(f host.File, off int64, s string) error {
 	_, err := f.WriteAt([]byte(s), off)
 	return err
 }

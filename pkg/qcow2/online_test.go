@@ -112,7 +112,7 @@ func (img *Image) idle() bool {
 		}
 		mu.Unlock()
 	}
-	return !img.f.syncing()
+	return !img.f.Syncing()
 }
 
 func (h *besideHistory) create() {

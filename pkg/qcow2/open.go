@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // OpenOptions say how an image is opened.
@@ -26,7 +27,7 @@ const defaultL2CacheSize = 32 << 20
 // corrupt is opened for reading only: ErrCorrupt. To open one for writing that is marked dirty, for its writer postponed its
 // reference counts, takes a walk through all of its metadata, which counts them. So does one that others have written since we
 // did, or the first time: ErrCorrupt if its counts are too low. Until something is changed the file stays as it is.
-func Open(f File, o OpenOptions) (*Image, error) {
+func Open(f host.File, o OpenOptions) (*Image, error) {
 	img, err := open(f, o)
 	if err != nil {
 		if errors.Is(err, ErrCorrupt) && !errors.Is(err, errRepair) {
@@ -37,14 +38,14 @@ func Open(f File, o OpenOptions) (*Image, error) {
 	return img, nil
 }
 
-func open(file File, o OpenOptions) (*Image, error) {
-	f := newSyncer(file)
+func open(file host.File, o OpenOptions) (*Image, error) {
+	f := host.NewSyncer(file)
 	h, err := openHeader(f, o)
 	if err != nil {
 		return nil, err
 	}
 	g := h.Geometry()
-	direct, _ := file.(directIO)
+	direct, _ := file.(host.DirectIO)
 	if direct != nil && direct.BlockSize() > g.ClusterSize {
 		return nil, fmt.Errorf("%w: clusters of %d bytes on a file system that writes %d bytes at once", ErrUnsupported, g.ClusterSize, direct.BlockSize())
 	}
@@ -79,7 +80,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 		return nil, err
 	}
 	if h.Autoclear != 0 {
-		f.beforeFirst(img.clearFeatures)
+		f.BeforeFirst(img.clearFeatures)
 		h.Autoclear = 0
 		img.hdr.Store(&h)
 	}
@@ -91,7 +92,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 
 // openHeader returns the header of an image that can be used as o says. One that is to be written is sound then: its counts are
 // vouched for, or have been verified.
-func openHeader(f *syncer, o OpenOptions) (format.Header, error) {
+func openHeader(f *host.Syncer, o OpenOptions) (format.Header, error) {
 	if o.ReadOnly {
 		return format.ReadHeader(f, format.DecodeHeader)
 	}
@@ -112,7 +113,7 @@ func openHeader(f *syncer, o OpenOptions) (format.Header, error) {
 			return format.Header{}, err
 		}
 		return format.ReadHeader(f, format.DecodeHeader)
-	case !vouched(f.File) && !o.Redo.used():
+	case !host.Vouched(f.File) && !o.Redo.used():
 		return h, verify(f.File, h)
 	}
 	return h, nil
@@ -224,9 +225,9 @@ func (img *Image) Close() error {
 	img.background.Wait()
 	var err error
 	if !img.readOnly {
-		if err = img.commit(); err == nil && img.f.changed() && img.corrupt.Load() == nil {
+		if err = img.commit(); err == nil && img.f.Changed() && img.corrupt.Load() == nil {
 			if err = img.alloc.close(); err == nil {
-				vouch(img.f.File)
+				host.Vouch(img.f.File)
 			}
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // sharedAttempts is how often an image that its writer keeps changing is read before that is an error.
@@ -36,7 +37,7 @@ func OpenShared(path string) (*Image, error) {
 }
 
 func openSharedOnce(path string) (*Image, error) {
-	f, err := openUnlocked(path)
+	f, err := host.OpenUnlocked(path)
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // operation is a change of the metadata's generation: a snapshot created, deleted or gone to, a resize.
@@ -97,9 +98,9 @@ func (img *Image) settleFirst() error {
 // start begins a generation at an instant at which no guest request is under way, and commits what came before. Guests
 // stop for the instant only, which waits for no sync, unless the operation wants them to.
 func (img *Image) start(op operation) (*generation, error) {
-	slab := newMemory(slabBytes)
+	slab := host.NewMemory(slabBytes)
 	if img.requests.Load() > 0 {
-		populate(slab)
+		host.Populate(slab)
 	}
 	n, err := img.freezeFor(op, slab)
 	if err != nil || op.stop {
@@ -166,7 +167,7 @@ func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
 
 // changeInRoom is attempt with room of its own. cause is why it is needed.
 func (img *Image) changeInRoom(op operation, cause error) error {
-	allocator, ok := img.f.File.(Allocator)
+	allocator, ok := img.f.File.(host.Allocator)
 	switch {
 	case img.makeRoom != nil && ok:
 	case op.unlist != nil:

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // Preallocation says what of a new image's disk has host clusters from the start. What is discarded later is given up
@@ -39,12 +40,12 @@ const preallocatePiece = 1 << 30
 
 // preallocate fills the data clusters of a file that has its length already. A full disk is met before anything is
 // written, where the file system can tell.
-func (l layout) preallocate(f File, kind Preallocation, stop func() error) error {
+func (l layout) preallocate(f host.File, kind Preallocation, stop func() error) error {
 	if kind < PreallocationFalloc {
 		return nil
 	}
 	err := l.eachPiece(stop, func(off, n int64) error {
-		a, ok := f.(Allocator)
+		a, ok := f.(host.Allocator)
 		if !ok {
 			return errors.ErrUnsupported
 		}
@@ -53,10 +54,10 @@ func (l layout) preallocate(f File, kind Preallocation, stop func() error) error
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) || err == nil && kind == PreallocationFalloc {
 		return err
 	}
-	zeros := make([]byte, zeroChunk)
+	zeros := make([]byte, host.ZeroChunk)
 	return l.eachPiece(stop, func(off, n int64) error {
-		for end := off + n; off < end; off += zeroChunk {
-			if _, err := f.WriteAt(zeros[:min(zeroChunk, end-off)], off); err != nil {
+		for end := off + n; off < end; off += host.ZeroChunk {
+			if _, err := f.WriteAt(zeros[:min(host.ZeroChunk, end-off)], off); err != nil {
 				return err
 			}
 		}
@@ -80,7 +81,7 @@ func (l layout) eachPiece(stop func() error, fn func(off, n int64) error) error 
 }
 
 // writeMapping maps all of the disk to the data clusters, in order.
-func (l layout) writeMapping(f File) error {
+func (l layout) writeMapping(f host.File) error {
 	l1 := make([]format.L1Entry, l.l1Size)
 	w := newMetadataWriter(f, l.l2At())
 	t, mapped := l.g.NewTable(), int64(0)

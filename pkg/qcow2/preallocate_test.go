@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // mapExtent is a row of `qemu-img map --output=json`, as far as it does not depend on the file system's holes.
@@ -82,7 +83,7 @@ func TestPreallocation(t *testing.T) {
 				if o.Preallocation == PreallocationOff {
 					return
 				}
-				f, err := OpenFile(ours, false)
+				f, err := host.OpenFile(ours, false)
 				must(t, err)
 				before, err := f.Size()
 				must(t, err)
@@ -105,7 +106,7 @@ func TestPreallocation(t *testing.T) {
 
 func createFile(t *testing.T, path string, size int64, o CreateOptions) {
 	t.Helper()
-	f, err := CreateFile(path)
+	f, err := host.CreateFile(path)
 	must(t, err)
 	must(t, Create(f, size, o))
 	must(t, f.Close())
@@ -115,7 +116,7 @@ func createFile(t *testing.T, path string, size int64, o CreateOptions) {
 func TestPreallocationFails(t *testing.T) {
 	dir := testfs.Tmpfs(t, "4m")
 	for kind := PreallocationFalloc; kind <= PreallocationFull; kind++ {
-		f, err := CreateFile(filepath.Join(dir, kind.String()))
+		f, err := host.CreateFile(filepath.Join(dir, kind.String()))
 		must(t, err)
 		if err := Create(f, 16<<20, CreateOptions{Preallocation: kind}); !errors.Is(err, ErrNoSpace) {
 			t.Errorf("%s on a full disk: %v", kind, err)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // RepairKind says what Repair may change.
@@ -36,7 +37,7 @@ type RepairResult struct {
 // start from: the fixed part of the header, the place of the active L1 table.
 //
 // progress, if not nil, is called with an amount done and to do.
-func Repair(ctx context.Context, f File, kind RepairKind, progress func(done, total int64)) (RepairResult, error) {
+func Repair(ctx context.Context, f host.File, kind RepairKind, progress func(done, total int64)) (RepairResult, error) {
 	r := &repairer{stop: ctx.Err, f: f, kind: kind, progress: progress}
 	err := r.run()
 	if err != nil {
@@ -113,15 +114,15 @@ func (r *repairer) verify() error {
 			return err
 		}
 	}
-	if !vouched(r.f) {
-		vouch(r.f)
+	if !host.Vouched(r.f) {
+		host.Vouch(r.f)
 	}
 	return nil
 }
 
 // recount makes the counts, and the COPIED flags that follow from them, right in an image whose writer postponed them.
 // ErrCorrupt, and nothing changed, if more is wrong.
-func recount(f File, h format.Header) error {
+func recount(f host.File, h format.Header) error {
 	r := &repairer{stop: func() error { return nil }, f: f, kind: RepairAll}
 	if err := r.rebuild(h, true); err != nil {
 		return fmt.Errorf("rebuild the reference counts: %w", err)

@@ -5,12 +5,13 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // repairer is a running Repair.
 type repairer struct {
 	stop     func() error
-	f        File
+	f        host.File
 	kind     RepairKind
 	progress func(done, total int64)
 	phase    int64

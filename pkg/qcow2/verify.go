@@ -5,12 +5,13 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // verify walks through all metadata of an image for which nothing vouches. ErrCorrupt, and nothing changed, if a cluster is
 // counted less often than it is referenced, or anything else contradicts the format. COPIED flags that the counts do not
 // allow are cleared: without them a write goes elsewhere.
-func verify(f File, h format.Header) error {
+func verify(f host.File, h format.Header) error {
 	c, err := newChecker(func() error { return nil }, f, h, nil)
 	if err == nil {
 		err = c.check()
@@ -47,7 +48,7 @@ func (c *checker) clearCopied() error {
 				dirty.Add(i / format.SectorSize)
 			}
 		}
-		if err := writeAll(c.file, dirty.Parts(b, at)); err != nil {
+		if err := host.WriteAll(c.file, dirty.Parts(b, at)); err != nil {
 			return err
 		}
 	}

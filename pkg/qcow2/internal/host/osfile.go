@@ -1,4 +1,4 @@
-package qcow2
+package host
 
 import (
 	"errors"
@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"golang.org/x/sys/unix"
 )
 
@@ -33,8 +34,8 @@ func OpenFile(path string, readOnly bool) (File, error) {
 	return lockedFile(f, readOnly)
 }
 
-// openUnlocked opens the regular file at path for reading, whoever has it: no lock is taken or looked at.
-func openUnlocked(path string) (File, error) {
+// OpenUnlocked opens the regular file at path for reading, whoever has it: no lock is taken or looked at.
+func OpenUnlocked(path string) (File, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, classify(err)
@@ -90,7 +91,7 @@ func (o *osFile) lock() error {
 func (o *osFile) expectRegular() error {
 	st, err := o.f.Stat()
 	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("open %s: not a regular file: %w", o.f.Name(), ErrUnsupported)
+		err = fmt.Errorf("open %s: not a regular file: %w", o.f.Name(), format.ErrUnsupported)
 	}
 	return err
 }

@@ -1,4 +1,4 @@
-package qcow2
+package host
 
 import (
 	"bytes"
@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"golang.org/x/sys/unix"
 )
 
@@ -168,7 +169,7 @@ func TestOpenFileRefusesWhatIsNoRegularFile(t *testing.T) {
 		if err == nil {
 			t.Errorf("%s was opened", path)
 			_ = f.Close()
-		} else if !errors.Is(err, ErrUnsupported) {
+		} else if !errors.Is(err, format.ErrUnsupported) {
 			t.Errorf("%s: %v, want ErrUnsupported", path, err)
 		}
 	}

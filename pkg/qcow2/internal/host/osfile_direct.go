@@ -1,4 +1,4 @@
-package qcow2
+package host
 
 import (
 	"errors"
@@ -14,12 +14,12 @@ import (
 // maxDirectBlock is the largest block of direct I/O that there is a buffer for, in bytes.
 const maxDirectBlock = 4096
 
-// directFile is an osFile past the page cache. All of its I/O is: what is written through the page cache and past it in turn
+// DirectFile is an osFile past the page cache. All of its I/O is: what is written through the page cache and past it in turn
 // is not kept together by the kernel where both touch one folio. What is not aligned goes through a buffer.
-type directFile struct {
+type DirectFile struct {
 	*osFile
 	fd    int
-	block int64 // what offset, length and memory of direct I/O are multiples of, in bytes
+	Block int64 // what offset, length and memory of direct I/O are multiples of, in bytes
 
 	inHand     atomic.Int32 // reads and writes, also those that others do with fd
 	submitters submitters
@@ -42,8 +42,8 @@ func OpenDirectFile(path string) (File, error) {
 		return nil, err
 	}
 	o := f.(*osFile)
-	d := &directFile{osFile: o, buffers: sync.Pool{New: func() any {
-		b := alignedBuffer(bounceSize)
+	d := &DirectFile{osFile: o, buffers: sync.Pool{New: func() any {
+		b := AlignedBuffer(bounceSize)
 		return &b
 	}}}
 	if err := o.control(d.goDirect); err != nil {
@@ -52,19 +52,19 @@ func OpenDirectFile(path string) (File, error) {
 	return d, nil
 }
 
-var _ directIO = (*directFile)(nil)
+var _ DirectIO = (*DirectFile)(nil)
 
-// BlockSize implements directIO.
-func (d *directFile) BlockSize() int64 { return d.block }
+// BlockSize implements DirectIO.
+func (d *DirectFile) BlockSize() int64 { return d.Block }
 
-// FD implements directIO.
-func (d *directFile) FD() int { return d.fd }
+// FD implements DirectIO.
+func (d *DirectFile) FD() int { return d.fd }
 
-// InHand implements directIO.
-func (d *directFile) InHand(change int32) { d.inHand.Add(change) }
+// InHand implements DirectIO.
+func (d *DirectFile) InHand(change int32) { d.inHand.Add(change) }
 
 // goDirect changes the descriptor, which has the locks.
-func (d *directFile) goDirect(fd int) error {
+func (d *DirectFile) goDirect(fd int) error {
 	var st unix.Statx_t
 	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st); err != nil {
 		return err
@@ -72,7 +72,7 @@ func (d *directFile) goDirect(fd int) error {
 	if st.Mask&unix.STATX_DIOALIGN == 0 || st.Dio_offset_align == 0 {
 		return unix.EINVAL
 	}
-	if d.block = int64(max(st.Dio_offset_align, st.Dio_mem_align, format.SectorSize)); d.block > maxDirectBlock {
+	if d.Block = int64(max(st.Dio_offset_align, st.Dio_mem_align, format.SectorSize)); d.Block > maxDirectBlock {
 		return unix.EINVAL
 	}
 	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
@@ -83,16 +83,18 @@ func (d *directFile) goDirect(fd int) error {
 	return err
 }
 
-func alignedBuffer(n int) []byte {
+// AlignedBuffer returns n bytes of memory at an address that any direct I/O may use.
+func AlignedBuffer(n int) []byte {
 	b := make([]byte, n+maxDirectBlock)
 	return b[-uintptr(unsafe.Pointer(unsafe.SliceData(b)))&(maxDirectBlock-1):][:n]
 }
 
-func (d *directFile) isAligned(p []byte, off int64) bool {
-	return (int64(uintptr(unsafe.Pointer(unsafe.SliceData(p))))|int64(len(p))|off)&(d.block-1) == 0
+func (d *DirectFile) isAligned(p []byte, off int64) bool {
+	return (int64(uintptr(unsafe.Pointer(unsafe.SliceData(p))))|int64(len(p))|off)&(d.Block-1) == 0
 }
 
-func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
+// ReadAt implements File.
+func (d *DirectFile) ReadAt(p []byte, off int64) (int, error) {
 	d.inHand.Add(1)
 	defer d.inHand.Add(-1)
 	if d.isAligned(p, off) {
@@ -102,7 +104,7 @@ func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
 	defer d.buffers.Put(buf)
 	done := 0
 	for done < len(p) {
-		head := int((off + int64(done)) & (d.block - 1))
+		head := int((off + int64(done)) & (d.Block - 1))
 		want := min(len(p)-done, bounceSize-head)
 		b := (*buf)[:d.roundUp(head+want)]
 		n, err := d.osFile.ReadAt(b, off+int64(done-head))
@@ -119,7 +121,8 @@ func (d *directFile) ReadAt(p []byte, off int64) (int, error) {
 	return done, nil
 }
 
-func (d *directFile) WriteAt(p []byte, off int64) (int, error) {
+// WriteAt implements File.
+func (d *DirectFile) WriteAt(p []byte, off int64) (int, error) {
 	if d.isAligned(p, off) {
 		return d.writeAligned(p, off)
 	}
@@ -127,7 +130,7 @@ func (d *directFile) WriteAt(p []byte, off int64) (int, error) {
 	defer d.buffers.Put(buf)
 	done := 0
 	for done < len(p) {
-		head := int((off + int64(done)) & (d.block - 1))
+		head := int((off + int64(done)) & (d.Block - 1))
 		n := min(len(p)-done, bounceSize-head)
 		if err := d.writeBounced((*buf)[:d.roundUp(head+n)], p[done:done+n], head, off+int64(done-head)); err != nil {
 			return done, err
@@ -137,15 +140,15 @@ func (d *directFile) WriteAt(p []byte, off int64) (int, error) {
 	return done, nil
 }
 
-func (d *directFile) roundUp(n int) int { return int((int64(n) + d.block - 1) &^ (d.block - 1)) }
+func (d *DirectFile) roundUp(n int) int { return int((int64(n) + d.Block - 1) &^ (d.Block - 1)) }
 
 // writeBounced writes p, which begins head bytes into b, with what the file holds before and behind it in its blocks.
-func (d *directFile) writeBounced(b, p []byte, head int, at int64) error {
+func (d *DirectFile) writeBounced(b, p []byte, head int, at int64) error {
 	tail := head + len(p)
 	if head != 0 || tail != len(b) {
-		lastAt := at + int64(len(b)) - d.block
+		lastAt := at + int64(len(b)) - d.Block
 		defer d.lockPartial(at, lastAt)()
-		if err := d.readBlock(b[:d.block], at); err != nil {
+		if err := d.readBlock(b[:d.Block], at); err != nil {
 			return err
 		}
 		if lastAt != at {
@@ -160,8 +163,8 @@ func (d *directFile) writeBounced(b, p []byte, head int, at int64) error {
 }
 
 // lockPartial keeps others from changing parts of the blocks at two offsets.
-func (d *directFile) lockPartial(first, last int64) (unlock func()) {
-	i, k := first/d.block%partialBlocks, last/d.block%partialBlocks
+func (d *DirectFile) lockPartial(first, last int64) (unlock func()) {
+	i, k := first/d.Block%partialBlocks, last/d.Block%partialBlocks
 	i, k = min(i, k), max(i, k)
 	d.partial[i].Lock()
 	if i == k {
@@ -175,7 +178,7 @@ func (d *directFile) lockPartial(first, last int64) (unlock func()) {
 }
 
 // writeAligned submits a write that is not alone. What does not go that way is written, or fails, the usual way.
-func (d *directFile) writeAligned(p []byte, off int64) (n int, err error) {
+func (d *DirectFile) writeAligned(p []byte, off int64) (n int, err error) {
 	alone := d.inHand.Add(1) == 1
 	defer d.inHand.Add(-1)
 	if !alone {
@@ -188,7 +191,7 @@ func (d *directFile) writeAligned(p []byte, off int64) (n int, err error) {
 }
 
 // submit writes p, and returns how much of it was written.
-func (d *directFile) submit(p []byte, off int64) (n int) {
+func (d *DirectFile) submit(p []byte, off int64) (n int) {
 	w := d.submitters.get()
 	if w == nil {
 		return 0
@@ -201,13 +204,14 @@ func (d *directFile) submit(p []byte, off int64) (n int) {
 	return n
 }
 
-func (d *directFile) Close() error {
+// Close implements File.
+func (d *DirectFile) Close() error {
 	d.submitters.close()
 	return d.osFile.Close()
 }
 
 // readBlock fills b; behind the end of the file are zeros.
-func (d *directFile) readBlock(b []byte, at int64) error {
+func (d *DirectFile) readBlock(b []byte, at int64) error {
 	n, err := d.osFile.ReadAt(b, at)
 	clear(b[n:])
 	if errors.Is(err, io.EOF) {

@@ -1,4 +1,4 @@
-package qcow2
+package host
 
 import (
 	"errors"
@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// zeroChunk is how many bytes of zeros are written at once where holes cannot be punched.
-const zeroChunk = 1 << 20
+// ZeroChunk is how many bytes of zeros are written at once where holes cannot be punched.
+const ZeroChunk = 1 << 20
 
 // PunchHole writes zeros where the file system knows no holes.
 func (o *osFile) PunchHole(off, n int64) error {
@@ -42,9 +42,9 @@ func (o *osFile) writeZeros(off, n int64) error {
 	if off+n < off { // more than an int64: to the end of the file
 		end = size
 	}
-	zeros := make([]byte, max(0, min(end-off, zeroChunk)))
+	zeros := make([]byte, max(0, min(end-off, ZeroChunk)))
 	for off < end {
-		chunk := zeros[:min(end-off, zeroChunk)]
+		chunk := zeros[:min(end-off, ZeroChunk)]
 		if _, err := o.WriteAt(chunk, off); err != nil {
 			return err
 		}
@@ -72,7 +72,7 @@ func (o *osFile) Allocate(off, n int64) error {
 var _ RangeCloner = (*osFile)(nil)
 
 func (o *osFile) CloneRange(src File, srcOff, dstOff, n int64) error {
-	if d, ok := src.(*directFile); ok {
+	if d, ok := src.(*DirectFile); ok {
 		src = d.osFile
 	}
 	from, ok := src.(*osFile)
@@ -104,7 +104,7 @@ func (o *osFile) CloneRange(src File, srcOff, dstOff, n int64) error {
 	}
 }
 
-var _ settler = (*osFile)(nil)
+var _ Settler = (*osFile)(nil)
 
 // Settle commits all of a btrfs: a sync of the file would log each of its extents, and the syncs of all other files would
 // wait for the end of that.
@@ -116,7 +116,7 @@ func (o *osFile) Settle() error {
 	return o.op("syncfs", unix.Syncfs)
 }
 
-var _ writebacker = (*osFile)(nil)
+var _ Writebacker = (*osFile)(nil)
 
 // StartWriteback is a hint: an error in writing is Sync's to tell.
 func (o *osFile) StartWriteback(off, n int64) {

@@ -1,4 +1,4 @@
-package qcow2
+package host
 
 import (
 	"bytes"
@@ -10,18 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-var _ marker = (*osFile)(nil)
+var _ Marker = (*osFile)(nil)
 
 // markName is the extended attribute that holds a mark. It is short so that it fits into the inode.
 const markName = "user.qcow2-sound"
 
-func (o *osFile) State() (fileState, error) {
+func (o *osFile) State() (FileState, error) {
 	var st unix.Statx_t
 	err := o.op("statx", func(fd int) error {
 		return unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_BTIME, &st)
 	})
 	nanoseconds := func(t unix.StatxTimestamp) int64 { return t.Sec*1e9 + int64(t.Nsec) }
-	return fileState{Inode: st.Ino, Born: nanoseconds(st.Btime), Size: int64(st.Size), Written: nanoseconds(st.Mtime)}, err
+	return FileState{Inode: st.Ino, Born: nanoseconds(st.Btime), Size: int64(st.Size), Written: nanoseconds(st.Mtime)}, err
 }
 
 func (o *osFile) SetWritten(t int64) error {

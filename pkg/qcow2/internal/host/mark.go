@@ -1,4 +1,4 @@
-package qcow2
+package host
 
 import (
 	"encoding/binary"
@@ -30,19 +30,19 @@ import (
 type soundMark struct {
 	Version uint8
 	Open    bool
-	File    fileState // as it was closed, or as it was before it was written to from now on
+	File    FileState // as it was closed, or as it was before it was written to from now on
 	Boot    [8]byte   // Open: who writes
 	Until   int64     // Open: when that ends
 }
 
 const (
 	markVersion = 1
-	// markLease is for how long a mark says that the file is written to: less than a machine takes to start.
-	markLease = 10 * time.Second
+	// MarkLease is for how long a mark says that the file is written to: less than a machine takes to start.
+	MarkLease = 10 * time.Second
 )
 
 // fits tells whether a file in this state is what the mark vouches for.
-func (m soundMark) fits(st fileState, boot string) bool {
+func (m soundMark) fits(st FileState, boot string) bool {
 	switch {
 	case m.Version != markVersion || m.File.Inode != st.Inode || m.File.Born != st.Born:
 		return false
@@ -51,7 +51,7 @@ func (m soundMark) fits(st fileState, boot string) bool {
 	case boot == "" || m.Boot == shortBoot(boot):
 		return false
 	}
-	return st.Written == m.File.Written || st.Written <= m.Until && st.Written >= m.Until-int64(markLease)
+	return st.Written == m.File.Written || st.Written <= m.Until && st.Written >= m.Until-int64(MarkLease)
 }
 
 func shortBoot(boot string) (b [8]byte) {
@@ -59,9 +59,9 @@ func shortBoot(boot string) (b [8]byte) {
 	return b
 }
 
-// vouched tells whether the mark of f fits.
-func vouched(f File) bool {
-	k, ok := f.(marker)
+// Vouched tells whether the mark of f fits.
+func Vouched(f File) bool {
+	k, ok := f.(Marker)
 	if !ok {
 		return false
 	}
@@ -77,10 +77,10 @@ func vouched(f File) bool {
 	return err == nil && m.fits(st, k.Boot())
 }
 
-// vouch leaves a mark that fits the file as it is now. All that was written must be sound. Without a mark the next who opens
+// Vouch leaves a mark that fits the file as it is now. All that was written must be sound. Without a mark the next who opens
 // it verifies: so errors cost no more than that.
-func vouch(f File) {
-	k, ok := f.(marker)
+func Vouch(f File) {
+	k, ok := f.(Marker)
 	if !ok {
 		return
 	}
@@ -94,14 +94,14 @@ func vouch(f File) {
 	}
 }
 
-// disown takes the mark away.
-func disown(f File) {
-	if k, ok := f.(marker); ok {
+// Disown takes the mark away.
+func Disown(f File) {
+	if k, ok := f.(Marker); ok {
 		_ = k.SetMark(nil)
 	}
 }
 
-func setMark(k marker, m soundMark) error {
+func setMark(k Marker, m soundMark) error {
 	m.Version = markVersion
 	b, err := binary.Append(nil, binary.BigEndian, m)
 	if err != nil {
@@ -113,13 +113,13 @@ func setMark(k marker, m soundMark) error {
 // lease says in the mark that f is written to from now on, and returns when it has to be called again, in nanoseconds since
 // 1970. If it fails an older mark stays, which does not fit what is written.
 func lease(f File) int64 {
-	k, ok := f.(marker)
+	k, ok := f.(Marker)
 	if !ok {
 		return math.MaxInt64
 	}
 	now := time.Now().UnixNano()
 	if st, err := k.State(); err == nil {
-		_ = setMark(k, soundMark{Open: true, File: st, Boot: shortBoot(k.Boot()), Until: now + int64(markLease)})
+		_ = setMark(k, soundMark{Open: true, File: st, Boot: shortBoot(k.Boot()), Until: now + int64(MarkLease)})
 	}
-	return now + int64(markLease)/2
+	return now + int64(MarkLease)/2
 }
