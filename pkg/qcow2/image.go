@@ -181,9 +181,6 @@ func (img *Image) judge(err error) error {
 	return errors.Join(err, img.switchHeader(func(h *format.Header) { h.Incompatible |= format.IncompatCorrupt }))
 }
 
-// errRepair says what to do about an image that is corrupt.
-var errRepair = errors.New("`csi-qcow2 image check --repair all` tells what is wrong, and mends it")
-
 // sync makes all writes durable. After a failure nothing can be said about any of them.
 func (img *Image) sync() error {
 	if err := img.failed(); err != nil {

@@ -144,7 +144,7 @@ func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
 	img.mu.Lock()
 	rows := slices.Clone(img.rows)
 	img.mu.Unlock()
-	var all []l2Region
+	var all []tableUse
 	for i := range rows {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -160,9 +160,9 @@ func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
 			if err := img.checkL1Entry(e); err != nil {
 				return fmt.Errorf("L1 entry %d of snapshot %q: %w", j, rows[i].Name, err)
 			}
-			all = append(all, l2Region{offset: e.Offset(), times: 1})
+			all = append(all, tableUse{offset: e.Offset(), times: 1})
 		}
-		all = mergeRegions(all)
+		all = mergeTables(all)
 	}
 	for _, l2 := range all {
 		if err := ctx.Err(); err != nil {
@@ -179,9 +179,12 @@ func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
 	return nil
 }
 
-// mergeRegions sorts tables, and adds up what leads to the same one.
-func mergeRegions(all []l2Region) []l2Region {
-	slices.SortFunc(all, func(a, b l2Region) int { return cmp.Compare(a.offset, b.offset) })
+// tableUse is an L2 table, and how many entries of snapshots' L1 tables point at it.
+type tableUse struct{ offset, times int64 }
+
+// mergeTables sorts tables, and adds up what leads to the same one.
+func mergeTables(all []tableUse) []tableUse {
+	slices.SortFunc(all, func(a, b tableUse) int { return cmp.Compare(a.offset, b.offset) })
 	k := 0
 	for i := range all {
 		if k > 0 && all[k-1].offset == all[i].offset {

@@ -78,3 +78,6 @@ func (r *repairer) isAllKnown() bool {
 	}
 	return true
 }
+
+// errRepair says what to do about an image that is corrupt.
+var errRepair = errors.New("`csi-qcow2 image check --repair all` tells what is wrong, and mends it")
