@@ -72,13 +72,13 @@ func (o *owners) contestEntry(e format.L2Entry) {
 func (o *owners) undoubted(sound *memFile, h *format.Header, snapshots bool) content {
 	o.t.Helper()
 	all := readable(o.t, sound)
-	roots := map[string]l1Region{"": {offset: h.L1Offset, entries: h.L1Size}}
+	roots := map[string]rootTable{"": {offset: h.L1Offset, entries: h.L1Size}}
 	if snapshots {
 		rows, _, err := format.ScanSnapshotTable(sound, h)
 		must(o.t, err)
 		for _, r := range rows {
 			if _, ok := all["snapshot "+r.ID]; ok {
-				roots["snapshot "+r.ID] = l1Region{offset: r.L1Offset, entries: r.L1Size}
+				roots["snapshot "+r.ID] = rootTable{offset: r.L1Offset, entries: r.L1Size}
 			}
 		}
 	}
@@ -114,9 +114,12 @@ func (o *owners) undoubted(sound *memFile, h *format.Header, snapshots bool) con
 	return left
 }
 
+// rootTable is an L1 table.
+type rootTable struct{ offset, entries int64 }
+
 // walk calls fn for each guest cluster of an L1 table of f, with the places of its L1 and L2 entries. Without an L2 table both
 // are the same.
-func (o *owners) walk(f *memFile, root l1Region, fn func(guest, l1At, l2At int64, e format.L2Entry)) {
+func (o *owners) walk(f *memFile, root rootTable, fn func(guest, l1At, l2At int64, e format.L2Entry)) {
 	o.t.Helper()
 	for i := range root.entries {
 		l1At := root.offset + 8*i

@@ -205,7 +205,7 @@ func soundFuzzImage(t *testing.T, f *memFile) bool {
 		}
 	}
 	h, err := format.ReadHeader(f, format.DecodeHeader)
-	return err == nil && h.Autoclear&autoclearBitmaps == 0
+	return err == nil && h.Autoclear&format.AutoclearBitmaps == 0
 }
 
 func (z *fuzzed) open() {

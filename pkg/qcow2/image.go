@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/fsck"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
@@ -174,7 +175,7 @@ func (img *Image) judge(err error) error {
 		return err
 	}
 	host.Disown(img.f.File)
-	cause := fmt.Errorf("%w; nothing is written any more; %w", err, errRepair)
+	cause := fmt.Errorf("%w; nothing is written any more; %w", err, fsck.ErrRepair)
 	if !img.corrupt.CompareAndSwap(nil, &cause) || img.version < 3 {
 		return err // version 2 has no bit for it
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/fsck"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
@@ -30,8 +31,8 @@ const defaultL2CacheSize = 32 << 20
 func Open(f host.File, o OpenOptions) (*Image, error) {
 	img, err := open(f, o)
 	if err != nil {
-		if errors.Is(err, ErrCorrupt) && !errors.Is(err, errRepair) {
-			err = fmt.Errorf("%w; %w", err, errRepair)
+		if errors.Is(err, ErrCorrupt) && !errors.Is(err, fsck.ErrRepair) {
+			err = fmt.Errorf("%w; %w", err, fsck.ErrRepair)
 		}
 		return nil, errors.Join(fmt.Errorf("open %s: %w", f.Name(), err), f.Close())
 	}
@@ -107,14 +108,14 @@ func openHeader(f *host.Syncer, o OpenOptions) (format.Header, error) {
 	}
 	switch {
 	case h.Incompatible&format.IncompatCorrupt != 0:
-		return format.Header{}, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, errRepair)
+		return format.Header{}, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, fsck.ErrRepair)
 	case h.Incompatible&format.IncompatDirty != 0:
-		if err := recount(f, h); err != nil {
+		if err := fsck.Recount(f, h); err != nil {
 			return format.Header{}, err
 		}
 		return format.ReadHeader(f, format.DecodeHeader)
 	case !host.Vouched(f.File) && !o.Redo.used():
-		return h, verify(f.File, h)
+		return h, fsck.Verify(f.File, h)
 	}
 	return h, nil
 }

@@ -23,6 +23,8 @@ const (
 
 	CompatLazyRefcounts = 1 << 0
 
+	AutoclearBitmaps = 1 << 0 // the bitmaps extension is consistent
+
 	extEnd          = 0x00000000
 	ExtFeatureNames = 0x6803f857
 	ExtBitmaps      = 0x23852875

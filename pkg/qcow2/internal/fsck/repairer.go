@@ -1,4 +1,4 @@
-package qcow2
+package fsck
 
 import (
 	"errors"
@@ -56,7 +56,9 @@ func (r *repairer) lose(text string, args ...any) {
 }
 
 // isDamage tells whether what was read is wrong. What merely cannot be read just now must not be given up.
-func isDamage(err error) bool { return errors.Is(err, ErrCorrupt) || errors.Is(err, ErrLimit) }
+func isDamage(err error) bool {
+	return errors.Is(err, format.ErrCorrupt) || errors.Is(err, format.ErrLimit)
+}
 
 // maxKnown bounds what isAllKnown reads, in bytes.
 const maxKnown = 64 << 30
@@ -79,5 +81,5 @@ func (r *repairer) isAllKnown() bool {
 	return true
 }
 
-// errRepair says what to do about an image that is corrupt.
-var errRepair = errors.New("`csi-qcow2 image check --repair all` tells what is wrong, and mends it")
+// ErrRepair says what to do about an image that is corrupt.
+var ErrRepair = errors.New("`csi-qcow2 image check --repair all` tells what is wrong, and mends it")

@@ -1,4 +1,4 @@
-package qcow2
+package fsck
 
 import (
 	"context"
@@ -120,9 +120,9 @@ func (r *repairer) verify() error {
 	return nil
 }
 
-// recount makes the counts, and the COPIED flags that follow from them, right in an image whose writer postponed them.
+// Recount makes the counts, and the COPIED flags that follow from them, right in an image whose writer postponed them.
 // ErrCorrupt, and nothing changed, if more is wrong.
-func recount(f host.File, h format.Header) error {
+func Recount(f host.File, h format.Header) error {
 	r := &repairer{stop: func() error { return nil }, f: f, kind: RepairAll}
 	if err := r.rebuild(h, true); err != nil {
 		return fmt.Errorf("rebuild the reference counts: %w", err)

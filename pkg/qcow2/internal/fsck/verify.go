@@ -1,4 +1,4 @@
-package qcow2
+package fsck
 
 import (
 	"encoding/binary"
@@ -8,10 +8,10 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
-// verify walks through all metadata of an image for which nothing vouches. ErrCorrupt, and nothing changed, if a cluster is
+// Verify walks through all metadata of an image for which nothing vouches. ErrCorrupt, and nothing changed, if a cluster is
 // counted less often than it is referenced, or anything else contradicts the format. COPIED flags that the counts do not
 // allow are cleared: without them a write goes elsewhere.
-func verify(f host.File, h format.Header) error {
+func Verify(f host.File, h format.Header) error {
 	c, err := newChecker(func() error { return nil }, f, h, nil)
 	if err == nil {
 		err = c.check()
@@ -21,7 +21,7 @@ func verify(f host.File, h format.Header) error {
 	}
 	if n := c.result.Corruptions - c.harmless; n+c.result.Errors > 0 {
 		return fmt.Errorf("%w: others have written it, and %d of its references and counts cannot be right (%s): to write would destroy data; %w",
-			ErrCorrupt, max(n, 1), c.worst, errRepair)
+			format.ErrCorrupt, max(n, 1), c.worst, ErrRepair)
 	}
 	if err := c.clearCopied(); err != nil {
 		return fmt.Errorf("clear COPIED flags of clusters that are shared: %w", err)

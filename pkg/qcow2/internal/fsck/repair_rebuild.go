@@ -1,4 +1,4 @@
-package qcow2
+package fsck
 
 import (
 	"cmp"
@@ -24,7 +24,7 @@ func (r *repairer) rebuild(h format.Header, lossless bool) error {
 		b.markHeader, func() error { return b.salvageRows(lossless) }, b.mendL1Tables, b.mendL2Tables,
 		func() error {
 			if lossless && r.result.Lost > lost {
-				return fmt.Errorf("%w: references lead nowhere; %w", ErrCorrupt, errRepair)
+				return fmt.Errorf("%w: references lead nowhere; %w", format.ErrCorrupt, ErrRepair)
 			}
 			return nil
 		},
@@ -46,7 +46,7 @@ func (b *rebuild) salvageRows(lossless bool) error {
 	b.l1 = append(b.l1, l1Region{offset: b.h.L1Offset, entries: b.h.L1Size, from: origin{use: useL1}})
 	if b.behindEnd(b.l1[0]) && (lossless || !b.r.isAllKnown()) {
 		return fmt.Errorf("%w: the active L1 table, %d entries at offset %#x, is behind the end of the file: nothing tells where the disk is",
-			ErrCorrupt, b.h.L1Size, b.h.L1Offset)
+			format.ErrCorrupt, b.h.L1Size, b.h.L1Offset)
 	}
 	if b.h.Snapshots == 0 {
 		return nil
@@ -63,7 +63,7 @@ func (b *rebuild) salvageRows(lossless bool) error {
 	}
 	if n := b.h.Snapshots - int64(len(rows)); n > 0 {
 		b.rowsChanged = true
-		b.r.lose("the last %d rows of the snapshot table were cut off: %v", n, cmp.Or(err, ErrLimit))
+		b.r.lose("the last %d rows of the snapshot table were cut off: %v", n, cmp.Or(err, format.ErrLimit))
 	}
 	for i := range rows {
 		b.salvageRow(i, &rows[i])
@@ -89,7 +89,7 @@ func (b *rebuild) salvageRow(i int, row *format.SnapshotRow) {
 	}
 	err := row.Check(b.g)
 	if err == nil && b.behindEnd(l1Region{offset: row.L1Offset, entries: row.L1Size}) {
-		err = fmt.Errorf("%w: L1 table at offset %#x, behind the end of the file", ErrCorrupt, row.L1Offset)
+		err = fmt.Errorf("%w: L1 table at offset %#x, behind the end of the file", format.ErrCorrupt, row.L1Offset)
 	}
 	if err != nil {
 		b.rowsChanged = true
@@ -197,7 +197,7 @@ func (b *rebuild) settleBitmaps() error {
 	}
 	alone.vacate(0, b.g.ClusterSize)
 	if alone.result.Corruptions > 0 || b.meets(alone) {
-		b.h.Autoclear &^= autoclearBitmaps
+		b.h.Autoclear &^= format.AutoclearBitmaps
 		b.r.note("the dirty bitmaps are damaged: they are no longer marked as consistent")
 		return nil
 	}
@@ -257,7 +257,7 @@ func (b *rebuild) writeRefcounts() error {
 		}
 		b.h.RefTableClusters = b.g.Clusters(entries * 8)
 		if entries*8 > format.MaxRefcountTableBytes {
-			return fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, format.MaxRefcountTableBytes>>20)
+			return fmt.Errorf("%w: the refcount table would exceed %d MiB", format.ErrLimit, format.MaxRefcountTableBytes>>20)
 		}
 		need := int64(len(blocks)) + b.h.RefTableClusters
 		again = need != n

@@ -1,4 +1,4 @@
-package qcow2
+package fsck
 
 import (
 	"encoding/binary"
@@ -7,8 +7,6 @@ import (
 )
 
 const (
-	autoclearBitmaps = 1 << 0 // the bitmaps extension is consistent
-
 	bitmapsExtensionBytes   = 24
 	bitmapRowBytes          = 24 // the fixed part of a directory row
 	maxBitmaps              = 65535
@@ -28,7 +26,7 @@ const (
 // bit the extension is stale and references nothing.
 func (c *checker) markBitmaps() error {
 	ext := c.h.Bitmaps
-	if ext == nil || c.h.Autoclear&autoclearBitmaps == 0 {
+	if ext == nil || c.h.Autoclear&format.AutoclearBitmaps == 0 {
 		return nil
 	}
 	if len(ext) != bitmapsExtensionBytes {

@@ -1,4 +1,4 @@
-package qcow2
+package fsck
 
 import (
 	"cmp"
@@ -104,7 +104,7 @@ const tooMany = "a copy, for there were more references than a refcount can hold
 func (b *rebuild) copy(use clusterUse, off, n int64) (int64, error) {
 	from, end := off>>b.g.ClusterBits, b.g.Clusters(off+n)
 	if b.copied += (end - from) << b.g.ClusterBits; b.copied > b.length {
-		return 0, fmt.Errorf("%w: more references than a refcount can hold, and too many to make copies", ErrLimit)
+		return 0, fmt.Errorf("%w: more references than a refcount can hold, and too many to make copies", format.ErrLimit)
 	}
 	content := make([]byte, (end-from)<<b.g.ClusterBits)
 	err := format.ReadPadded(b.file, content, from<<b.g.ClusterBits)
