@@ -13,7 +13,7 @@ import (
 // W0): a cluster that it hands out is counted, and lies inside the file, durably; it reads as zeros; and
 // nothing references it. What a crash leaves of a reservation is leaked, not lost.
 type allocator struct {
-	f            host.File
+	f            File
 	g            format.Geometry
 	sync         func() error // of f; a failure fails the image
 	fail         func(error) error
@@ -58,7 +58,7 @@ type nextGeneration interface {
 }
 
 // newAllocator leaves the functions and the map of metadata to the image.
-func newAllocator(f host.File, g format.Geometry, h *format.Header) (*allocator, error) {
+func newAllocator(f File, g format.Geometry, h *format.Header) (*allocator, error) {
 	rc, err := loadRefcounts(f, g, h)
 	if err != nil {
 		return nil, err

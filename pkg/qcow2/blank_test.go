@@ -3,8 +3,6 @@ package qcow2
 import (
 	"os"
 	"testing"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // TestBlank: an image is blank only if nothing says that it holds, or held, anything.
@@ -13,7 +11,7 @@ func TestBlank(t *testing.T) {
 	create := func(t *testing.T, path string) { qemuImg(t, "create", "-q", "-f", "qcow2", path, "1G") }
 	open := func(t *testing.T, path string, use func(*Image) error) {
 		t.Helper()
-		f, err := host.OpenFile(path, false)
+		f, err := OpenFile(path, false)
 		must(t, err)
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
@@ -26,7 +24,7 @@ func TestBlank(t *testing.T) {
 	}{
 		"QEMU's": {create, true},
 		"ours": {func(t *testing.T, path string) {
-			f, err := host.CreateFile(path)
+			f, err := CreateFile(path)
 			must(t, err)
 			must(t, Create(f, 64<<30, CreateOptions{ClusterSize: 4096}))
 			must(t, f.Close())
@@ -86,7 +84,7 @@ func TestBlank(t *testing.T) {
 			path := tempImage(t)
 			c.make(t, path)
 			for _, readOnly := range []bool{true, false} {
-				f, err := host.OpenFile(path, readOnly)
+				f, err := OpenFile(path, readOnly)
 				must(t, err)
 				img, err := Open(f, OpenOptions{ReadOnly: readOnly})
 				must(t, err)

@@ -18,7 +18,7 @@ import (
 // that of the new disk in bytes: at least v's, or 0 for v's. progress, if not nil, is told the bytes of data
 // taken over and those there are. dst is not closed; it is empty again when Clone fails or
 // is cancelled.
-func Clone(ctx context.Context, dst host.File, v *View, size int64, progress func(done, total int64)) error {
+func Clone(ctx context.Context, dst File, v *View, size int64, progress func(done, total int64)) error {
 	if size == 0 {
 		size = v.Size()
 	}
@@ -147,7 +147,7 @@ func (p *clonePlan) guest(index, i int64) int64 {
 }
 
 // writeContent writes L1 and L2 tables and takes over the data.
-func (p *clonePlan) writeContent(ctx context.Context, dst host.File, progress func(done, total int64)) error {
+func (p *clonePlan) writeContent(ctx context.Context, dst File, progress func(done, total int64)) error {
 	c := startCopier(ctx, dst, p.v, p.data<<p.v.img.g.ClusterBits, progress)
 	err := p.takeOver(c)
 	if err == nil {
@@ -173,7 +173,7 @@ func (p *clonePlan) takeOver(c *copier) error {
 }
 
 // writeTables writes L1 and L2 tables, and copies what is written anew.
-func (p *clonePlan) writeTables(c *copier, dst host.File) error {
+func (p *clonePlan) writeTables(c *copier, dst File) error {
 	g := p.v.img.g
 	l1 := make([]format.L1Entry, p.l1Size)
 	l2 := newMetadataWriter(dst, p.l2At())

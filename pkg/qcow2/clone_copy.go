@@ -32,12 +32,12 @@ const (
 type copier struct {
 	ctx      context.Context // ends with the first failure
 	cancel   context.CancelCauseFunc
-	dst      host.File
+	dst      File
 	v        *View
-	cloner   host.RangeCloner // nil where blocks cannot be shared
-	slice    int64            // shared at once
-	requests int64            // of guests before it began
-	settled  time.Time        // when what is shared was last settled
+	cloner   RangeCloner // nil where blocks cannot be shared
+	slice    int64       // shared at once
+	requests int64       // of guests before it began
+	settled  time.Time   // when what is shared was last settled
 	work     chan copyPiece
 	running  sync.WaitGroup
 	done     atomic.Int64 // bytes
@@ -51,9 +51,9 @@ type copyPiece struct {
 	read  func(p []byte) error
 }
 
-func startCopier(ctx context.Context, dst host.File, v *View, total int64, progress func(done, total int64)) *copier {
+func startCopier(ctx context.Context, dst File, v *View, total int64, progress func(done, total int64)) *copier {
 	c := &copier{dst: dst, v: v, slice: shareFirst, work: make(chan copyPiece), total: total, progress: progress, requests: v.img.requests.Load()}
-	c.cloner, _ = dst.(host.RangeCloner)
+	c.cloner, _ = dst.(RangeCloner)
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	for range copyStreams {
 		c.running.Go(c.run)

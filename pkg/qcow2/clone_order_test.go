@@ -7,7 +7,6 @@ import (
 	"testing"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // sharingFile shares blocks, in the sense that it copies them by itself, and counts how often it is told to.
@@ -16,7 +15,7 @@ type sharingFile struct {
 	calls int
 }
 
-func (f *sharingFile) CloneRange(src host.File, srcOff, dstOff, n int64) error {
+func (f *sharingFile) CloneRange(src File, srcOff, dstOff, n int64) error {
 	f.calls++
 	if size, err := src.Size(); err != nil || srcOff+n > size { // as the kernel refuses it
 		return errors.Join(err, ErrOutOfRange)

@@ -9,7 +9,6 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // TestCloneSharesBlocks clones an image with a snapshot where the file system can share blocks, and where it cannot: the
@@ -38,7 +37,7 @@ func TestCloneSharesBlocks(t *testing.T) {
 			must(t, img.f.Sync())
 
 			before := freeBytes(t, c.dir)
-			dst, err := host.CreateFile(path)
+			dst, err := CreateFile(path)
 			must(t, err)
 			var last, total int64
 			must(t, Clone(t.Context(), dst, img.Active(), 0, func(done, all int64) { last, total = done, all }))
@@ -82,7 +81,7 @@ func TestCloneSharesBlocks(t *testing.T) {
 
 func openPath(t *testing.T, path string) *Image {
 	t.Helper()
-	f, err := host.OpenFile(path, false)
+	f, err := OpenFile(path, false)
 	must(t, err)
 	img, err := Open(f, OpenOptions{})
 	must(t, err)

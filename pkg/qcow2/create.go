@@ -54,7 +54,7 @@ func (o *CreateOptions) geometry() (format.Geometry, error) {
 
 // Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
 // it. It does not close f, which is empty again when it fails.
-func Create(f host.File, size int64, o CreateOptions) error {
+func Create(f File, size int64, o CreateOptions) error {
 	g, err := o.geometry()
 	if err != nil {
 		return err
@@ -74,7 +74,7 @@ func Create(f host.File, size int64, o CreateOptions) error {
 	return nil
 }
 
-func create(f host.File, g format.Geometry, size int64, o CreateOptions) error {
+func create(f File, g format.Geometry, size int64, o CreateOptions) error {
 	var l2, data int64
 	if o.Preallocation != PreallocationOff {
 		l2, data = g.L1Entries(size), g.Clusters(size)
@@ -98,7 +98,7 @@ func create(f host.File, g format.Geometry, size int64, o CreateOptions) error {
 }
 
 // requireEmpty refuses to write over anything.
-func requireEmpty(f host.File) error {
+func requireEmpty(f File) error {
 	n, err := f.Size()
 	if err == nil && n != 0 {
 		err = fmt.Errorf("%s holds %d bytes: %w", f.Name(), n, ErrExists)

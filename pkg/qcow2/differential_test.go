@@ -13,7 +13,6 @@ import (
 	"testing"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // This file lets QEMU and us take turns on the same image file: random histories over all that QEMU can create. What
@@ -156,7 +155,7 @@ func (d *duet) create() {
 		qemuImg(d.t, "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", k.options(), raw, d.path)
 		must(d.t, os.Remove(raw))
 	case k.ours:
-		f, err := host.CreateFile(d.path)
+		f, err := CreateFile(d.path)
 		must(d.t, err)
 		prealloc, err := ParsePreallocation(k.preallocation)
 		must(d.t, err)
@@ -269,7 +268,7 @@ func (d *duet) forget(name string) {
 // ours makes one turn with this package on the file, and compares everything before and after it.
 func (d *duet) ours() {
 	d.t.Helper()
-	f, err := host.OpenFile(d.path, false)
+	f, err := OpenFile(d.path, false)
 	must(d.t, err)
 	img, err := Open(f, OpenOptions{L2CacheSize: 4096})
 	must(d.t, err)
@@ -410,7 +409,7 @@ func TestDifferentialBitmaps(t *testing.T) {
 	if r, err := checkFile(t.Context(), loadMemFile(t, path)); err != nil || r.ExitStatus() != 0 {
 		t.Fatalf("as QEMU left it: %+v, %v", r, err)
 	}
-	f, err := host.OpenFile(path, false)
+	f, err := OpenFile(path, false)
 	must(t, err)
 	img, err := Open(f, OpenOptions{})
 	must(t, err)

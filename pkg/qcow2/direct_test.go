@@ -16,10 +16,10 @@ import (
 func openDirectFile(t *testing.T, block int64) *host.DirectFile {
 	t.Helper()
 	path := filepath.Join(diskDir(t), "file")
-	f, err := host.CreateFile(path)
+	f, err := CreateFile(path)
 	must(t, err)
 	must(t, f.Close())
-	f, err = host.OpenDirectFile(path)
+	f, err = OpenDirectFile(path)
 	must(t, err)
 	d, ok := f.(*host.DirectFile)
 	if !ok {

@@ -10,7 +10,7 @@ import (
 // metaWriter gathers writes, which are made in the order of their calls: what comes one after the other in the file is
 // written together, while the next is gathered.
 type metaWriter struct {
-	f       host.File
+	f       File
 	growth  *sync.RWMutex // see allocator
 	off     int64
 	b       []byte // to be written at off

@@ -11,7 +11,6 @@ import (
 	"testing"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // This file has a test for each hazard that others have met (docs of QEMU, its CVEs, the issues of other
@@ -301,7 +300,7 @@ func TestHazardDiscardShowsOldData(t *testing.T) {
 	qemuImg(t, "create", "-q", "-f", "qcow2", path, "1M")
 	qemuIO(t, path, "write -P 1 0 1M")
 	qemuImg(t, "resize", "-q", "-f", "qcow2", "--shrink", path, "100K")
-	file, err := host.OpenFile(path, false)
+	file, err := OpenFile(path, false)
 	must(t, err)
 	img, err := Open(file, OpenOptions{})
 	must(t, err)

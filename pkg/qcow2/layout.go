@@ -7,7 +7,6 @@ import (
 	"io"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // layout is the plan of an image that is written from scratch: header, refcount table, refcount blocks, L1 table, L2
@@ -51,7 +50,7 @@ func (l layout) dataAt() int64      { return l.l2At() + l.l2<<l.g.ClusterBits }
 func (l layout) clusters() int64 { return 1 + l.refTable + l.refBlocks + l.l1 + l.l2 + l.data }
 
 // writeRefcounts sets the length of f, an empty file, and writes the refcount table and its blocks.
-func (l layout) writeRefcounts(f host.File) error {
+func (l layout) writeRefcounts(f File) error {
 	if err := f.Truncate(l.clusters() << l.g.ClusterBits); err != nil {
 		return err
 	}
@@ -72,7 +71,7 @@ func (l layout) writeRefcounts(f host.File) error {
 }
 
 // writeHeader writes what makes the file an image, all else being there. It syncs before and after.
-func (l layout) writeHeader(f host.File) error {
+func (l layout) writeHeader(f File) error {
 	if err := f.Sync(); err != nil {
 		return err
 	}
@@ -98,6 +97,6 @@ func (l layout) writeHeader(f host.File) error {
 }
 
 // newMetadataWriter writes to f in sequence, in large pieces, from off on.
-func newMetadataWriter(f host.File, off int64) *bufio.Writer {
+func newMetadataWriter(f File, off int64) *bufio.Writer {
 	return bufio.NewWriterSize(io.NewOffsetWriter(f, off), 1<<20)
 }

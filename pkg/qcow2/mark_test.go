@@ -31,9 +31,9 @@ func zeroCounts(t *testing.T, path string) {
 
 // openAt opens an image as offline commands do, or as it is served to guests.
 func openAt(path string, served bool) (*Image, error) {
-	open := func() (host.File, error) { return host.OpenFile(path, false) }
+	open := func() (File, error) { return OpenFile(path, false) }
 	if served {
-		open = func() (host.File, error) { return host.OpenDirectFile(path) }
+		open = func() (File, error) { return OpenDirectFile(path) }
 	}
 	f, err := open()
 	if err != nil {
@@ -53,7 +53,7 @@ func TestUncounted(t *testing.T) {
 					qemuImg(t, "create", "-q", "-f", "qcow2", path, "64M")
 					qemuIO(t, path, "write -q -P 1 0 8M")
 				} else {
-					f, err := host.CreateFile(path)
+					f, err := CreateFile(path)
 					must(t, err)
 					must(t, Create(f, 64<<20, CreateOptions{}))
 					img, err := Open(f, OpenOptions{})
@@ -71,7 +71,7 @@ func TestUncounted(t *testing.T) {
 				if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
 					t.Errorf("the file of %d bytes has %d, or others: %v", len(before), len(after), err)
 				}
-				f, err := host.OpenFile(path, true)
+				f, err := OpenFile(path, true)
 				must(t, err)
 				img, err := Open(f, OpenOptions{ReadOnly: true})
 				must(t, err)
@@ -81,7 +81,7 @@ func TestUncounted(t *testing.T) {
 					t.Error("it reads otherwise")
 				}
 				must(t, img.Close())
-				f, err = host.OpenFile(path, false)
+				f, err = OpenFile(path, false)
 				must(t, err)
 				r, err := Repair(t.Context(), f, RepairAll, nil)
 				if must(t, errors.Join(err, f.Close())); r.Left.ExitStatus() != 0 || r.Lost != 0 {
@@ -98,7 +98,7 @@ func TestUncounted(t *testing.T) {
 
 // countsReads counts what an opening reads, to tell whether it verifies.
 type countsReads struct {
-	host.File
+	File
 	host.Marker
 	bytes int64
 }
@@ -111,7 +111,7 @@ func (c *countsReads) ReadAt(p []byte, off int64) (int, error) {
 // verifies tells whether the image at path is verified when it is opened for writing. It changes nothing.
 func verifies(t *testing.T, path string) bool {
 	t.Helper()
-	f, err := host.OpenFile(path, false)
+	f, err := OpenFile(path, false)
 	must(t, err)
 	c := &countsReads{File: f, Marker: f.(host.Marker)}
 	img, err := Open(c, OpenOptions{})
@@ -133,10 +133,10 @@ func verifies(t *testing.T, path string) bool {
 // others may have written is, once.
 func TestMark(t *testing.T) {
 	path := tempImage(t)
-	f, err := host.CreateFile(path)
+	f, err := CreateFile(path)
 	must(t, err)
 	must(t, Create(f, 16<<20, CreateOptions{ClusterSize: 4096}))
-	use := func(f host.File) {
+	use := func(f File) {
 		t.Helper()
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
@@ -146,8 +146,8 @@ func TestMark(t *testing.T) {
 		}
 		must(t, img.Close())
 	}
-	open := func() host.File {
-		f, err := host.OpenFile(path, false)
+	open := func() File {
+		f, err := OpenFile(path, false)
 		must(t, err)
 		return f
 	}

@@ -484,7 +484,7 @@ func TestMemFile(t *testing.T) {
 	})
 }
 
-func write(f host.File, off int64, s string) error {
+func write(f File, off int64, s string) error {
 	_, err := f.WriteAt([]byte(s), off)
 	return err
 }

@@ -28,7 +28,7 @@ const defaultL2CacheSize = 32 << 20
 // corrupt is opened for reading only: ErrCorrupt. To open one for writing that is marked dirty, for its writer postponed its
 // reference counts, takes a walk through all of its metadata, which counts them. So does one that others have written since we
 // did, or the first time: ErrCorrupt if its counts are too low. Until something is changed the file stays as it is.
-func Open(f host.File, o OpenOptions) (*Image, error) {
+func Open(f File, o OpenOptions) (*Image, error) {
 	img, err := open(f, o)
 	if err != nil {
 		if errors.Is(err, ErrCorrupt) && !errors.Is(err, fsck.ErrRepair) {
@@ -39,7 +39,7 @@ func Open(f host.File, o OpenOptions) (*Image, error) {
 	return img, nil
 }
 
-func open(file host.File, o OpenOptions) (*Image, error) {
+func open(file File, o OpenOptions) (*Image, error) {
 	f := host.NewSyncer(file)
 	h, err := openHeader(f, o)
 	if err != nil {

@@ -3,15 +3,13 @@ package qcow2
 import (
 	"path/filepath"
 	"testing"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // TestOpenShared: who opens an image that another writes sees each of its snapshots, and is told when one that it reads is
 // deleted, or replaced by another of the same name.
 func TestOpenShared(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.qcow2")
-	f, err := host.CreateFile(path)
+	f, err := CreateFile(path)
 	must(t, err)
 	must(t, Create(f, 1<<20, CreateOptions{}))
 	writer, err := Open(f, OpenOptions{})

@@ -167,7 +167,7 @@ func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
 
 // changeInRoom is attempt with room of its own. cause is why it is needed.
 func (img *Image) changeInRoom(op operation, cause error) error {
-	allocator, ok := img.f.File.(host.Allocator)
+	allocator, ok := img.f.File.(Allocator)
 	switch {
 	case img.makeRoom != nil && ok:
 	case op.unlist != nil:

@@ -40,12 +40,12 @@ const preallocatePiece = 1 << 30
 
 // preallocate fills the data clusters of a file that has its length already. A full disk is met before anything is
 // written, where the file system can tell.
-func (l layout) preallocate(f host.File, kind Preallocation, stop func() error) error {
+func (l layout) preallocate(f File, kind Preallocation, stop func() error) error {
 	if kind < PreallocationFalloc {
 		return nil
 	}
 	err := l.eachPiece(stop, func(off, n int64) error {
-		a, ok := f.(host.Allocator)
+		a, ok := f.(Allocator)
 		if !ok {
 			return errors.ErrUnsupported
 		}
@@ -81,7 +81,7 @@ func (l layout) eachPiece(stop func() error, fn func(off, n int64) error) error 
 }
 
 // writeMapping maps all of the disk to the data clusters, in order.
-func (l layout) writeMapping(f host.File) error {
+func (l layout) writeMapping(f File) error {
 	l1 := make([]format.L1Entry, l.l1Size)
 	w := newMetadataWriter(f, l.l2At())
 	t, mapped := l.g.NewTable(), int64(0)

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // mapExtent is a row of `qemu-img map --output=json`, as far as it does not depend on the file system's holes.
@@ -83,7 +82,7 @@ func TestPreallocation(t *testing.T) {
 				if o.Preallocation == PreallocationOff {
 					return
 				}
-				f, err := host.OpenFile(ours, false)
+				f, err := OpenFile(ours, false)
 				must(t, err)
 				before, err := f.Size()
 				must(t, err)
@@ -106,7 +105,7 @@ func TestPreallocation(t *testing.T) {
 
 func createFile(t *testing.T, path string, size int64, o CreateOptions) {
 	t.Helper()
-	f, err := host.CreateFile(path)
+	f, err := CreateFile(path)
 	must(t, err)
 	must(t, Create(f, size, o))
 	must(t, f.Close())
@@ -116,7 +115,7 @@ func createFile(t *testing.T, path string, size int64, o CreateOptions) {
 func TestPreallocationFails(t *testing.T) {
 	dir := testfs.Tmpfs(t, "4m")
 	for kind := PreallocationFalloc; kind <= PreallocationFull; kind++ {
-		f, err := host.CreateFile(filepath.Join(dir, kind.String()))
+		f, err := CreateFile(filepath.Join(dir, kind.String()))
 		must(t, err)
 		if err := Create(f, 16<<20, CreateOptions{Preallocation: kind}); !errors.Is(err, ErrNoSpace) {
 			t.Errorf("%s on a full disk: %v", kind, err)

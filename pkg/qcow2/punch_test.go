@@ -6,8 +6,6 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // TestTakeWhilePunching: while the free clusters of a refcount block are being punched, guests get clusters of the same
@@ -59,7 +57,7 @@ func TestPunchFree(t *testing.T) {
 	qemu("qemu-io", "-c", "write -P 1 0 8M", path)
 	qemu("qemu-io", "-c", "write -P 2 16M 8M", "-c", "write -P 3 32M 1M", path)
 	qemu("qemu-io", "--image-opts", "driver=qcow2,discard=unmap,pass-discard-request=off,file.filename="+path, "-c", "discard 0 8M")
-	f, err := host.OpenFile(path, false)
+	f, err := OpenFile(path, false)
 	must(t, err)
 	img, err := Open(f, OpenOptions{})
 	must(t, err)

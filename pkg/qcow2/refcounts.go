@@ -12,7 +12,7 @@ import (
 
 // refcounts is the live refcount table and its blocks, loaded on demand. The allocator guards it.
 type refcounts struct {
-	f       host.File
+	f       File
 	g       format.Geometry
 	table   []int64    // host offset of each refcount block, 0 = none; as many as the table has room for
 	tableAt format.Run // host clusters of the table
@@ -42,7 +42,7 @@ func (b *refBlock) add(i, n int64, delta int) (format.Fallen, error) {
 // refBlockCacheBytes bounds the clean refcount blocks in memory, and about the dirty ones: 8 MiB count 256 GiB of 64 KiB clusters.
 const refBlockCacheBytes = 8 << 20
 
-func loadRefcounts(f host.File, g format.Geometry, h *format.Header) (*refcounts, error) {
+func loadRefcounts(f File, g format.Geometry, h *format.Header) (*refcounts, error) {
 	length, err := f.Size()
 	if err != nil {
 		return nil, err
@@ -209,7 +209,7 @@ func (rc *refcounts) writeBack() error {
 	return err
 }
 
-func writeBlocks(f host.File, ws []blockWrite) error {
+func writeBlocks(f File, ws []blockWrite) error {
 	var parts []format.MetaWrite
 	for _, w := range ws {
 		parts = append(parts, w.parts...)

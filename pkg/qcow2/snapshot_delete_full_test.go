@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/testfs"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
 // fullDisk is a file on a disk that has no block left but for those that the file gives back.
@@ -73,7 +72,7 @@ func (d *fullDisk) Truncate(size int64) error {
 }
 
 // overwrite makes an image with snapshots, and returns what it holds. Each has some of it for itself.
-func overwrite(t *testing.T, f host.File, cluster int64, snapshots ...string) *observation {
+func overwrite(t *testing.T, f File, cluster int64, snapshots ...string) *observation {
 	t.Helper()
 	must(t, Create(f, 64*cluster, CreateOptions{ClusterSize: cluster}))
 	img, err := Open(f, OpenOptions{})
@@ -210,13 +209,13 @@ func TestDeleteOnFullFileSystem(t *testing.T) {
 			t.Run(name+", first "+order[0], func(t *testing.T) {
 				dir := testfs.Image(t, name, fs.size, fs.mkfs...)
 				path := filepath.Join(dir, "disk")
-				open := func(openFile func() (host.File, error)) host.File {
+				open := func(openFile func() (File, error)) File {
 					f, err := openFile()
 					must(t, err)
 					return f
 				}
-				f := open(func() (host.File, error) { return host.CreateFile(path) })
-				again := func() host.File { return open(func() (host.File, error) { return host.OpenFile(path, false) }) }
+				f := open(func() (File, error) { return CreateFile(path) })
+				again := func() File { return open(func() (File, error) { return OpenFile(path, false) }) }
 				want := overwrite(t, f, 64<<10, "one", "two", "three").state()
 				for _, gone := range order {
 					testfs.FillUp(t, filepath.Join(dir, "ballast before "+gone))
