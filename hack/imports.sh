@@ -8,7 +8,7 @@ trap 'rm -rf "$copy"' EXIT
 git ls-files -z -- '*.go' '*.mod' '*.sum' .golangci.yml | xargs -0 cp --parents -t "$copy"
 
 # What is imported: a package of nothing in each of the project's rooms, for real ones would make circles.
-for room in cmd/csi-qcow2 pkg/{human,qcow2,pool,blockdev,engine,driver} pkg/qcow2/internal; do
+for room in cmd/csi-qcow2 pkg/{human,qcow2,pool,blockdev,engine,driver} pkg/qcow2/internal{,/fsck}; do
 	mkdir "$copy/$room/planted"
 	echo 'package planted' >"$copy/$room/planted/planted.go"
 done
@@ -30,7 +30,9 @@ but() { # the project's rooms but some
 kubernetes=(k8s.io/client-go/rest github.com/container-storage-interface/spec/lib/go/csi)
 {
 	mapfile -t wrong < <(but qcow2) && plant pkg/qcow2 "${wrong[@]}" "${kubernetes[@]}" k8s.io/klog/v2
-	plant pkg/qcow2/internal/format "${of[@]}" "$module/pkg/qcow2/internal/planted" golang.org/x/sys/unix "${kubernetes[@]}"
+	plant pkg/qcow2/internal/fsck "${of[@]}" "$module/pkg/qcow2/internal/planted" golang.org/x/sys/unix "${kubernetes[@]}"
+	plant pkg/qcow2/internal/host "${of[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} "${kubernetes[@]}"
+	plant pkg/qcow2/internal/format "${of[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} golang.org/x/sys/unix "${kubernetes[@]}"
 	mapfile -t wrong < <(but human) && plant pkg/human "${wrong[@]}" "${kubernetes[@]}"
 	mapfile -t wrong < <(but blockdev) && plant pkg/blockdev "${wrong[@]}" "${kubernetes[@]}"
 	mapfile -t wrong < <(but pool qcow2) && plant pkg/pool "${wrong[@]}" "${kubernetes[@]}"

@@ -56,7 +56,7 @@ func find(dir string) ([]mutant, error) {
 		if err != nil {
 			return nil, err
 		}
-		f := &finder{rules: newRules(), dir: dir, file: file, src: src, fset: token.NewFileSet(), times: map[string]int{}}
+		f := &finder{rules: newRules(), dir: testsOf(dir), file: file, src: src, fset: token.NewFileSet(), times: map[string]int{}}
 		tree, err := parser.ParseFile(f.fset, file, src, parser.SkipObjectResolution)
 		if err != nil {
 			return nil, err
@@ -69,6 +69,12 @@ func find(dir string) ([]mutant, error) {
 		all = append(all, f.all...)
 	}
 	return all, nil
+}
+
+// testsOf returns the package whose tests try the mutants of a package: a room inside another is tried by that one's.
+func testsOf(dir string) string {
+	dir, _, _ = strings.Cut(dir, "/internal/")
+	return dir
 }
 
 // finder makes the mutants of one file.
@@ -313,7 +319,7 @@ func readExtra(path string, dirs []string) ([]mutant, error) {
 		}
 		at := bytes.Index(src, []byte(before))
 		all = append(all, mutant{
-			name: line, dir: filepath.Dir(file), file: file, line: 1 + bytes.Count(src[:at], []byte("\n")),
+			name: line, dir: testsOf(filepath.Dir(file)), file: file, line: 1 + bytes.Count(src[:at], []byte("\n")),
 			edits: []edit{{at, at + len(before), strings.TrimSpace(after)}}, src: src,
 		})
 	}

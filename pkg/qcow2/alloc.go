@@ -9,9 +9,9 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
-// allocator hands out host clusters and takes them back. It reserves them in batches ahead of need (Spec A,
-// W0): a cluster that it hands out is counted, and lies inside the file, durably; it reads as zeros; and
-// nothing references it. What a crash leaves of a reservation is leaked, not lost.
+// allocator hands out host clusters and takes them back. It reserves them in batches ahead of need (W0): a cluster that it hands
+// out is counted, and lies inside the file, durably; it reads as zeros; and nothing references it. What a crash leaves of a
+// reservation is leaked, not lost.
 type allocator struct {
 	f            File
 	g            format.Geometry
@@ -28,7 +28,7 @@ type allocator struct {
 	// ledger, and before mu.
 	growth sync.RWMutex
 
-	mu     sync.Mutex // guards all below; never held while another lock of the image is taken, but for the header's
+	mu     sync.Mutex // guards all below
 	rc     *refcounts
 	search *leakSearch    // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
 	build  nextGeneration // of a running operation, nil if there is none

@@ -52,7 +52,7 @@ func (img *Image) commit() error {
 	return errors.Join(err, img.retire(freed))
 }
 
-// commitAll is a guest flush (Spec A, W2 and W3): one sync if no mapping changed or if each change can be seen in any order,
+// commitAll is a guest flush (W2 and W3): one sync if no mapping changed or if each change can be seen in any order,
 // two otherwise. It returns with commitMu held, and what is to be retired.
 func (img *Image) commitAll() (freed format.Runs, err error) {
 	img.mu.Lock()

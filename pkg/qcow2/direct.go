@@ -8,7 +8,8 @@ type Direct struct{ lock guestRange }
 
 // StartDirect begins a request of n bytes at off, if these are one run of the file, of whole blocks of its direct I/O, that is
 // mapped in memory and, for a write, owned by the active disk. The caller then reads or writes n bytes of the file at host, by
-// itself, and calls EndDirect. If not, nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
+// itself, and calls EndDirect. host is -1 for a read of zeros that the file does not have: the caller answers them. If ok is
+// false nothing has happened, and ReadAt or WriteAt do it. It neither waits nor allocates.
 func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, ok bool) {
 	if write && img.f.LeaseEnded() || !img.gate.TryRLock() {
 		return 0, false

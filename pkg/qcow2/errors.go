@@ -20,7 +20,8 @@ var (
 	// when a snapshot to be deleted is open.
 	ErrInUse = host.ErrInUse
 
-	// ErrCorrupt is returned when metadata contradicts the format. Nothing was changed.
+	// ErrCorrupt is returned when metadata contradicts the format. What the disk and its snapshots hold was not changed. An image
+	// that is open for writing is marked as corrupt, and only read from then on.
 	ErrCorrupt = format.ErrCorrupt
 
 	// ErrUnsupported is returned for a legal image feature, or an operation on it, that

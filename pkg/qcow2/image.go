@@ -31,7 +31,7 @@ type Image struct {
 	failure  atomic.Pointer[error]
 	corrupt  atomic.Pointer[error] // why nothing may be written any more
 
-	// Locks are taken in this order. changeMu: held by the running operation on snapshots or size.
+	// docs/internals.md says in which order locks are taken. changeMu: held by the running operation on snapshots or size.
 	changeMu sync.Mutex
 	closing  atomic.Bool // such an operation is to end early
 
@@ -44,7 +44,7 @@ type Image struct {
 	tableMu  sync.Mutex // held while the active state gets an L2 table of its own
 	commitMu sync.Mutex // held by the running commit
 
-	mu        sync.Mutex       // guards all below; the allocator's is taken before it
+	mu        sync.Mutex       // guards all below
 	l1        []format.L1Entry // the active L1 table
 	l1Dirty   format.SectorSet
 	l2        *l2Cache

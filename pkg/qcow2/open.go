@@ -12,7 +12,7 @@ import (
 // OpenOptions say how an image is opened.
 type OpenOptions struct {
 	ReadOnly    bool
-	L2CacheSize int64 // bytes of L2 tables kept in memory; 0 = 32 MiB
+	L2CacheSize int64 // bytes of L2 tables kept in memory, at least four tables; 0 = 32 MiB
 	// MakeRoom, if not nil, gives blocks back to a file system that is full, for an operation that will free more. It may
 	// be called by DeleteSnapshot and DropActive, and is not safe for concurrent use.
 	MakeRoom func() error
@@ -24,8 +24,8 @@ type OpenOptions struct {
 const defaultL2CacheSize = 32 << 20
 
 // Open takes ownership of f: Close closes it, and so does Open when it fails. The image is not probed for
-// other formats; features that are not supported are refused by name with ErrUnsupported. An image that is marked
-// corrupt is opened for reading only: ErrCorrupt. To open one for writing that is marked dirty, for its writer postponed its
+// other formats; features that are not supported are refused by name with ErrUnsupported. One that is marked corrupt
+// can be opened for reading only, else ErrCorrupt. To open one for writing that is marked dirty, for its writer postponed its
 // reference counts, takes a walk through all of its metadata, which counts them. So does one that others have written since we
 // did, or the first time: ErrCorrupt if its counts are too low. Until something is changed the file stays as it is.
 func Open(f File, o OpenOptions) (*Image, error) {
@@ -212,7 +212,8 @@ func (img *Image) noteTables() error {
 	return nil
 }
 
-// Close ends a running operation on snapshots early, flushes, returns what was reserved and closes the file. After a failure it only closes the file.
+// Close ends a running operation on snapshots early, flushes, returns what was reserved and closes the file. After a failure it
+// only closes the file. The image's views are closed before it.
 func (img *Image) Close() error {
 	img.closing.Store(true)
 	img.changeMu.Lock()

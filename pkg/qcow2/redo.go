@@ -33,7 +33,7 @@ const (
 
 	// maxRedoEntries bounds the entries that change at once, and so the records of one change.
 	maxRedoEntries = 8192
-	// MinRedoLog is the least length of a log in words.
+	// MinRedoLog is the least length of a log, in words of 64 bits: twice as many records, 512 KiB.
 	MinRedoLog = redoHeader + redoWords*maxRedoEntries*2
 )
 

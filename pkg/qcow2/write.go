@@ -91,7 +91,7 @@ func (img *Image) writeInPlace(c format.Chunk, p []byte) (bool, error) {
 	return true, img.writeHosts(p, img.g.InCluster(c.Off), es)
 }
 
-// writeMapping writes a chunk that needs new clusters (Spec A, W1): the data first, to clusters that nothing
+// writeMapping writes a chunk that needs new clusters (W1): the data first, to clusters that nothing
 // references, and then, in memory, the entries. Called with the chunk locked exclusively.
 func (img *Image) writeMapping(c format.Chunk, p []byte) error {
 	old, err := img.entries(c)
