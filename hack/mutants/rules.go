@@ -23,14 +23,14 @@ func newRules() rules {
 	return rules{
 		syncs: names(`sync fsync fdatasync syncDir syncFS syncParent fsyncDir settle settleFirst flush commit commitMapping writeBack
 			completeRefcounts completeL1 endReservation giveBack mirror refuse punchHole abort`),
-		notes: names(`freeze touch forget note mapped unmake remove reuse setReleasing wait cancel undo delete store wrote`),
+		notes: names(`freeze touch forget note mapped unmake remove reuse setReleasing wait cancel undo delete store noteWrite`),
 		marks: names(`barrier frozen freed dirty disturbed settled unsafe unsafeEnd build deferred late l1Dirty growth failed broken
 			closed closing leaving pending owner served journal`),
 		guards: regexp.MustCompile(`(?i)unsafe|busy|\.free\(|frozen|owns?\(|copied|settled|\.build\b|viewed|holds|barrier|disturbed|` +
 			`failed\(|closing|closed|dirty|pending|writing|lease|locked|guard|stale|marked|l1\[`),
 		ordered: names(`sync fsync fdatasync syncDir syncFS syncParent rename renameAt renameAt2 renameNoReplace exchange link unlink remove removeAll
 			writeAt writeAll writeBlocks truncate punchHole switchHeader publish hide mark unmark replaceFile overwrite writeBack prepare
-			reach commit commitMapping retire release flush close abort store wrote`),
+			reach commit commitMapping retire release flush close abort store noteWrite`),
 	}
 }
 

@@ -33,7 +33,7 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 // EndDirect ends a request that StartDirect began, however it went.
 func (img *Image) EndDirect(d *Direct, write bool) {
 	if write {
-		img.f.Wrote()
+		img.f.NoteWrite()
 	}
 	img.inHand(-1)
 	img.guests.unlock(&d.lock)

@@ -67,15 +67,15 @@ func (s *Syncer) begin() error {
 // BeforeFirst has first called before the first change of the file. Called before there is one.
 func (s *Syncer) BeforeFirst(first func() error) { s.first = first }
 
-// Wrote notes a write that somebody else has made, after it: a Sync that overlaps it may have missed it.
-func (s *Syncer) Wrote() { s.dirty.Store(true) }
+// NoteWrite notes a write that somebody else has made, after it: a Sync that overlaps it may have missed it.
+func (s *Syncer) NoteWrite() { s.dirty.Store(true) }
 
 // WriteAt implements File.
 func (s *Syncer) WriteAt(p []byte, off int64) (int, error) {
 	if err := s.begin(); err != nil {
 		return 0, err
 	}
-	defer s.Wrote()
+	defer s.NoteWrite()
 	return s.File.WriteAt(p, off)
 }
 
@@ -84,7 +84,7 @@ func (s *Syncer) Truncate(size int64) error {
 	if err := s.begin(); err != nil {
 		return err
 	}
-	defer s.Wrote()
+	defer s.NoteWrite()
 	return s.File.Truncate(size)
 }
 
