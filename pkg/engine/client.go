@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -65,9 +66,9 @@ func (a Attachment) Err() error {
 	case Served:
 		return nil
 	case Failed:
-		return refuse(ErrNotAttached, "volume %s has failed: %s", a.VolumeID, a.Failure)
+		return rpc.Refuse(ErrNotAttached, "volume %s has failed: %s", a.VolumeID, a.Failure)
 	default:
-		return refuse(ErrUnavailable, "the users of volume %s wait: %s", a.VolumeID, a.Failure)
+		return rpc.Refuse(ErrUnavailable, "the users of volume %s wait: %s", a.VolumeID, a.Failure)
 	}
 }
 
@@ -80,8 +81,8 @@ func NewClient(endpoint string) (*Client, error) {
 	}
 	conn, err := grpc.NewClient("unix://"+path,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithUnaryInterceptor(decodeErrors),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		grpc.WithUnaryInterceptor(rpc.DecodeErrors),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(rpc.MaxMessage)),
 		// The default waits up to two minutes before it tries a restarted engine again. Without a time of its
 		// own, an attempt to connect would have only that delay to succeed.
 		grpc.WithConnectParams(grpc.ConnectParams{
@@ -224,13 +225,6 @@ func (c *Client) Clone(ctx context.Context, volumeID, snapshot, target string, s
 func (c *Client) Blank(ctx context.Context, volumeID string) (bool, error) {
 	r, err := c.api.Blank(ctx, &api.BlankRequest{VolumeId: volumeID})
 	return r.GetBlank(), err
-}
-
-// decodeErrors is the client's half of the error mapping.
-func decodeErrors(
-	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
-) error {
-	return fromStatus(invoke(ctx, method, req, reply, cc, opts...))
 }
 
 // socketPath returns the path of an endpoint unix:///path.

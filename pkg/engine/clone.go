@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -53,7 +54,7 @@ func (c *clone) run(target string, size int64) error {
 	defer c.source.tasks.Done()
 	err := writeClone(c.source.tasksCtx, c.view, target, size)
 	if c.source.tasksCtx.Err() != nil {
-		err = refuse(ErrUnavailable, "the source is being detached: %w", err)
+		err = rpc.Refuse(ErrUnavailable, "the source is being detached: %w", err)
 	}
 	if closeErr := c.view.Close(); closeErr != nil {
 		klog.ErrorS(closeErr, "Source of a clone does not close", "target", target)

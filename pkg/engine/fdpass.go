@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 )
 
 // An open directory cannot travel in a gRPC message. It comes over a second socket, path.fds, as one
@@ -32,7 +34,7 @@ func (c *Client) PassFD(ctx context.Context, token string, dir *os.File) error {
 	defer cancel()
 	conn, err := new(net.Dialer).DialContext(ctx, "unixpacket", c.path+fdSocketSuffix)
 	if err != nil {
-		return refuse(ErrUnavailable, "%s does not answer: %w", c.path+fdSocketSuffix, errors.Unwrap(err))
+		return rpc.Refuse(ErrUnavailable, "%s does not answer: %w", c.path+fdSocketSuffix, errors.Unwrap(err))
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
@@ -44,7 +46,7 @@ func (c *Client) PassFD(ctx context.Context, token string, dir *os.File) error {
 	case ctx.Err() != nil:
 		return fmt.Errorf("the engine has not taken the file system to freeze: %w", ctx.Err())
 	case err != nil:
-		return refuse(ErrUnavailable, "the engine has not taken the file system to freeze: %w", err)
+		return rpc.Refuse(ErrUnavailable, "the engine has not taken the file system to freeze: %w", err)
 	case n > 1:
 		return fmt.Errorf("%w: %s", ErrFreeze, reply[1:n])
 	}

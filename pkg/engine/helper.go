@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 )
 
 // Whoever syncs, freezes or thaws the file system on a volume, or opens the volume's device, may have to wait for the
@@ -117,7 +119,7 @@ func (h *helper) call(ctx context.Context, r helperRequest) (helperReply, error)
 	case err != nil:
 		return reply, fmt.Errorf("%s: the process that does it has ended: %w", r.Op, err)
 	case reply.InUse:
-		return reply, refuse(ErrInUse, "%s", reply.Error)
+		return reply, rpc.Refuse(ErrInUse, "%s", reply.Error)
 	case reply.Error != "":
 		return reply, errors.New(reply.Error)
 	}

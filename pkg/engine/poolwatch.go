@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -42,7 +43,7 @@ func (s *supervisor) awaitLoss(ctx context.Context) error {
 			klog.ErrorS(err, "The pool is lost, waiting for it", "pool", s.options.PoolDir)
 			return nil
 		}
-		err = refuse(ErrUnavailable, "the pool is lost, and its file system stays busy until the pods that use these volumes have ended, %s: %w",
+		err = rpc.Refuse(ErrUnavailable, "the pool is lost, and its file system stays busy until the pods that use these volumes have ended, %s: %w",
 			strings.Join(users, ", "), err)
 		s.setLost(err)
 		if err.Error() != told {

@@ -21,6 +21,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 )
 
 const (
@@ -31,9 +32,6 @@ const (
 	leavePatience = 10 * time.Second
 	// killPatience is how long a killed process may take to end. One that waits for a disk may take for ever.
 	killPatience = 5 * time.Second
-	// maxMessage bounds a gRPC message: the list of the 65,536 snapshots that an image can have is longer
-	// than the default of 4 MiB.
-	maxMessage = 64 << 20
 )
 
 // process is the supervisor's end of one worker process.
@@ -122,8 +120,8 @@ func workerConn(c net.Conn) (*grpc.ClientConn, error) {
 			}
 		}),
 		grpc.WithIdleTimeout(0),
-		grpc.WithUnaryInterceptor(decodeErrors),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		grpc.WithUnaryInterceptor(rpc.DecodeErrors),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(rpc.MaxMessage)),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("worker connection: %w", err)
@@ -140,7 +138,7 @@ func (p *process) createSnapshot(ctx context.Context, name string, cut func(*api
 	var reply api.CreateSnapshotResponse
 	err := func() error {
 		var header metadata.MD
-		announce := sync.OnceFunc(func() { cut(receiveCut(header)) })
+		announce := sync.OnceFunc(func() { cut(rpc.ReceiveCut(header)) })
 		defer announce()
 		stream, err := p.conn.NewStream(ctx, &grpc.StreamDesc{}, api.Engine_CreateSnapshot_FullMethodName)
 		if err != nil {
@@ -160,7 +158,7 @@ func (p *process) createSnapshot(ctx context.Context, name string, cut func(*api
 		return stream.RecvMsg(&reply)
 	}()
 	if err != nil {
-		return nil, fromStatus(err)
+		return nil, rpc.FromStatus(err)
 	}
 	return reply.GetSnapshot(), nil
 }
@@ -224,7 +222,7 @@ func (p *process) explain(err error) error {
 	case p.gone(patience):
 		return fmt.Errorf("%w: %w", p.death(), err)
 	case leaving:
-		return refuse(ErrUnavailable, "it is being detached: %w", err)
+		return rpc.Refuse(ErrUnavailable, "it is being detached: %w", err)
 	default:
 		return err
 	}
@@ -235,9 +233,9 @@ func (p *process) death() error {
 	select {
 	case <-p.done:
 		if p.exit == nil {
-			return refuse(ErrUnavailable, "its worker has ended")
+			return rpc.Refuse(ErrUnavailable, "its worker has ended")
 		}
-		return refuse(ErrUnavailable, "its worker has died (%s)", strings.TrimPrefix(p.exit.Error(), "signal: "))
+		return rpc.Refuse(ErrUnavailable, "its worker has died (%s)", strings.TrimPrefix(p.exit.Error(), "signal: "))
 	default:
 		return nil
 	}

@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -157,7 +158,7 @@ func clearNamed(name string) error {
 		}
 		err := blockdev.Clear(d.Path, d.Name)
 		if errors.Is(err, blockdev.ErrBusy) {
-			err = refuse(ErrInUse, "the engine that served %[1]s is dead, and something on the node has it open: end what `fuser -vm %[1]s` shows there", d.Path)
+			err = rpc.Refuse(ErrInUse, "the engine that served %[1]s is dead, and something on the node has it open: end what `fuser -vm %[1]s` shows there", d.Path)
 		}
 		failures = append(failures, err)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -70,7 +71,7 @@ func (s *supervisor) serve(parent context.Context, path string) error {
 	}
 	ctx, stop := context.WithCancelCause(parent)
 	defer stop(nil)
-	server := newServer(supervisorLogLevel, recoverPanic, s.explainEnd)
+	server := rpc.NewServer(rpc.SupervisorLogLevel, recoverPanic, s.explainEnd)
 	calling := &service{supervisor: s}
 	api.RegisterEngineServer(server, calling)
 	if s.options.Metrics != nil {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -201,7 +202,7 @@ func (s *served) openDevice(ctx context.Context, k *kept, avoid []string) (err e
 func (s *served) endDevice(ctx context.Context) error {
 	err := s.dev.Detach()
 	if errors.Is(err, blockdev.ErrBusy) {
-		return refuse(ErrInUse, "something on the node has %[1]s open: end what `fuser -vm %[1]s` shows there", s.dev.Path())
+		return rpc.Refuse(ErrInUse, "something on the node has %[1]s open: end what `fuser -vm %[1]s` shows there", s.dev.Path())
 	}
 	return errors.Join(err, drop(ctx, s.holder, s.lease.Volume().ID))
 }

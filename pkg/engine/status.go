@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 )
 
 const (
@@ -65,10 +66,10 @@ func (p *process) said() *api.Attachment {
 func (p *process) question(ctx context.Context) (*api.Attachment, error) {
 	r, err := p.api.List(ctx, &api.ListRequest{})
 	if err != nil {
-		return nil, refuse(ErrUnavailable, "its worker does not answer: %w", err)
+		return nil, rpc.Refuse(ErrUnavailable, "its worker does not answer: %w", err)
 	}
 	if len(r.GetAttachments()) != 1 {
-		return nil, refuse(ErrUnavailable, "its worker serves nothing")
+		return nil, rpc.Refuse(ErrUnavailable, "its worker serves nothing")
 	}
 	return r.GetAttachments()[0], nil
 }
@@ -110,7 +111,7 @@ func (p *process) await(ctx context.Context, q *question, patience time.Duration
 	case <-q.done:
 		return q.answer, q.err
 	case <-ctx.Done():
-		return nil, refuse(ErrUnavailable, "its worker has not answered for %s: it is stopped, or waits for the pool's disk",
+		return nil, rpc.Refuse(ErrUnavailable, "its worker has not answered for %s: it is stopped, or waits for the pool's disk",
 			time.Since(q.since).Round(time.Second))
 	}
 }

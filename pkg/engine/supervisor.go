@@ -16,11 +16,12 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
 // errClosing is the answer of an engine that is shutting down.
-var errClosing = refuse(ErrUnavailable, "the engine is shutting down, another one follows")
+var errClosing = rpc.Refuse(ErrUnavailable, "the engine is shutting down, another one follows")
 
 // lockPoll is how often an engine that stands by looks whether its turn has come.
 const lockPoll = 2 * time.Millisecond
@@ -89,7 +90,7 @@ type fileID struct{ device, inode uint64 }
 
 // replacing says of a waiting attachment why nobody answers for its volume.
 func (a *attachment) replacing() error {
-	return refuse(ErrUnavailable, "another worker is being started for it: %s", a.failure)
+	return rpc.Refuse(ErrUnavailable, "another worker is being started for it: %s", a.failure)
 }
 
 func (a *attachment) response() *api.AttachResponse {
@@ -208,7 +209,7 @@ func (s *supervisor) ready(ctx context.Context) (*pool.Pool, error) {
 		err = fmt.Errorf("%w: it was lost just now", pool.ErrNotReady)
 	}
 	if err != nil {
-		return nil, refuse(ErrUnavailable, "%w", err)
+		return nil, rpc.Refuse(ErrUnavailable, "%w", err)
 	}
 	return p, nil
 }
@@ -254,7 +255,7 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 		return nil, "", a.replacing()
 	}
 	if a != nil {
-		return nil, "", refuse(ErrNotAttached, "it has failed: %s", a.failure)
+		return nil, "", rpc.Refuse(ErrNotAttached, "it has failed: %s", a.failure)
 	}
 	return nil, "", fmt.Errorf("%s: %w", id, ErrNotAttached)
 }

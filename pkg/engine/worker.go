@@ -13,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -71,7 +72,7 @@ func serveWorker(ctx context.Context, conn net.Conn, o WorkerOptions) error {
 
 // run serves until the connection or ctx ends.
 func (w *worker) run(ctx context.Context, conn net.Conn) error {
-	server := newServer(workerLogLevel)
+	server := rpc.NewServer(rpc.WorkerLogLevel)
 	api.RegisterEngineServer(server, w)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
@@ -197,14 +198,14 @@ func (w *worker) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReques
 	if err != nil {
 		return nil, err
 	}
-	snapshot, err := s.img.CreateSnapshot(r.GetName(), func(s qcow2.Snapshot) { sendCut(ctx, s) })
+	snapshot, err := s.img.CreateSnapshot(r.GetName(), func(s qcow2.Snapshot) { rpc.SendCut(ctx, s) })
 	if errors.Is(err, qcow2.ErrExists) {
 		snapshot, err = s.img.FindSnapshot(qcow2.ByName(r.GetName()))
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &api.CreateSnapshotResponse{Snapshot: snapshotToAPI(snapshot)}, nil
+	return &api.CreateSnapshotResponse{Snapshot: rpc.SnapshotToAPI(snapshot)}, nil
 }
 
 func (w *worker) DeleteSnapshot(_ context.Context, r *api.DeleteSnapshotRequest) (*api.DeleteSnapshotResponse, error) {
@@ -229,7 +230,7 @@ func (w *worker) ListSnapshots(context.Context, *api.ListSnapshotsRequest) (*api
 	r := &api.ListSnapshotsResponse{}
 	for _, snapshot := range s.img.Snapshots() {
 		if !IsReservedSnapshot(snapshot.Name) {
-			r.Snapshots = append(r.Snapshots, snapshotToAPI(snapshot))
+			r.Snapshots = append(r.Snapshots, rpc.SnapshotToAPI(snapshot))
 		}
 	}
 	return r, nil

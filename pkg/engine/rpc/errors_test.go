@@ -1,4 +1,4 @@
-package engine
+package rpc
 
 import (
 	"context"
@@ -21,7 +21,7 @@ func TestErrorsRoundTrip(t *testing.T) {
 			if got := status.Code(sent); got != k.code {
 				t.Errorf("%s: code %v, want %v", k.reason, got, k.code)
 			}
-			err = fmt.Errorf("hop: %w", fromStatus(sent))
+			err = fmt.Errorf("hop: %w", FromStatus(sent))
 		}
 		for _, other := range kinds() {
 			if got, want := errors.Is(err, other.sentinel), other.reason == k.reason; got != want {
@@ -32,13 +32,13 @@ func TestErrorsRoundTrip(t *testing.T) {
 }
 
 func TestErrorsRoundTripSeveral(t *testing.T) {
-	err := fromStatus(toStatus(errors.Join(ErrFreeze, qcow2.ErrNoSpace)))
+	err := FromStatus(toStatus(errors.Join(ErrFreeze, qcow2.ErrNoSpace)))
 	wantErr(t, err, ErrFreeze)
 	wantErr(t, err, qcow2.ErrNoSpace)
-	if got := fromStatus(toStatus(errors.New("odd"))); got == nil || got.Error() != "odd" {
+	if got := FromStatus(toStatus(errors.New("odd"))); got == nil || got.Error() != "odd" {
 		t.Errorf("arrived as %v", got)
 	}
-	if toStatus(nil) != nil || fromStatus(nil) != nil {
+	if toStatus(nil) != nil || FromStatus(nil) != nil {
 		t.Error("nil became an error")
 	}
 }
@@ -50,7 +50,7 @@ func TestErrorsOfTransport(t *testing.T) {
 		codes.Canceled:         context.Canceled,
 		codes.DeadlineExceeded: context.DeadlineExceeded,
 	} {
-		err := fromStatus(status.Error(code, "x"))
+		err := FromStatus(status.Error(code, "x"))
 		wantErr(t, err, want)
 		var remote *remoteError
 		if !errors.As(err, &remote) || len(remote.sentinels) != 1 {
@@ -66,5 +66,13 @@ func TestErrorReasonsAreUnique(t *testing.T) {
 			t.Errorf("%s is there twice", k.reason)
 		}
 		reasons[k.reason] = true
+	}
+}
+
+// wantErr fails unless err matches the sentinel.
+func wantErr(t *testing.T, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Fatalf("error %v, want %v", err, want)
 	}
 }
