@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/detached"
 )
 
 // connection is a FUSE connection whose file system is mounted in no namespace at all, and so
@@ -31,7 +33,7 @@ func connect(payload int) (*connection, error) {
 		return nil, fmt.Errorf("open /dev/fuse: %w", err)
 	}
 	dev = closeFirst(dev)
-	mount, err := mountDetached("fuse", map[string]string{
+	mount, err := detached.Mount("fuse", map[string]string{
 		"source":   "csi-qcow2",
 		"fd":       strconv.Itoa(dev),
 		"rootmode": strconv.FormatUint(unix.S_IFDIR, 8),
@@ -153,7 +155,7 @@ func (c *connection) abort() error {
 	if c.closed {
 		return nil
 	}
-	ctl, err := mountDetached("fusectl", nil)
+	ctl, err := detached.Mount("fusectl", nil)
 	if err != nil {
 		return err
 	}
@@ -182,32 +184,4 @@ func (c *connection) close() {
 	if c.file >= 0 {
 		unix.Close(c.file)
 	}
-}
-
-// mountDetached makes a mount that is attached to no mount namespace and returns a descriptor of its
-// root. It is gone when that and all files opened through it are closed.
-func mountDetached(fsType string, values map[string]string, flags ...string) (int, error) {
-	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return -1, fmt.Errorf("fsopen %s: %w", fsType, err)
-	}
-	defer unix.Close(fs)
-	for k, v := range values {
-		if err := unix.FsconfigSetString(fs, k, v); err != nil {
-			return -1, fmt.Errorf("fsconfig %s %s=%s: %w", fsType, k, v, err)
-		}
-	}
-	for _, k := range flags {
-		if err := unix.FsconfigSetFlag(fs, k); err != nil {
-			return -1, fmt.Errorf("fsconfig %s %s: %w", fsType, k, err)
-		}
-	}
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return -1, fmt.Errorf("create %s: %w", fsType, err)
-	}
-	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
-	if err != nil {
-		return -1, fmt.Errorf("fsmount %s: %w", fsType, err)
-	}
-	return mount, nil
 }

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/detached"
 )
 
 // What is in this file runs in a helper.
@@ -70,8 +72,8 @@ func thawRoot(root int, surely bool) error {
 func detachedMount(device string) (int, error) {
 	var failures []error
 	for _, fsType := range []string{"ext4", "xfs", "ext3"} {
-		for _, readOnly := range []bool{false, true} { // as it is mounted, else EBUSY
-			mount, err := detachedMountAs(device, fsType, readOnly)
+		for _, flags := range [][]string{nil, {"ro"}} { // as it is mounted, else EBUSY
+			mount, err := detached.Mount(fsType, map[string]string{"source": device}, flags...)
 			if err == nil {
 				return mount, nil
 			}
@@ -79,28 +81,4 @@ func detachedMount(device string) (int, error) {
 		}
 	}
 	return -1, errors.Join(failures...)
-}
-
-func detachedMountAs(device, fsType string, readOnly bool) (int, error) {
-	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return -1, fmt.Errorf("fsopen %s: %w", fsType, err)
-	}
-	defer unix.Close(fs)
-	if err := unix.FsconfigSetString(fs, "source", device); err != nil {
-		return -1, fmt.Errorf("mount source %s: %w", device, err)
-	}
-	if readOnly {
-		if err := unix.FsconfigSetFlag(fs, "ro"); err != nil {
-			return -1, fmt.Errorf("mount %s read-only: %w", device, err)
-		}
-	}
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return -1, fmt.Errorf("mount %s as %s: %w", device, fsType, err)
-	}
-	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("mount %s: %w", device, err)
-	}
-	return mount, nil
 }

@@ -11,12 +11,14 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/detached"
 )
 
 // Tmpfs mounts an empty tmpfs of a size, as mount(8) has it, and returns its path. See detached.
 func Tmpfs(t *testing.T, size string) string {
 	t.Helper()
-	return detached(t, "tmpfs", "size", size)
+	return mount(t, "tmpfs", "size", size)
 }
 
 // Image mounts a new file system of a size in bytes, on a loop device that goes with the mount, and returns its path. mkfs
@@ -36,7 +38,7 @@ func Image(t *testing.T, fsType string, size int64, mkfs ...string) string {
 		t.Fatal(err)
 	}
 	defer loop.Close()
-	return detached(t, fsType, "source", loop.Name())
+	return mount(t, fsType, "source", loop.Name())
 }
 
 // FillUp makes a file that takes all there is of its file system, to the last block.
@@ -90,21 +92,13 @@ func loopDevice(image string) (*os.File, error) {
 	}
 }
 
-// detached mounts a file system nowhere: it goes with its descriptor, however the test ends. The path that it returns
+// mount mounts a file system nowhere: it goes with its descriptor, however the test ends. The path that it returns
 // is good for other processes too.
-func detached(t *testing.T, fsType, option, value string) string {
+func mount(t *testing.T, fsType, option, value string) string {
 	t.Helper()
-	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
+	mount, err := detached.Mount(fsType, map[string]string{option: value})
 	if err != nil {
 		t.Fatal(err)
-	}
-	defer unix.Close(fs)
-	if err := errors.Join(unix.FsconfigSetString(fs, option, value), unix.FsconfigCreate(fs)); err != nil {
-		t.Fatalf("mount %s: %v", fsType, err)
-	}
-	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		t.Fatalf("mount %s: %v", fsType, err)
 	}
 	t.Cleanup(func() { _ = unix.Close(mount) })
 	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), mount)
