@@ -4,21 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
-	"os"
 	"path"
 	"runtime/debug"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/kubernetes-csi/csi-lib-utils/protosanitizer"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
 // shutdownTime is what calls under way get to finish. One that mounts cannot be interrupted; kubelet
@@ -26,56 +24,16 @@ import (
 const shutdownTime = 10 * time.Second
 
 // listen makes the socket of an endpoint, for root only. One that nobody listens on any more is replaced.
-func listen(ctx context.Context, endpoint string) (net.Listener, error) {
+func listen(ctx context.Context, endpoint string) (*net.UnixListener, error) {
 	file, ok := strings.CutPrefix(endpoint, "unix://")
 	if !ok || !path.IsAbs(file) {
 		return nil, refuse(errInvalid, "endpoint %q is not unix:///path", endpoint)
 	}
-	if err := removeStaleSocket(ctx, file); err != nil {
-		return nil, err
+	listener, err := unixsocket.Listen(ctx, "unix", file)
+	if errors.Is(err, unixsocket.ErrTaken) {
+		return nil, fmt.Errorf("%w: %w", errExists, err)
 	}
-	// The mode that the socket has before bind is the mode of its file: it is never open to others.
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var chmodErr error
-		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
-		return errors.Join(err, chmodErr)
-	}}
-	listener, err := config.Listen(ctx, "unix", file)
-	if err != nil {
-		return nil, err
-	}
-	unixListener := listener.(*net.UnixListener)
-	unixListener.SetUnlinkOnClose(false)
-	return &namedListener{UnixListener: unixListener, file: file}, nil
-}
-
-// namedListener removes its socket when it is closed: before, so that it cannot be its successor's.
-type namedListener struct {
-	*net.UnixListener
-	file string
-}
-
-func (l *namedListener) Close() error {
-	return errors.Join(os.Remove(l.file), l.UnixListener.Close())
-}
-
-// removeStaleSocket removes what a dead plugin left. It takes the path neither from a file of another kind nor
-// from another plugin that runs.
-func removeStaleSocket(ctx context.Context, file string) error {
-	info, err := os.Lstat(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("%w: %s exists and is no socket", errExists, file)
-	}
-	if conn, err := new(net.Dialer).DialContext(ctx, "unix", file); err == nil {
-		return errors.Join(fmt.Errorf("%w: another plugin serves %s", errExists, file), conn.Close())
-	}
-	return os.Remove(file)
+	return listener, err
 }
 
 // serve runs the server until ctx ends. stop then ends what calls wait for.

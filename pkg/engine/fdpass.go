@@ -13,6 +13,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
 // An open directory cannot travel in a gRPC message. It comes over a second socket, path.fds, as one
@@ -164,13 +165,14 @@ func (s *fdStore) receive(conn *net.UnixConn) error {
 	if err != nil {
 		return err
 	}
-	fd, err := parseRights(control[:cn])
-	if err != nil {
-		return err
+	fds, err := unixsocket.Descriptors(control[:cn])
+	if err != nil || len(fds) == 0 {
+		return errors.New("no descriptor came with the token")
 	}
-	dir := os.NewFile(uintptr(fd), "passed directory")
+	unixsocket.CloseAll(fds[1:]) // the padding of the control message has room for one
+	dir := os.NewFile(uintptr(fds[0]), "passed directory")
 	var st unix.Statx_t
-	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
+	err = unix.Statx(fds[0], "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
 	if err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		dir.Close()
 		return errors.New("the descriptor is not a directory")
@@ -185,20 +187,4 @@ func (s *fdStore) receive(conn *net.UnixConn) error {
 		return err
 	}
 	return nil
-}
-
-// parseRights returns the one descriptor of a control message; more than one do not fit its buffer.
-func parseRights(control []byte) (int, error) {
-	messages, err := unix.ParseSocketControlMessage(control)
-	if err != nil || len(messages) != 1 {
-		return -1, errors.New("no descriptor came with the token")
-	}
-	fds, err := unix.ParseUnixRights(&messages[0])
-	if err != nil || len(fds) == 0 {
-		return -1, errors.New("no descriptor came with the token")
-	}
-	for _, extra := range fds[1:] {
-		unix.Close(extra)
-	}
-	return fds[0], nil
 }

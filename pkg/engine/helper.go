@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
 // Whoever syncs, freezes or thaws the file system on a volume, or opens the volume's device, may have to wait for the
@@ -70,7 +71,7 @@ func startHelper(dir *os.File) (*helper, error) {
 	if err != nil {
 		return nil, fmt.Errorf("own executable, for a helper: %w", err)
 	}
-	ours, theirs, err := controlPair(unix.SOCK_SEQPACKET)
+	ours, theirs, err := unixsocket.Pair(unix.SOCK_SEQPACKET)
 	if err != nil {
 		return nil, fmt.Errorf("socket pair for a helper: %w", err)
 	}
@@ -86,7 +87,7 @@ func startHelper(dir *os.File) (*helper, error) {
 		ours.Close()
 		return nil, fmt.Errorf("start a helper: %w", err)
 	}
-	h := &helper{pid: cmd.Process.Pid, conn: ours.(*net.UnixConn), done: make(chan struct{}), idle: true}
+	h := &helper{pid: cmd.Process.Pid, conn: ours, done: make(chan struct{}), idle: true}
 	go func() { // ends with the process: nobody can do more than wait for that
 		defer close(h.done)
 		h.exit = cmd.Wait()

@@ -22,6 +22,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
 const (
@@ -50,7 +51,7 @@ type process struct {
 // startProcess starts a worker for one volume. The caller stops it.
 func startProcess(command []string, o WorkerOptions) (*process, error) {
 	volume := o.Volume
-	ours, theirs, err := controlPair(unix.SOCK_STREAM)
+	ours, theirs, err := unixsocket.Pair(unix.SOCK_STREAM)
 	if err != nil {
 		return nil, fmt.Errorf("socket pair for the worker of %s: %w", volume, err)
 	}
@@ -85,23 +86,6 @@ func startProcess(command []string, o WorkerOptions) (*process, error) {
 		ours.Close()
 	}()
 	return p, nil
-}
-
-// controlPair returns the two ends of the connection between a supervisor and a worker or helper.
-func controlPair(kind int) (ours net.Conn, theirs *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, kind|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	theirs = os.NewFile(uintptr(fds[1]), "worker control")
-	f := os.NewFile(uintptr(fds[0]), "supervisor control")
-	defer f.Close()
-	ours, err = net.FileConn(f)
-	if err != nil {
-		theirs.Close()
-		return nil, nil, err
-	}
-	return ours, theirs, nil
 }
 
 // workerConn makes a gRPC connection of a socket that is connected already. It cannot be made twice, and

@@ -8,15 +8,14 @@ import (
 	"net"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -138,27 +137,11 @@ func (s *supervisor) awaitPool(ctx context.Context) error {
 	}
 }
 
-// listen makes a unix socket for root alone. It replaces one that a dead engine left.
+// listen makes one of the engine's sockets. errOtherEngine if another engine has it.
 func listen(ctx context.Context, network, path string) (*net.UnixListener, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, network, path)
-	switch {
-	case err == nil:
-		conn.Close()
-		return nil, fmt.Errorf("%s: %w", path, errOtherEngine)
-	case errors.Is(err, unix.ECONNREFUSED):
-		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("stale socket: %w", err)
-		}
+	l, err := unixsocket.Listen(ctx, network, path)
+	if errors.Is(err, unixsocket.ErrTaken) {
+		err = fmt.Errorf("%w: %w", errOtherEngine, err)
 	}
-	// The mode that the socket has before bind is the mode of its file: it is never open to others.
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var chmodErr error
-		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
-		return errors.Join(err, chmodErr)
-	}}
-	l, err := config.Listen(ctx, network, path)
-	if err != nil {
-		return nil, err
-	}
-	return l.(*net.UnixListener), nil
+	return l, err
 }

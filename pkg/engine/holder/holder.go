@@ -7,18 +7,17 @@ package holder
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
-	"os"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
 // Options of a holder.
@@ -90,9 +89,7 @@ func closeAll(entries map[string]Entry) {
 
 // Close closes the descriptors.
 func (e Entry) Close() {
-	for _, fd := range e.FDs {
-		unix.Close(fd)
-	}
+	unixsocket.CloseAll(e.FDs)
 }
 
 // Run holds what it is given until ctx ends, and then as long as it has anything that no successor has taken over. If a
@@ -107,7 +104,7 @@ func Run(ctx context.Context, o Options) error {
 		return err
 	}
 	for {
-		l, err := listen(context.WithoutCancel(ctx), o.Socket)
+		l, err := unixsocket.Listen(context.WithoutCancel(ctx), "unixpacket", o.Socket)
 		if err != nil {
 			return err
 		}
@@ -206,22 +203,4 @@ func (h *holder) note() {
 	case h.changed <- struct{}{}:
 	default:
 	}
-}
-
-// listen makes the socket, in place of one that a dead holder left.
-func listen(ctx context.Context, path string) (*net.UnixListener, error) {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("stale socket: %w", err)
-	}
-	// The mode that the socket has before bind is the mode of its file: it is never open to others.
-	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var chmodErr error
-		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
-		return errors.Join(err, chmodErr)
-	}}
-	l, err := config.Listen(ctx, "unixpacket", path)
-	if err != nil {
-		return nil, err
-	}
-	return l.(*net.UnixListener), nil
 }

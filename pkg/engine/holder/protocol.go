@@ -7,6 +7,8 @@ import (
 	"net"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
 // Operations of a request.
@@ -59,7 +61,7 @@ func receive(c *net.UnixConn) (m message, fds []int, err error) {
 	if err != nil {
 		return m, nil, err
 	}
-	fds, err = parseRights(rights[:rn])
+	fds, err = unixsocket.Descriptors(rights[:rn])
 	switch {
 	case err != nil:
 	case n == 0 && rn == 0:
@@ -74,20 +76,4 @@ func receive(c *net.UnixConn) (m message, fds []int, err error) {
 		return m, nil, err
 	}
 	return m, fds, nil
-}
-
-// parseRights returns the descriptors of control messages. They are closed at exec.
-func parseRights(b []byte) (fds []int, err error) {
-	messages, err := unix.ParseSocketControlMessage(b)
-	if err != nil {
-		return nil, err
-	}
-	for i := range messages {
-		more, err := unix.ParseUnixRights(&messages[i])
-		if err != nil {
-			return fds, err
-		}
-		fds = append(fds, more...)
-	}
-	return fds, nil
 }
