@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/confined"
 )
 
 // Of root's capabilities a worker and a helper have those that they need.
@@ -33,7 +35,7 @@ func wantCapabilities(t *testing.T, pid int) {
 	must(t, err)
 	lines := strings.Split(string(b), "\n")
 	for _, set := range []string{"CapPrm", "CapEff", "CapBnd"} {
-		if want := fmt.Sprintf("%s:\t%016x", set, all&keptCapabilities); !slices.Contains(lines, want) {
+		if want := fmt.Sprintf("%s:\t%016x", set, all&confined.Capabilities); !slices.Contains(lines, want) {
 			t.Errorf("process %d: no line %q in\n%s", pid, want, b)
 		}
 	}

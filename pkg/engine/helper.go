@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/confined"
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
@@ -83,7 +84,7 @@ func startHelper(dir *os.File) (*helper, error) {
 		cmd.ExtraFiles = []*os.File{dir} // helperDirFD
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := startConfined(cmd); err != nil {
+	if err := confined.Start(cmd); err != nil {
 		ours.Close()
 		return nil, fmt.Errorf("start a helper: %w", err)
 	}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/confined"
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
 
@@ -73,7 +74,7 @@ func startProcess(command []string, o WorkerOptions) (*process, error) {
 		ours.Close()
 		return nil, err
 	}
-	if err := startConfined(cmd); err != nil {
+	if err := confined.Start(cmd); err != nil {
 		conn.Close()
 		ours.Close()
 		return nil, fmt.Errorf("start the worker of %s: %w", volume, err)

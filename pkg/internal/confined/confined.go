@@ -1,4 +1,5 @@
-package engine
+// Package confined starts the engine's processes with few capabilities.
+package confined
 
 import (
 	"errors"
@@ -11,13 +12,13 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/thread"
 )
 
-// keptCapabilities are what a worker or helper may do beyond what belongs to root: mount a FUSE device and freeze a file system;
+// Capabilities are what a worker or helper may do beyond what belongs to root: mount a FUSE device and freeze a file system;
 // keep its memory, be spared when there is none left, and be an I/O flusher, whose requests wait for no other's memory. Bit n
 // is capability n.
-const keptCapabilities uint64 = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_IPC_LOCK | 1<<unix.CAP_SYS_RESOURCE
+const Capabilities uint64 = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_IPC_LOCK | 1<<unix.CAP_SYS_RESOURCE
 
-// startConfined starts a process, which never has other capabilities than these.
-func startConfined(cmd *exec.Cmd) error {
+// Start starts a process, which never has other capabilities than these.
+func Start(cmd *exec.Cmd) error {
 	return thread.Run(func() error {
 		if err := confine(); err != nil {
 			return fmt.Errorf("drop capabilities: %w", err)
@@ -29,7 +30,7 @@ func startConfined(cmd *exec.Cmd) error {
 // confine bounds what programs may have that this thread starts.
 func confine() error {
 	for c := uintptr(0); ; c++ {
-		if keptCapabilities>>c&1 == 1 {
+		if Capabilities>>c&1 == 1 {
 			continue
 		}
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
