@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 )
 
 func newEngineCommand() *cobra.Command {
@@ -104,7 +105,7 @@ func newHelperCommand() *cobra.Command {
 		Args:   takes(),
 		RunE: func(*cobra.Command, []string) error {
 			protectMemory()
-			return engine.RunHelper()
+			return helper.Run()
 		},
 	}
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
@@ -60,7 +61,7 @@ func runTestWorker(ctx context.Context, args []string) error {
 	return engine.RunWorker(ctx, o)
 }
 
-func runTestHelper(context.Context, []string) error { return engine.RunHelper() }
+func runTestHelper(context.Context, []string) error { return helper.Run() }
 
 func runTestEngine(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("engine", flag.ExitOnError)

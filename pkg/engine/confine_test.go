@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/confined"
 )
 
@@ -16,10 +17,10 @@ func TestConfined(t *testing.T) {
 	id := r.newVolume("a", mib)
 	r.attach(id)
 	wantCapabilities(t, r.find(id).WorkerPID)
-	h, err := startHelper(nil)
+	h, err := helper.Start(nil)
 	must(t, err)
-	defer h.leave()
-	wantCapabilities(t, h.pid)
+	defer h.Leave()
+	wantCapabilities(t, h.PID)
 }
 
 func wantCapabilities(t *testing.T, pid int) {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
@@ -75,7 +76,7 @@ type fdStore struct {
 }
 
 type heldFD struct {
-	helper *helper
+	helper *helper.Helper
 	expiry *time.Timer
 }
 
@@ -84,7 +85,7 @@ func newFDStore(lifetime time.Duration) *fdStore {
 }
 
 // put takes over a helper that has a directory. It ends when nobody takes it in time.
-func (s *fdStore) put(token string, h *helper) error {
+func (s *fdStore) put(token string, h *helper.Helper) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -103,12 +104,12 @@ func (s *fdStore) put(token string, h *helper) error {
 // drop ends the helper of a token that nobody has taken.
 func (s *fdStore) drop(token string) {
 	if unused, err := s.take(token); err == nil {
-		unused.leave()
+		unused.Leave()
 	}
 }
 
 // take returns the helper of a token, once; the caller ends it.
-func (s *fdStore) take(token string) (*helper, error) {
+func (s *fdStore) take(token string) (*helper.Helper, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	h, ok := s.held[token]
@@ -128,7 +129,7 @@ func (s *fdStore) closeAll() {
 	s.mu.Unlock()
 	for _, h := range held {
 		h.expiry.Stop()
-		h.helper.leave()
+		h.helper.Leave()
 	}
 }
 
@@ -177,13 +178,13 @@ func (s *fdStore) receive(conn *net.UnixConn) error {
 		dir.Close()
 		return errors.New("the descriptor is not a directory")
 	}
-	h, err := startHelper(dir)
+	h, err := helper.Start(dir)
 	dir.Close() // not the last one: that may have to wait for what is unmounted with it
 	if err != nil {
 		return err
 	}
 	if err := s.put(string(token[:n]), h); err != nil {
-		h.leave()
+		h.Leave()
 		return err
 	}
 	return nil

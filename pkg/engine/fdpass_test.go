@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 )
 
 func openDir(t *testing.T) *os.File {
@@ -47,8 +49,8 @@ func TestPassFD(t *testing.T) {
 
 	got, err := s.take("token")
 	must(t, err)
-	defer got.leave()
-	at, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", got.pid, helperDirFD))
+	defer got.Leave()
+	at, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", got.PID, helper.DirFD))
 	must(t, err)
 	if at != dir.Name() {
 		t.Errorf("%s arrived instead of %s", at, dir.Name())
@@ -100,19 +102,19 @@ func TestTokensExpire(t *testing.T) {
 	s := newFDStore(time.Millisecond)
 	h := startTestHelper(t)
 	must(t, s.put("token", h))
-	<-h.done
-	must(t, h.exit)
+	<-h.Done
+	must(t, h.Exit)
 	_, err := s.take("token")
 	wantErr(t, err, ErrFreeze)
 }
 
-func startTestHelper(t *testing.T) *helper {
+func startTestHelper(t *testing.T) *helper.Helper {
 	t.Helper()
-	h, err := startHelper(openDir(t))
+	h, err := helper.Start(openDir(t))
 	must(t, err)
 	t.Cleanup(func() {
-		h.leave()
-		<-h.done
+		h.Leave()
+		<-h.Done
 	})
 	return h
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -40,7 +41,7 @@ var errFrozenTooLong = errors.New("not finished in time: the volume does not ans
 type freeze struct {
 	ctx    context.Context //nolint:containedctx // ends when its time is over, or the engine
 	cancel context.CancelFunc
-	helper *helper
+	helper *helper.Helper
 	volume string
 	// foreign: somebody else had frozen the file system already, and will thaw it.
 	foreign bool
@@ -53,19 +54,19 @@ type freeze struct {
 
 // freezeFS freezes the file system of h's directory, which must be mounted from device, for at most limit. It takes over h. The
 // caller calls thaw.
-func (s *supervisor) freezeFS(ctx context.Context, volume, device string, h *helper, limit time.Duration) (*freeze, error) {
+func (s *supervisor) freezeFS(ctx context.Context, volume, device string, h *helper.Helper, limit time.Duration) (*freeze, error) {
 	freezing, cancel := context.WithTimeoutCause(ctx, cmp.Or(s.options.hooks.maxFreezing, maxFreezing), errFrozenTooLong)
 	defer cancel()
 	f := &freeze{helper: h, volume: volume, over: make(chan struct{})}
-	_, err := h.call(freezing, helperRequest{Op: helperSync, Device: device, Limit: maxFreezing})
+	_, err := h.Call(freezing, helper.Request{Op: helper.Sync, Device: device, Limit: maxFreezing})
 	if err == nil {
 		err = s.beginFreeze(volume, device, f)
 	}
 	if err != nil {
-		h.leave()
+		h.Leave()
 		return nil, fmt.Errorf("%w: %w", ErrFreeze, err)
 	}
-	reply, err := h.call(freezing, helperRequest{Op: helperFreeze, Limit: limit})
+	reply, err := h.Call(freezing, helper.Request{Op: helper.Freeze, Limit: limit})
 	if err != nil {
 		f.leave(freezing)
 		return nil, fmt.Errorf("%w: %w", ErrFreeze, err)
@@ -86,7 +87,7 @@ func (f *freeze) thaw() error {
 		if f.foreign {
 			return
 		}
-		if _, err := f.helper.call(f.ctx, helperRequest{Op: helperThaw}); err != nil {
+		if _, err := f.helper.Call(f.ctx, helper.Request{Op: helper.Thaw}); err != nil {
 			f.lost = fmt.Errorf("%w until the snapshot: %w", ErrFreeze, err)
 		}
 		f.lasted = time.Since(f.since)
@@ -98,7 +99,7 @@ func (f *freeze) thaw() error {
 
 // leave ends the helper, and waits for that until ctx ends.
 func (f *freeze) leave(ctx context.Context) {
-	f.helper.leave()
+	f.helper.Leave()
 	select {
 	case <-f.over:
 	case <-ctx.Done():
@@ -129,12 +130,12 @@ func (s *supervisor) beginFreeze(volume, device string, f *freeze) error {
 	}
 	s.tasks.Go(func() {
 		select {
-		case <-f.helper.done:
+		case <-f.helper.Done:
 		case <-s.running.Done(): // the next engine sees the marker
 			return
 		}
-		if f.helper.exit != nil {
-			klog.ErrorS(f.helper.exit, "The helper that froze a file system died", "volume", volume)
+		if f.helper.Exit != nil {
+			klog.ErrorS(f.helper.Exit, "The helper that froze a file system died", "volume", volume)
 			if !s.thawSurely(volume, device) {
 				return
 			}
@@ -159,7 +160,7 @@ func (s *supervisor) endFreeze(p *pool.Pool, volume string, f *freeze) {
 // the volume, or a freeze that has begun, makes them.
 func (s *supervisor) thawSurely(volume, device string) bool {
 	for pause := minThawPause; ; pause = min(2*pause, maxThawPause) {
-		err := askHelper(s.running, helperRequest{Op: helperThawDevice, Device: device, Surely: true})
+		err := helper.Ask(s.running, helper.Request{Op: helper.ThawDevice, Device: device, Surely: true})
 		if err == nil {
 			klog.InfoS("Thawed what was left of a freeze", "volume", volume, "device", device)
 			return true
@@ -221,7 +222,7 @@ func (s *supervisor) thawUnmounted(ctx context.Context, volume, device string) b
 	}
 	ctx, cancel := context.WithTimeout(ctx, clearPatience)
 	defer cancel()
-	if err := askHelper(ctx, helperRequest{Op: helperThawDevice, Device: device}); err != nil {
+	if err := helper.Ask(ctx, helper.Request{Op: helper.ThawDevice, Device: device}); err != nil {
 		klog.V(2).InfoS("Nothing to thaw on a device that is in use", "volume", volume, "device", device, "reason", err)
 		return false
 	}

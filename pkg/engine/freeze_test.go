@@ -18,6 +18,11 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
+const (
+	fiFreeze = 0xC0045877 // FIFREEZE, _IOWR('X', 119, int)
+	fiThaw   = 0xC0045878 // FITHAW, _IOWR('X', 120, int)
+)
+
 // mountedFS is an attached volume with a mounted file system.
 type mountedFS struct {
 	volume, device, dir string

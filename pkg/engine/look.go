@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 )
 
 // A tenant may change its loop device's settings, and have it unbound. A worker looks at its device every now and then, and
@@ -87,12 +88,12 @@ func (s *served) deviceLost(err error) {
 }
 
 // restorer has a helper restore a device's settings. It is used by one call at a time.
-type restorer struct{ last *helper }
+type restorer struct{ last *helper.Helper }
 
 func (r *restorer) restore(ctx context.Context, fd int, want []byte) error {
 	if r.last != nil {
 		select {
-		case <-r.last.done:
+		case <-r.last.Done:
 		default:
 			return errors.New("the last attempt to restore its settings still waits for I/O")
 		}
@@ -103,14 +104,14 @@ func (r *restorer) restore(ctx context.Context, fd int, want []byte) error {
 	}
 	device := os.NewFile(uintptr(own), "loop device")
 	defer device.Close()
-	h, err := startHelper(device)
+	h, err := helper.Start(device)
 	if err != nil {
 		return err
 	}
-	defer h.leave()
+	defer h.Leave()
 	r.last = h
 	ctx, cancel := context.WithTimeout(ctx, restorePatience)
 	defer cancel()
-	_, err = h.call(ctx, helperRequest{Op: helperRestore, Device: string(want)})
+	_, err = h.Call(ctx, helper.Request{Op: helper.Restore, Device: string(want)})
 	return err
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 )
 
@@ -30,7 +31,7 @@ func TestMain(m *testing.M) {
 		case "supervisor":
 			os.Exit(exitCode(runTestSupervisor(os.Args[2:])))
 		case "helper":
-			os.Exit(exitCode(RunHelper()))
+			os.Exit(exitCode(helper.Run()))
 		case "writer":
 			os.Exit(exitCode(holdWrite(os.Args[2])))
 		case "holder":
@@ -164,7 +165,7 @@ func removeLeftovers() {
 		if n, err := strconv.Atoi(pid); err != nil || unix.Kill(n, 0) == nil {
 			continue // its test is running
 		}
-		_ = thawDevice(d.Path, false)
+		_ = helper.Ask(mainContext(), helper.Request{Op: helper.ThawDevice, Device: d.Path})
 		unmountAll(d.Path)
 		_ = blockdev.Clear(d.Path, d.Name)
 	}

@@ -11,7 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
-	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -126,7 +126,7 @@ func (s *supervisor) clearDevices(ctx context.Context, p *pool.Pool, id string) 
 	ctx, cancel := context.WithTimeout(ctx, clearPatience)
 	defer cancel()
 	s.thawDead(ctx, p, id, s.given.present(id, device))
-	return askHelper(ctx, helperRequest{Op: helperClear, Device: devicePrefix + id})
+	return helper.Ask(ctx, helper.Request{Op: helper.Clear, Device: devicePrefix + id})
 }
 
 // thawDead thaws the file system on a device that nobody serves any more, if an earlier engine had frozen it.
@@ -135,7 +135,7 @@ func (s *supervisor) thawDead(ctx context.Context, p *pool.Pool, id, device stri
 	defer cancel()
 	marked, err := frozenBefore(p, id)
 	if err == nil && marked == device {
-		if err = askHelper(ctx, helperRequest{Op: helperThawDevice, Device: device, Surely: true}); err == nil {
+		if err = helper.Ask(ctx, helper.Request{Op: helper.ThawDevice, Device: device, Surely: true}); err == nil {
 			klog.InfoS("Thawed a file system that an earlier engine had frozen", "volume", id, "device", device)
 			err = p.Unmark(id, pool.Frozen)
 		}
@@ -143,26 +143,6 @@ func (s *supervisor) thawDead(ctx context.Context, p *pool.Pool, id, device stri
 	if err != nil {
 		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", device)
 	}
-}
-
-// clearNamed is what a helper does for clearDevices.
-func clearNamed(name string) error {
-	devices, err := blockdev.Find(name)
-	if err != nil {
-		return fmt.Errorf("find the devices: %w", err)
-	}
-	var failures []error
-	for _, d := range devices {
-		if d.Name != name {
-			continue
-		}
-		err := blockdev.Clear(d.Path, d.Name)
-		if errors.Is(err, blockdev.ErrBusy) {
-			err = rpc.Refuse(ErrInUse, "the engine that served %[1]s is dead, and something on the node has it open: end what `fuser -vm %[1]s` shows there", d.Path)
-		}
-		failures = append(failures, err)
-	}
-	return errors.Join(failures...)
 }
 
 // removeMarkers removes the markers of volumes that have no device: no file system without a device.

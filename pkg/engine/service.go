@@ -14,6 +14,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -266,7 +267,7 @@ func (s *service) Resize(ctx context.Context, r *api.ResizeRequest) (*api.Resize
 
 // frozenSnapshot takes a snapshot while the file system of the helper's directory is frozen.
 func (s *service) frozenSnapshot(
-	ctx context.Context, c *snapshotCall, w *process, device string, h *helper,
+	ctx context.Context, c *snapshotCall, w *process, device string, h *helper.Helper,
 ) (*api.Snapshot, error) {
 	f, err := s.freezeFS(ctx, c.volume, device, h, cmp.Or(s.options.hooks.maxFrozen, maxFrozen))
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -117,11 +118,11 @@ func (s *service) runSnapshot(ctx context.Context, c *snapshotCall, freezeToken 
 func (s *service) createSnapshot(
 	ctx context.Context, c *snapshotCall, w *process, device, freezeToken string,
 ) (*api.Snapshot, error) {
-	var h *helper
+	var h *helper.Helper
 	var takeErr error
 	if freezeToken != "" {
 		if h, takeErr = s.fds.take(freezeToken); takeErr == nil {
-			defer h.leave()
+			defer h.Leave()
 		}
 	}
 	existing, err := w.snapshot(ctx, c.name)

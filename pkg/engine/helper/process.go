@@ -1,4 +1,4 @@
-package engine
+package helper
 
 import (
 	"encoding/json"
@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
 )
 
 const (
@@ -20,9 +21,9 @@ const (
 	fiThaw   = 0xC0045878 // FITHAW, _IOWR('X', 120, int)
 )
 
-// RunHelper is the body of a helper process, which an engine starts to do what may have to wait for a volume. When it returns
+// Run is the body of a helper process, which an engine starts to do what may have to wait for a volume. When it returns
 // nil, it leaves nothing frozen.
-func RunHelper() error {
+func Run() error {
 	// It ends with its engine, and then thaws first.
 	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	conn, err := net.FileConn(os.Stdin)
@@ -30,15 +31,15 @@ func RunHelper() error {
 		return fmt.Errorf("inherited connection to the engine: %w", err)
 	}
 	os.Stdin.Close()
-	var p helperProcess
-	b := make([]byte, maxHelperMessage)
+	var p process
+	b := make([]byte, maxMessage)
 	for {
 		n, err := conn.Read(b)
 		if err != nil { // the engine is gone or has no more to ask, or the time is over
 			return p.end()
 		}
-		var r helperRequest
-		var reply helperReply
+		var r Request
+		var reply Reply
 		if err = json.Unmarshal(b[:n], &r); err == nil {
 			reply, err = p.do(r)
 			if r.Limit > 0 {
@@ -46,7 +47,7 @@ func RunHelper() error {
 			}
 		}
 		if err != nil {
-			reply.Error, reply.InUse = err.Error(), errors.Is(err, ErrInUse)
+			reply.Error, reply.InUse = err.Error(), errors.Is(err, rpc.ErrInUse)
 		}
 		answer, err := json.Marshal(reply)
 		if err == nil {
@@ -58,35 +59,35 @@ func RunHelper() error {
 	}
 }
 
-type helperProcess struct {
+type process struct {
 	frozen bool // by this process
 	dir    int  // 0: not open yet
 }
 
-func (p *helperProcess) do(r helperRequest) (reply helperReply, err error) {
+func (p *process) do(r Request) (reply Reply, err error) {
 	switch r.Op {
-	case helperSync:
+	case Sync:
 		return reply, p.sync(r.Device)
-	case helperFreeze:
+	case Freeze:
 		return p.freeze()
-	case helperThaw:
+	case Thaw:
 		return reply, p.thaw()
-	case helperThawDevice:
+	case ThawDevice:
 		return reply, thawDevice(r.Device, r.Surely)
-	case helperClear:
+	case Clear:
 		return reply, clearNamed(r.Device)
-	case helperRestore:
-		return reply, blockdev.Restore(helperDirFD, []byte(r.Device))
+	case Restore:
+		return reply, blockdev.Restore(DirFD, []byte(r.Device))
 	}
 	return reply, fmt.Errorf("unknown operation %q", r.Op)
 }
 
-func (p *helperProcess) sync(device string) (err error) {
-	if err := checkOn(device, helperDirFD); err != nil {
+func (p *process) sync(device string) (err error) {
+	if err := checkOn(device, DirFD); err != nil {
 		return err
 	}
 	// What was passed may be no more than a path (O_PATH).
-	if p.dir, err = unix.Openat(helperDirFD, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+	if p.dir, err = unix.Openat(DirFD, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
 		return fmt.Errorf("open the directory: %w", err)
 	}
 	if err := unix.Syncfs(p.dir); err != nil {
@@ -95,7 +96,7 @@ func (p *helperProcess) sync(device string) (err error) {
 	return nil
 }
 
-func (p *helperProcess) freeze() (reply helperReply, err error) {
+func (p *process) freeze() (reply Reply, err error) {
 	switch err := unix.IoctlSetInt(p.dir, fiFreeze, 0); {
 	case errors.Is(err, unix.EBUSY):
 		reply.Foreign = true
@@ -107,11 +108,11 @@ func (p *helperProcess) freeze() (reply helperReply, err error) {
 	return reply, nil
 }
 
-// errThawed is the answer to helperThaw when nothing was frozen any more.
+// errThawed is the answer to Thaw when nothing was frozen any more.
 var errThawed = errors.New("somebody thawed it before the snapshot")
 
 // end leaves nothing frozen.
-func (p *helperProcess) end() error {
+func (p *process) end() error {
 	if err := p.thaw(); !errors.Is(err, errThawed) {
 		return err
 	}
@@ -119,7 +120,7 @@ func (p *helperProcess) end() error {
 }
 
 // thaw ends this process's freeze, if there is one.
-func (p *helperProcess) thaw() error {
+func (p *process) thaw() error {
 	if !p.frozen {
 		return nil
 	}
