@@ -12,6 +12,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 )
 
 func newEngineCommand() *cobra.Command {
@@ -73,7 +74,7 @@ func markReady(path string) {
 
 // newWorkerCommand is what the engine starts for each attached volume.
 func newWorkerCommand() *cobra.Command {
-	var o engine.WorkerOptions
+	var o worker.Options
 	cmd := &cobra.Command{
 		Use:    "worker",
 		Short:  "Serve one volume (the engine starts this)",
@@ -84,7 +85,7 @@ func newWorkerCommand() *cobra.Command {
 			protectMemory()
 			limitMemory(workerMemoryLimit)
 			o.Rest = unmapProgram
-			return engine.RunWorker(cmd.Context(), o)
+			return worker.Run(cmd.Context(), o)
 		},
 	}
 	cmd.Flags().StringVar(&o.PoolDir, "pool", "", "`directory` of the volumes")

@@ -20,6 +20,7 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -53,12 +54,12 @@ func exitCode(run func(context.Context, []string) error) int {
 
 func runTestWorker(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("worker", flag.ExitOnError)
-	var o engine.WorkerOptions
+	var o worker.Options
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	flags.StringVar(&o.Volume, "volume", "", "")
 	flags.StringVar(&o.Holder, "holder", "", "")
 	_ = flags.Parse(args)
-	return engine.RunWorker(ctx, o)
+	return worker.Run(ctx, o)
 }
 
 func runTestHelper(context.Context, []string) error { return helper.Run() }

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -241,7 +242,7 @@ func TestSnapshotsOfAttachedVolume(t *testing.T) {
 	}
 	must(t, r.client.DeleteSnapshot(ctx, id, "s2"))
 	must(t, r.client.DeleteSnapshot(ctx, id, "s2"))
-	for _, name := range []string{"", reservedPrefix + "x"} {
+	for _, name := range []string{"", worker.ReservedPrefix + "x"} {
 		_, err = r.client.CreateSnapshot(ctx, id, name, nil)
 		wantErr(t, err, ErrInvalid)
 		wantErr(t, r.client.DeleteSnapshot(ctx, id, name), ErrInvalid)
@@ -266,7 +267,7 @@ func TestAttachSweepsClones(t *testing.T) {
 	must(t, err)
 	img, err := lease.Open(false)
 	must(t, err)
-	for _, name := range []string{"mine", reservedPrefix + "left"} {
+	for _, name := range []string{"mine", worker.ReservedPrefix + "left"} {
 		_, err = img.CreateSnapshot(name, nil)
 		must(t, err)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -54,7 +55,7 @@ func TestCloneOfAttachedVolume(t *testing.T) {
 	w.done.Wait()
 	w.check(t, r.attach(id))
 	r.detach(id)
-	if out := run(t, "qemu-img", "snapshot", "-l", r.pool.ImagePath(id)); strings.Contains(out, reservedPrefix) {
+	if out := run(t, "qemu-img", "snapshot", "-l", r.pool.ImagePath(id)); strings.Contains(out, worker.ReservedPrefix) {
 		t.Errorf("a clone's snapshot is left:\n%s", out)
 	}
 	wantNoParts(t, r)
@@ -62,7 +63,7 @@ func TestCloneOfAttachedVolume(t *testing.T) {
 
 func wantNoParts(t *testing.T, r *rig) {
 	t.Helper()
-	parts, err := filepath.Glob(filepath.Join(r.dir, "*"+partSuffix))
+	parts, err := filepath.Glob(filepath.Join(r.dir, "*"+worker.PartSuffix))
 	must(t, err)
 	if len(parts) > 0 {
 		t.Errorf("left: %v", parts)
@@ -155,7 +156,7 @@ func (r *rig) newFilledVolume(name string) string {
 func awaitClone(t *testing.T, target string) (file os.FileInfo) {
 	t.Helper()
 	eventually(t, "the clone runs", func() bool {
-		for _, path := range []string{target + partSuffix, target} {
+		for _, path := range []string{target + worker.PartSuffix, target} {
 			var err error
 			if file, err = os.Stat(path); err == nil {
 				return true
@@ -183,7 +184,7 @@ func TestDetachDuringClone(t *testing.T) {
 		}
 	}
 	wantNoParts(t, r)
-	if out := run(t, "qemu-img", "snapshot", "-l", r.pool.ImagePath(id)); strings.Contains(out, reservedPrefix) {
+	if out := run(t, "qemu-img", "snapshot", "-l", r.pool.ImagePath(id)); strings.Contains(out, worker.ReservedPrefix) {
 		t.Errorf("a clone's snapshot is left:\n%s", out)
 	}
 }
@@ -207,4 +208,36 @@ func TestKillWorkerDuringClone(t *testing.T) {
 		wantErr(t, err, qcow2.ErrExists)
 	}
 	wantImage(t, target, 0, mib, 1)
+}
+
+// A clone that was answered is there after a power cut.
+func TestCloneIsDurable(t *testing.T) {
+	r := newDiskRig(t, 512*mib)
+	ctx := testContext(t)
+	id := r.newVolume("a", 8*mib)
+	fillDevice(t, r.attach(id), 0, mib, 7)
+	_, err := r.client.CreateSnapshot(ctx, id, "s", nil)
+	must(t, err)
+	target := filepath.Join(r.dir, "clone.qcow2")
+	must(t, r.client.Clone(ctx, id, "s", target, 0))
+	run(t, "xfs_io", "-x", "-c", "shutdown", r.dir) // what is in the log's memory is lost
+	r.eventually("it is detached", func() bool { return r.client.Detach(testContext(t), id) == nil })
+	r.stop()
+	must(t, unix.Unmount(r.dir, 0))
+	run(t, "mount", "-o", "loop", r.disk, r.dir)
+	r.start()
+	f, err := qcow2.OpenFile(target, true)
+	must(t, err)
+	img, err := qcow2.Open(f, qcow2.OpenOptions{ReadOnly: true})
+	must(t, err)
+	defer img.Close()
+	got := make([]byte, mib)
+	_, err = img.ReadAt(got, 0)
+	must(t, err)
+	for i, b := range got {
+		if b != 7 {
+			t.Fatalf("byte %d of the clone is %#x", i, b)
+		}
+	}
+	must(t, os.Remove(target))
 }

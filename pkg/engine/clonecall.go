@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -83,7 +84,7 @@ func (s *service) runClone(ctx context.Context, w *process, c *cloneCall) {
 	_, err := w.api.Clone(ctx, c.request)
 	c.err = w.explain(err)
 	if errors.Is(c.err, ErrUnavailable) {
-		_ = os.Remove(c.request.GetTarget() + partSuffix) // of a worker that died
+		_ = os.Remove(c.request.GetTarget() + worker.PartSuffix) // of a worker that died
 	}
 	if c.err != nil {
 		s.forgetClone(c) // who comes later starts it again

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -51,7 +52,7 @@ func TestWriteToNewClusterHoldsUpNobody(t *testing.T) {
 	defer file.Close()
 	disk := &slowDisk{file, bytes.Repeat([]byte("slow"), 1024), make(chan struct{}), make(chan struct{})}
 	must(t, file.Truncate(disk.Size()))
-	device, err := blockdev.Attach(disk, blockdev.Options{Name: devicePrefix + testVolumePrefix + strconv.Itoa(os.Getpid()) + "-slow"})
+	device, err := blockdev.Attach(disk, blockdev.Options{Name: worker.DevicePrefix + testVolumePrefix + strconv.Itoa(os.Getpid()) + "-slow"})
 	must(t, err)
 	t.Cleanup(func() { must(t, device.Detach()) })
 	run(t, "mkfs.ext4", "-q", "-E", "nodiscard", device.Path())

@@ -8,22 +8,16 @@
 package engine
 
 import (
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 )
-
-// devicePrefix begins the name of each of our loop devices; the volume ID, at most 58 bytes, follows.
-const devicePrefix = "csiq:"
-
-// reservedPrefix begins the names of the snapshots that exist only while a clone reads them. No listing
-// shows them; those that a dead worker left are deleted when the volume is attached the next time.
-const reservedPrefix = ".csi-qcow2-clone."
 
 // IsReservedSnapshot tells whether a snapshot name is one that the engine uses for clones.
 // Nobody may create one, and listings hide them.
-func IsReservedSnapshot(name string) bool { return strings.HasPrefix(name, reservedPrefix) }
+func IsReservedSnapshot(name string) bool { return worker.IsReservedSnapshot(name) }
 
 // Options of an engine.
 type Options struct {
@@ -46,7 +40,7 @@ type Options struct {
 	// Ready, if not nil, is called when the engine serves, or stands by to take over from another one.
 	Ready func()
 	// WorkerCommand is the command of a worker process, to which "--pool DIR --volume ID --holder PATH [--journal]" is added; it
-	// must call RunWorker. Empty: this executable with the argument "worker".
+	// must call worker.Run. Empty: this executable with the argument "worker".
 	WorkerCommand []string
 	// Metrics, if not nil, gets the engine's metrics.
 	Metrics prometheus.Registerer

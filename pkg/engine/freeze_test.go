@@ -119,7 +119,13 @@ func (r *rig) restore(id, snapshot string) string {
 	name := fmt.Sprintf("%s%d-restored-%s", testVolumePrefix, os.Getpid(), snapshot)
 	restored := r.pool.NewID(name)
 	must(r.t, r.pool.Create(r.t.Context(), pool.Volume{ID: restored, Name: name, Size: view.Size()},
-		func(ctx context.Context, path string) error { return writeClone(ctx, view, path, 0) }))
+		func(ctx context.Context, path string) error {
+			f, err := qcow2.CreateFile(path)
+			if err != nil {
+				return err
+			}
+			return errors.Join(qcow2.Clone(ctx, f, view, 0, nil), f.Close())
+		}))
 	return restored
 }
 

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -235,12 +236,12 @@ func (r *rig) cleanUp() {
 	if r.pool == nil {
 		return
 	}
-	devices, err := blockdev.Find(devicePrefix)
+	devices, err := blockdev.Find(worker.DevicePrefix)
 	if err != nil {
 		t.Error(err)
 	}
 	for _, d := range devices {
-		if id := strings.TrimPrefix(d.Name, devicePrefix); pool.ValidID(id) && r.pool.Owns(id) {
+		if id := strings.TrimPrefix(d.Name, worker.DevicePrefix); pool.ValidID(id) && r.pool.Owns(id) {
 			t.Errorf("%s of %s is left", d.Path, id)
 			unmountAll(d.Path)
 			_ = blockdev.Clear(d.Path, d.Name)

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -397,7 +398,7 @@ func TestDiscardOfHungWorker(t *testing.T) {
 		_, err := f.ReadAt(aligned(4096), 0)
 		read <- err
 	}()
-	must(t, discard(testContext(t), holder.Client{Path: r.holderSocket()}, id))
+	must(t, worker.Discard(testContext(t), holder.Client{Path: r.holderSocket()}, id))
 	select {
 	case err := <-read:
 		wantErr(t, err, unix.EIO)

@@ -20,6 +20,7 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 )
 
 // The test binary is also the worker, and the supervisor of the tests that kill one.
@@ -55,14 +56,14 @@ func exitCode(err error) int {
 
 func runTestWorker(args []string) error {
 	flags := flag.NewFlagSet("worker", flag.ExitOnError)
-	var o WorkerOptions
+	var o worker.Options
 	flags.StringVar(&o.PoolDir, "pool", "", "")
 	flags.StringVar(&o.Volume, "volume", "", "")
 	flags.StringVar(&o.Holder, "holder", "", "")
 	flags.BoolVar(&o.Journal, "journal", false, "")
 	_ = flags.Parse(args)
 	breakRingOnSignal()
-	return RunWorker(mainContext(), o)
+	return worker.Run(mainContext(), o)
 }
 
 // breakRingOnSignal makes SIGUSR1 put another file in the place of this process's io_uring.
@@ -156,12 +157,12 @@ const testVolumePrefix = "engtest-"
 
 // removeLeftovers removes the mounts and devices that a killed run of these tests left.
 func removeLeftovers() {
-	devices, err := blockdev.Find(devicePrefix + testVolumePrefix)
+	devices, err := blockdev.Find(worker.DevicePrefix + testVolumePrefix)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "look for leftovers:", err)
 	}
 	for _, d := range devices {
-		pid, _, _ := strings.Cut(strings.TrimPrefix(d.Name, devicePrefix+testVolumePrefix), "-")
+		pid, _, _ := strings.Cut(strings.TrimPrefix(d.Name, worker.DevicePrefix+testVolumePrefix), "-")
 		if n, err := strconv.Atoi(pid); err != nil || unix.Kill(n, 0) == nil {
 			continue // its test is running
 		}

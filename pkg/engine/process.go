@@ -22,6 +22,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/confined"
 	"github.com/csi-qcow2/csi-qcow2/pkg/internal/unixsocket"
 )
@@ -50,7 +51,7 @@ type process struct {
 }
 
 // startProcess starts a worker for one volume. The caller stops it.
-func startProcess(command []string, o WorkerOptions) (*process, error) {
+func startProcess(command []string, o worker.Options) (*process, error) {
 	volume := o.Volume
 	ours, theirs, err := unixsocket.Pair(unix.SOCK_STREAM)
 	if err != nil {
@@ -63,7 +64,7 @@ func startProcess(command []string, o WorkerOptions) (*process, error) {
 	}
 	cmd := exec.Command(command[0], args...)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
-	cmd.ExtraFiles = []*os.File{theirs} // controlFD
+	cmd.ExtraFiles = []*os.File{theirs} // worker.ControlFD
 	// The last of two settings counts. Each thread that serves the device needs a processor of the Go runtime's when its
 	// request arrives; with as few as there are cores it waits for one: half of the speed.
 	cmd.Env = append(os.Environ(), "GOMAXPROCS=16")

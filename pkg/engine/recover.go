@@ -12,27 +12,24 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
 const (
-	// orphanPatience is how long a starting engine waits for the workers of a dead one to finish: they
-	// flush and exit when they lose their supervisor.
-	orphanPatience = 10 * time.Second
-	orphanPoll     = 20 * time.Millisecond
 	// clearPatience is how long it may take to remove a dead device.
 	clearPatience = 10 * time.Second
 )
 
 // devicesLeft returns the volumes of p that have a device, and its path.
 func devicesLeft(p *pool.Pool) map[string]string {
-	devices, err := blockdev.Bound(devicePrefix)
+	devices, err := blockdev.Bound(worker.DevicePrefix)
 	if err != nil {
 		klog.ErrorS(err, "Cannot look for devices of an earlier engine")
 	}
 	left := map[string]string{}
 	for name, device := range devices {
-		id := strings.TrimPrefix(name, devicePrefix)
+		id := strings.TrimPrefix(name, worker.DevicePrefix)
 		if pool.ValidID(id) && p.Owns(id) { // else another engine's
 			left[id] = device
 		}
@@ -94,7 +91,7 @@ var (
 
 // waitForOrphan waits until no worker of a dead engine holds the volume.
 func waitForOrphan(ctx context.Context, p *pool.Pool, id string) error {
-	tick := time.NewTicker(orphanPoll)
+	tick := time.NewTicker(worker.OrphanPoll)
 	defer tick.Stop()
 	for {
 		lease, err := p.Lock(id)
@@ -115,18 +112,18 @@ func waitForOrphan(ctx context.Context, p *pool.Pool, id string) error {
 // clearDevices removes the devices of a volume that no worker serves any more, having thawed a file system that is frozen on
 // them. ErrInUse if one is still open; the kernel removes that one when its last user closes it.
 func (s *supervisor) clearDevices(ctx context.Context, p *pool.Pool, id string) error {
-	devices, err := blockdev.Bound(devicePrefix + id)
+	devices, err := blockdev.Bound(worker.DevicePrefix + id)
 	if err != nil {
 		return fmt.Errorf("find the devices of %s: %w", id, err)
 	}
-	device, bound := devices[devicePrefix+id]
+	device, bound := devices[worker.DevicePrefix+id]
 	if !bound {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, clearPatience)
 	defer cancel()
 	s.thawDead(ctx, p, id, s.given.present(id, device))
-	return helper.Ask(ctx, helper.Request{Op: helper.Clear, Device: devicePrefix + id})
+	return helper.Ask(ctx, helper.Request{Op: helper.Clear, Device: worker.DevicePrefix + id})
 }
 
 // thawDead thaws the file system on a device that nobody serves any more, if an earlier engine had frozen it.

@@ -8,6 +8,7 @@ import (
 
 	"k8s.io/klog/v2"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -88,7 +89,7 @@ func (s *supervisor) giveUp(id string, a *attachment, reason error) {
 		return
 	}
 	klog.ErrorS(reason, "Volume failed: its users get I/O errors", "volume", id, "device", a.device)
-	if err := discard(s.running, s.holder, id); err != nil {
+	if err := worker.Discard(s.running, s.holder, id); err != nil {
 		klog.ErrorS(err, "Device of a failed volume stays", "volume", id, "device", a.device)
 	}
 	s.set(id, &attachment{device: a.device, failure: reason.Error(), deaths: a.deaths})
@@ -107,7 +108,7 @@ func (s *supervisor) held(ctx context.Context, p *pool.Pool) (map[string]bool, e
 	if s.ownHolder && s.openedPool() == nil {
 		return nil, nil // it does not run yet, and has nothing
 	}
-	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	ctx, cancel := context.WithTimeout(ctx, worker.HolderPatience)
 	defer cancel()
 	names, err := s.holder.List(ctx)
 	held := map[string]bool{}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/helper"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -104,7 +105,7 @@ func (s *service) reuse(ctx context.Context, id string) (*attachment, error) {
 	s.set(id, nil)
 	ctx, cancel := s.outlive(ctx)
 	defer cancel()
-	err = discard(ctx, s.holder, id)
+	err = worker.Discard(ctx, s.holder, id)
 	a.worker.stop()
 	return nil, err
 }
@@ -163,7 +164,7 @@ func (s *service) detachServed(ctx context.Context, id string, a *attachment) er
 	}
 	s.set(id, nil)
 	if err != nil {
-		err = errors.Join(err, discard(ctx, s.holder, id))
+		err = errors.Join(err, worker.Discard(ctx, s.holder, id))
 	}
 	a.worker.stop()
 	if err != nil {

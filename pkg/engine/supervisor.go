@@ -17,6 +17,7 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/rpc"
+	"github.com/csi-qcow2/csi-qcow2/pkg/engine/worker"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
@@ -141,7 +142,7 @@ func (s *supervisor) open(ctx context.Context) error {
 	s.mu.Lock()
 	s.pool, s.lockFile = p, lock
 	s.mu.Unlock()
-	s.recoverPool(ctx, p, held, cmp.Or(s.options.hooks.orphanPatience, orphanPatience))
+	s.recoverPool(ctx, p, held, cmp.Or(s.options.hooks.orphanPatience, worker.OrphanPatience))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.recovered = true
@@ -288,7 +289,7 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string, avoid .
 }
 
 func (s *supervisor) startWorker(p *pool.Pool, id string) (*process, error) {
-	return startProcess(s.options.WorkerCommand, WorkerOptions{
+	return startProcess(s.options.WorkerCommand, worker.Options{
 		PoolDir: p.Dir(), Volume: id, Holder: s.options.Holder, Journal: s.options.Journal,
 	})
 }
@@ -394,13 +395,13 @@ func (s *supervisor) shutDownVolume(ctx context.Context, id string) {
 	}
 	s.set(id, nil)
 	if a.worker == nil {
-		err = errors.Join(discard(ctx, s.holder, id), s.clearDevices(ctx, s.openedPool(), id))
+		err = errors.Join(worker.Discard(ctx, s.holder, id), s.clearDevices(ctx, s.openedPool(), id))
 	} else {
 		if err == nil {
 			_, err = a.worker.api.Detach(patience, &api.DetachRequest{VolumeId: id})
 		}
 		if err != nil {
-			err = errors.Join(err, discard(ctx, s.holder, id))
+			err = errors.Join(err, worker.Discard(ctx, s.holder, id))
 		}
 		a.worker.stop()
 	}

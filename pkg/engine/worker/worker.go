@@ -1,4 +1,6 @@
-package engine
+// Package worker serves one attached volume, in a process of its own: it owns the image and serves the block device, and hands
+// both to the next worker, by way of the holder, when it ends before the volume is detached.
+package worker
 
 import (
 	"context"
@@ -17,14 +19,14 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
-// controlFD is the descriptor on which a worker inherits the connection to its supervisor.
-const controlFD = 3
+// ControlFD is the descriptor on which a worker inherits the connection to its supervisor.
+const ControlFD = 3
 
 // errSupervisorGone is why a worker ends while it still serves its volume.
 var errSupervisorGone = errors.New("the supervisor is gone")
 
-// WorkerOptions say what a worker process serves.
-type WorkerOptions struct {
+// Options say what a worker process serves.
+type Options struct {
 	PoolDir string
 	Volume  string // its ID
 	Holder  string // path of the holder's socket
@@ -32,11 +34,11 @@ type WorkerOptions struct {
 	Rest    func() // called, if not nil, when nobody has used the volume for a while
 }
 
-// RunWorker is the body of a worker process: it serves one volume of a pool, as told over the inherited
+// Run is the body of a worker process: it serves one volume of a pool, as told over the inherited
 // connection, until the connection or ctx ends. A volume that is attached then is flushed and left to a next worker:
-// its users wait. The process must end when RunWorker returns, at once after an error: it may still hold the volume.
-func RunWorker(ctx context.Context, o WorkerOptions) error {
-	f := os.NewFile(controlFD, "supervisor")
+// its users wait. The process must end when Run returns, at once after an error: it may still hold the volume.
+func Run(ctx context.Context, o Options) error {
+	f := os.NewFile(ControlFD, "supervisor")
 	conn, err := net.FileConn(f)
 	f.Close()
 	if err != nil {
@@ -48,7 +50,7 @@ func RunWorker(ctx context.Context, o WorkerOptions) error {
 // worker serves the control API for one volume.
 type worker struct {
 	api.UnimplementedEngineServer
-	options WorkerOptions
+	options Options
 	broken  chan error // has one when the process must end
 
 	// mu serialises Attach, Detach, Resize and the snapshot calls.
@@ -58,7 +60,7 @@ type worker struct {
 	ended   bool // the supervisor is gone; guarded by mu
 }
 
-func serveWorker(ctx context.Context, conn net.Conn, o WorkerOptions) error {
+func serveWorker(ctx context.Context, conn net.Conn, o Options) error {
 	w := &worker{options: o, broken: make(chan error, 1)}
 	ended := make(chan error, 1)
 	go func() { ended <- w.run(ctx, conn) }()
@@ -105,12 +107,12 @@ func (w *worker) leaveServed(s *served) error {
 	return s.leave()
 }
 
-// attached returns the volume, or ErrNotAttached.
+// attached returns the volume, or rpc.ErrNotAttached.
 func (w *worker) attached() (*served, error) {
 	if s := w.current.Load(); s != nil {
 		return s, nil
 	}
-	return nil, fmt.Errorf("%s: %w", w.options.Volume, ErrNotAttached)
+	return nil, fmt.Errorf("%s: %w", w.options.Volume, rpc.ErrNotAttached)
 }
 
 func (w *worker) Attach(ctx context.Context, r *api.AttachRequest) (*api.AttachResponse, error) {

@@ -1,4 +1,4 @@
-package engine
+package worker
 
 import (
 	"context"
@@ -6,17 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"time"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/blockdev"
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/holder"
-	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
-// holderPatience is how long a holder may take to answer: one may be taking over from another.
-const holderPatience = 10 * time.Second
+// HolderPatience is how long a holder may take to answer: one may be taking over from another.
+const HolderPatience = 10 * time.Second
 
 // keptState says what the holder has of an attached volume, in JSON. The descriptors are the redo log's memory, and then
 // the device's.
@@ -37,7 +33,7 @@ func keep(ctx context.Context, at holder.Client, volume string, dev *blockdev.De
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	ctx, cancel := context.WithTimeout(ctx, HolderPatience)
 	defer cancel()
 	return at.Hold(ctx, volume, holder.Entry{State: state, FDs: append([]int{log.fd}, h.FDs...)})
 }
@@ -49,7 +45,7 @@ func loopEntry(volume string) string { return volume + "/loop" }
 
 // keepLoop has the holder keep the loop device's descriptor; -1: give it up.
 func keepLoop(ctx context.Context, at holder.Client, volume string, fd int) error {
-	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	ctx, cancel := context.WithTimeout(ctx, HolderPatience)
 	defer cancel()
 	if fd < 0 {
 		return at.Drop(ctx, loopEntry(volume))
@@ -67,7 +63,7 @@ func keepLoop(ctx context.Context, at holder.Client, volume string, fd int) erro
 
 // drop makes the holder give up all that it has of a volume.
 func drop(ctx context.Context, at holder.Client, volume string) error {
-	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	ctx, cancel := context.WithTimeout(ctx, HolderPatience)
 	defer cancel()
 	return errors.Join(at.Drop(ctx, volume), at.Drop(ctx, loopEntry(volume)))
 }
@@ -80,7 +76,7 @@ type kept struct {
 
 // getKept returns what the holder has of a volume, nil if nothing.
 func getKept(ctx context.Context, at holder.Client, volume string) (*kept, error) {
-	ctx, cancel := context.WithTimeout(ctx, holderPatience)
+	ctx, cancel := context.WithTimeout(ctx, HolderPatience)
 	defer cancel()
 	e, err := at.Get(ctx, volume)
 	if errors.Is(err, holder.ErrNotHeld) {
@@ -128,64 +124,12 @@ func (k *kept) close() {
 	k.log.close()
 }
 
-// discard ends a kept device, whoever uses it: they get errors. Nothing kept is fine.
-func discard(ctx context.Context, at holder.Client, volume string) error {
+// Discard ends a kept device, whoever uses it: they get errors. Nothing kept is fine.
+func Discard(ctx context.Context, at holder.Client, volume string) error {
 	k, err := getKept(ctx, at, volume)
 	if err == nil && k != nil {
 		err = k.device.Abort()
 		k.close()
 	}
 	return errors.Join(err, drop(ctx, at, volume))
-}
-
-// redoMemory is the memory of an image's redo log, shared by all who have its descriptor.
-type redoMemory struct {
-	fd int
-	b  []byte
-}
-
-// redoMemorySize in bytes: twice the least.
-const redoMemorySize = 2 * 8 * qcow2.MinRedoLog
-
-func newRedoMemory() (*redoMemory, error) {
-	fd, err := unix.MemfdCreate("csi-qcow2 redo log", unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("memory of the redo log: %w", err)
-	}
-	if err := unix.Ftruncate(fd, redoMemorySize); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("memory of the redo log: %w", err)
-	}
-	m, err := mapRedoMemory(fd)
-	if err != nil {
-		unix.Close(fd)
-	}
-	return m, err
-}
-
-// mapRedoMemory takes over fd when it succeeds.
-func mapRedoMemory(fd int) (*redoMemory, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, fmt.Errorf("memory of the redo log: %w", err)
-	}
-	if st.Size <= 0 || st.Size > 1<<30 || st.Size%8 != 0 {
-		return nil, fmt.Errorf("memory of the redo log has %d bytes", st.Size)
-	}
-	b, err := unix.Mmap(fd, 0, int(st.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
-	if err != nil {
-		return nil, fmt.Errorf("map the redo log: %w", err)
-	}
-	return &redoMemory{fd, b}, nil
-}
-
-// log returns the log that is in the memory.
-func (m *redoMemory) log() (*qcow2.RedoLog, error) {
-	return qcow2.NewRedoLog(unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(m.b))), len(m.b)/8))
-}
-
-// close gives up the memory. No image may use its log.
-func (m *redoMemory) close() {
-	_ = unix.Munmap(m.b)
-	unix.Close(m.fd)
 }

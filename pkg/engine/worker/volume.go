@@ -1,4 +1,4 @@
-package engine
+package worker
 
 import (
 	"context"
@@ -17,9 +17,20 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
+const (
+	// OrphanPatience is how long whoever takes a volume over waits for the worker before: it flushes and exits when it loses its
+	// supervisor.
+	OrphanPatience = 10 * time.Second
+	// OrphanPoll is how often it looks meanwhile.
+	OrphanPoll = 20 * time.Millisecond
+)
+
+// DevicePrefix begins the name of each of our loop devices; the volume ID, at most 58 bytes, follows.
+const DevicePrefix = "csiq:"
+
 // served is a volume that this process owns and serves: its lease, its image and its device.
 type served struct {
-	options WorkerOptions
+	options Options
 	lease   *pool.Lease
 	img     *qcow2.Image
 	log     *redoMemory
@@ -45,7 +56,7 @@ type served struct {
 
 // serve takes a volume and makes a device of it, or goes on with the one that an earlier worker has left. Its tasks end
 // with ctx. The process must end when there is something in broken.
-func serve(ctx context.Context, o WorkerOptions, avoid []string, broken chan<- error) (*served, error) {
+func serve(ctx context.Context, o Options, avoid []string, broken chan<- error) (*served, error) {
 	p, err := pool.Open(o.PoolDir)
 	if err != nil {
 		return nil, err
@@ -58,7 +69,7 @@ func serve(ctx context.Context, o WorkerOptions, avoid []string, broken chan<- e
 	if k != nil {
 		// Whoever served it may be about to end.
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, orphanPatience)
+		ctx, cancel = context.WithTimeout(ctx, OrphanPatience)
 		defer cancel()
 	}
 	lease, err := outwait(ctx, k != nil, func() (*pool.Lease, error) { return p.Lock(o.Volume) })
@@ -77,7 +88,7 @@ func serve(ctx context.Context, o WorkerOptions, avoid []string, broken chan<- e
 
 // outwait tries again while somebody else has what is wanted, if patient, until ctx ends.
 func outwait[T any](ctx context.Context, patient bool, try func() (T, error)) (T, error) {
-	tick := time.NewTicker(orphanPoll)
+	tick := time.NewTicker(OrphanPoll)
 	defer tick.Stop()
 	for {
 		t, err := try()
@@ -97,7 +108,7 @@ func outwait[T any](ctx context.Context, patient bool, try func() (T, error)) (T
 func (s *served) begin(ctx context.Context, k *kept, avoid []string) error {
 	volume := s.lease.Volume().ID
 	if s.lease.Volume().Tombstone {
-		return fmt.Errorf("%s: %w", volume, ErrTombstone)
+		return fmt.Errorf("%s: %w", volume, rpc.ErrTombstone)
 	}
 	unclean, err := s.lease.WasUnclean()
 	if err != nil {
@@ -174,7 +185,7 @@ func (s *served) openImage(ctx context.Context, k *kept) error {
 func (s *served) openDevice(ctx context.Context, k *kept, avoid []string) (err error) {
 	volume := s.lease.Volume().ID
 	o := blockdev.Options{
-		Name: devicePrefix + volume, DiscardGranularity: int(s.img.ClusterSize()), Errno: errno,
+		Name: DevicePrefix + volume, DiscardGranularity: int(s.img.ClusterSize()), Errno: errno,
 		Journal: s.options.Journal, Broken: func(err error) { s.broken <- err }, Avoid: avoid,
 		Restore: func(fd int, want []byte) error { return s.restorer.restore(context.WithoutCancel(ctx), fd, want) },
 		Keep:    func(fd int) error { return keepLoop(context.WithoutCancel(ctx), s.holder, volume, fd) },
@@ -198,11 +209,11 @@ func (s *served) openDevice(ctx context.Context, k *kept, avoid []string) (err e
 	return nil
 }
 
-// endDevice ends the device; ErrInUse, and nothing changed, while somebody has it open.
+// endDevice ends the device; rpc.ErrInUse, and nothing changed, while somebody has it open.
 func (s *served) endDevice(ctx context.Context) error {
 	err := s.dev.Detach()
 	if errors.Is(err, blockdev.ErrBusy) {
-		return rpc.Refuse(ErrInUse, "something on the node has %[1]s open: end what `fuser -vm %[1]s` shows there", s.dev.Path())
+		return rpc.Refuse(rpc.ErrInUse, "something on the node has %[1]s open: end what `fuser -vm %[1]s` shows there", s.dev.Path())
 	}
 	return errors.Join(err, drop(ctx, s.holder, s.lease.Volume().ID))
 }

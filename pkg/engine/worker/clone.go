@@ -1,4 +1,4 @@
-package engine
+package worker
 
 import (
 	"context"
@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
@@ -16,8 +17,15 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
-// partSuffix is added to the target's name until the clone is whole.
-const partSuffix = ".part"
+// PartSuffix is added to the target's name until the clone is whole.
+const PartSuffix = ".part"
+
+// ReservedPrefix begins the names of the snapshots that exist only while a clone reads them. No listing
+// shows them; those that a dead worker left are deleted when the volume is attached the next time.
+const ReservedPrefix = ".csi-qcow2-clone."
+
+// IsReservedSnapshot tells whether a snapshot name is one of those.
+func IsReservedSnapshot(name string) bool { return strings.HasPrefix(name, ReservedPrefix) }
 
 // clone is a running Clone of one state of an attached volume, whose I/O goes on.
 type clone struct {
@@ -33,7 +41,7 @@ func (s *served) openClone(snapshot string) (*clone, error) {
 	c := &clone{source: s}
 	which := qcow2.ByName(snapshot)
 	if snapshot == "" {
-		made, err := s.img.CreateSnapshot(reservedPrefix+rand.Text(), nil)
+		made, err := s.img.CreateSnapshot(ReservedPrefix+rand.Text(), nil)
 		if err != nil {
 			return nil, err
 		}
@@ -54,7 +62,7 @@ func (c *clone) run(target string, size int64) error {
 	defer c.source.tasks.Done()
 	err := writeClone(c.source.tasksCtx, c.view, target, size)
 	if c.source.tasksCtx.Err() != nil {
-		err = rpc.Refuse(ErrUnavailable, "the source is being detached: %w", err)
+		err = rpc.Refuse(rpc.ErrUnavailable, "the source is being detached: %w", err)
 	}
 	if closeErr := c.view.Close(); closeErr != nil {
 		klog.ErrorS(closeErr, "Source of a clone does not close", "target", target)
@@ -78,7 +86,7 @@ func writeClone(ctx context.Context, view *qcow2.View, target string, size int64
 	if _, err := os.Lstat(target); err == nil {
 		return fmt.Errorf("%s: %w", target, qcow2.ErrExists)
 	}
-	part := target + partSuffix
+	part := target + PartSuffix
 	if err := os.Remove(part); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
