@@ -8,7 +8,8 @@ trap 'rm -rf "$copy"' EXIT
 git ls-files -z -- '*.go' '*.mod' '*.sum' .golangci.yml | xargs -0 cp --parents -t "$copy"
 
 # What is imported: a package of nothing in each of the project's rooms, for real ones would make circles.
-for room in cmd/csi-qcow2 pkg/{human,qcow2,pool,blockdev,engine,driver} pkg/qcow2/internal{,/fsck}; do
+rooms=(pkg/{human,qcow2,pool,blockdev,internal,engine,engine/{api,rpc,holder,helper,worker},driver} cmd/csi-qcow2)
+for room in "${rooms[@]}" pkg/qcow2/internal{,/fsck}; do
 	mkdir "$copy/$room/planted"
 	echo 'package planted' >"$copy/$room/planted/planted.go"
 done
@@ -21,24 +22,28 @@ plant() {
 	} >"$copy/$room/planted.go"
 	for import; do echo "$room/planted.go $import"; done
 }
-of=("$module"/pkg/{human,qcow2,pool,blockdev,engine,driver}/planted "$module/cmd/csi-qcow2/planted")
-but() { # the project's rooms but some
+but() { # the project's rooms but those that match
 	local pattern
 	pattern=$(IFS='|' && echo "$*")
-	printf '%s\n' "${of[@]}" | grep -vE "/($pattern)/planted"
+	printf '%s\n' "${rooms[@]}" | grep -vxE "pkg/($pattern)" | sed "s,.*,$module/&/planted,"
 }
 kubernetes=(k8s.io/client-go/rest github.com/container-storage-interface/spec/lib/go/csi)
 {
 	mapfile -t wrong < <(but qcow2) && plant pkg/qcow2 "${wrong[@]}" "${kubernetes[@]}" k8s.io/klog/v2
-	plant pkg/qcow2/internal/fsck "${of[@]}" "$module/pkg/qcow2/internal/planted" golang.org/x/sys/unix "${kubernetes[@]}"
-	plant pkg/qcow2/internal/host "${of[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} "${kubernetes[@]}"
-	plant pkg/qcow2/internal/format "${of[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} golang.org/x/sys/unix "${kubernetes[@]}"
-	mapfile -t wrong < <(but human) && plant pkg/human "${wrong[@]}" "${kubernetes[@]}"
-	mapfile -t wrong < <(but blockdev) && plant pkg/blockdev "${wrong[@]}" "${kubernetes[@]}"
-	mapfile -t wrong < <(but pool qcow2) && plant pkg/pool "${wrong[@]}" "${kubernetes[@]}"
-	mapfile -t wrong < <(but engine pool blockdev qcow2) && plant pkg/engine "${wrong[@]}" "${kubernetes[@]}"
-	plant pkg/engine/holder "${wrong[@]}" "${kubernetes[@]}"
-	mapfile -t wrong < <(but driver engine pool qcow2 human) && plant pkg/driver "${wrong[@]}"
+	mapfile -t wrong < <(but none)
+	plant pkg/qcow2/internal/fsck "${wrong[@]}" "$module/pkg/qcow2/internal/planted" golang.org/x/sys/unix "${kubernetes[@]}"
+	plant pkg/qcow2/internal/host "${wrong[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} "${kubernetes[@]}"
+	plant pkg/qcow2/internal/format "${wrong[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} golang.org/x/sys/unix "${kubernetes[@]}"
+	mapfile -t wrong < <(but human internal) && plant pkg/human "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but internal) && plant pkg/internal/unixsocket "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but blockdev internal) && plant pkg/blockdev "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but pool qcow2 internal) && plant pkg/pool "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but 'engine(/.*)?' pool blockdev qcow2 internal) && plant pkg/engine "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but engine/{worker,helper,holder,rpc,api} pool blockdev qcow2 internal) && plant pkg/engine/worker "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but engine/{helper,rpc} blockdev internal) && plant pkg/engine/helper "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but engine/holder internal) && plant pkg/engine/holder "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but engine/{rpc,api} pool qcow2 internal) && plant pkg/engine/rpc "${wrong[@]}" "${kubernetes[@]}"
+	mapfile -t wrong < <(but driver engine pool qcow2 human internal) && plant pkg/driver "${wrong[@]}"
 	plant pkg/driver/cluster "${wrong[@]}"
 } | sort >"$copy/want"
 

@@ -23,7 +23,7 @@ type edit struct {
 // mutant is a file with a line, or a pair of them, taken out.
 type mutant struct {
 	name  string // of package, file, function and what is taken out; stays when lines move
-	dir   string
+	dir   string // of the package whose tests may notice it
 	file  string // from the repository's root
 	line  int
 	lock  bool // what is taken out is a lock: only the race detector may see that
@@ -71,8 +71,12 @@ func find(dir string) ([]mutant, error) {
 	return all, nil
 }
 
-// testsOf returns the package whose tests try the mutants of a package: a room inside another is tried by that one's.
+// testsOf returns the package whose tests try the mutants of a package: a room inside another is tried by that one's,
+// and what runs in the engine's processes by the engine's.
 func testsOf(dir string) string {
+	if strings.HasPrefix(dir, "pkg/engine/") {
+		return "pkg/engine"
+	}
 	dir, _, _ = strings.Cut(dir, "/internal/")
 	return dir
 }

@@ -22,7 +22,10 @@ import (
 
 // packages are those whose mutants are made, if none are named.
 func packages() []string {
-	return []string{"pkg/qcow2", "pkg/qcow2/internal/format", "pkg/qcow2/internal/fsck", "pkg/qcow2/internal/host", "pkg/pool", "pkg/blockdev", "pkg/engine"}
+	return []string{
+		"pkg/qcow2", "pkg/qcow2/internal/format", "pkg/qcow2/internal/fsck", "pkg/qcow2/internal/host",
+		"pkg/pool", "pkg/blockdev", "pkg/engine", "pkg/engine/worker", "pkg/engine/helper",
+	}
 }
 
 // options are what a run is told.
