@@ -3,7 +3,6 @@ package engine
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
@@ -120,11 +119,7 @@ func (s *supervisor) beginFreeze(volume, device string, f *freeze) error {
 	if before != nil {
 		return errors.New("an earlier freeze has not ended: the volume does not answer, or a process is in the middle of a write to it")
 	}
-	note, err := json.Marshal(frozenNote{Device: device})
-	if err == nil {
-		err = p.Mark(volume, pool.Frozen, note)
-	}
-	if err != nil {
+	if err := markFrozen(p, volume, device); err != nil {
 		s.endFreeze(p, volume, f)
 		return fmt.Errorf("note it beside the image: %w", err)
 	}
@@ -147,9 +142,7 @@ func (s *supervisor) beginFreeze(volume, device string, f *freeze) error {
 
 // endFreeze forgets a freeze that is over.
 func (s *supervisor) endFreeze(p *pool.Pool, volume string, f *freeze) {
-	if err := p.Unmark(volume, pool.Frozen); err != nil && !errors.Is(err, pool.ErrNotFound) {
-		klog.ErrorS(err, "Freeze marker stays", "volume", volume)
-	}
+	unmarkFrozen(p, volume)
 	s.mu.Lock()
 	delete(s.freezes, volume)
 	s.mu.Unlock()
@@ -173,24 +166,6 @@ func (s *supervisor) thawSurely(volume, device string) bool {
 			return false
 		}
 	}
-}
-
-// frozenNote is the note of the marker: what a later engine needs to find the file system by.
-type frozenNote struct {
-	Device string `json:"device"`
-}
-
-// frozenBefore returns the device of the volume whose file system an earlier engine may have left frozen, "" if none is.
-func frozenBefore(p *pool.Pool, volume string) (device string, err error) {
-	note, set, err := p.Marked(volume, pool.Frozen)
-	if err != nil || !set {
-		return "", err
-	}
-	var m frozenNote
-	if err := json.Unmarshal(note, &m); err != nil {
-		return "", nil //nolint:nilerr // it was never finished, so nothing was frozen
-	}
-	return m.Device, nil
 }
 
 // endEarlierFreeze thaws what an earlier engine may have left frozen on a volume's device. It does not wait for that.

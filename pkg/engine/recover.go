@@ -44,7 +44,7 @@ func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[str
 	left := devicesLeft(p)
 	waiting, dead := map[string]*attachment{}, map[string]string{}
 	for id, device := range left {
-		device = s.given.present(id, device)
+		device = s.devices.present(id, device)
 		if held[id] {
 			waiting[id] = &attachment{device: device, failure: "an earlier engine has ended", waiting: true}
 			s.set(id, waiting[id])
@@ -53,7 +53,7 @@ func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[str
 			dead[id] = device
 		}
 	}
-	for id, device := range s.given.without(left) {
+	for id, device := range s.devices.without(left) {
 		klog.ErrorS(errUnbound, "Volume failed", "volume", id, "device", device)
 		s.set(id, &attachment{device: device, failure: errUnbound.Error()})
 	}
@@ -66,7 +66,7 @@ func (s *supervisor) recoverPool(ctx context.Context, p *pool.Pool, held map[str
 			err := waitForOrphan(ctx, p, id)
 			switch {
 			case err != nil:
-			case s.given.count(id) > 0:
+			case s.devices.count(id) > 0:
 				s.thawDead(ctx, p, id, device)
 				err = errServerDied
 			default:
@@ -122,7 +122,7 @@ func (s *supervisor) clearDevices(ctx context.Context, p *pool.Pool, id string) 
 	}
 	ctx, cancel := context.WithTimeout(ctx, clearPatience)
 	defer cancel()
-	s.thawDead(ctx, p, id, s.given.present(id, device))
+	s.thawDead(ctx, p, id, s.devices.present(id, device))
 	return helper.Ask(ctx, helper.Request{Op: helper.Clear, Device: worker.DevicePrefix + id})
 }
 
@@ -134,29 +134,10 @@ func (s *supervisor) thawDead(ctx context.Context, p *pool.Pool, id, device stri
 	if err == nil && marked == device {
 		if err = helper.Ask(ctx, helper.Request{Op: helper.ThawDevice, Device: device, Surely: true}); err == nil {
 			klog.InfoS("Thawed a file system that an earlier engine had frozen", "volume", id, "device", device)
-			err = p.Unmark(id, pool.Frozen)
+			unmarkFrozen(p, id)
 		}
 	}
 	if err != nil {
 		klog.ErrorS(err, "A file system may still be frozen", "volume", id, "device", device)
-	}
-}
-
-// removeMarkers removes the markers of volumes that have no device: no file system without a device.
-func removeMarkers(p *pool.Pool, devices map[string]string) {
-	volumes, err := p.Volumes()
-	if err != nil {
-		klog.ErrorS(err, "Some volumes cannot be read")
-	}
-	for _, v := range volumes {
-		if devices[v.ID] != "" {
-			continue
-		}
-		if _, set, err := p.Marked(v.ID, pool.Frozen); err == nil && !set {
-			continue
-		}
-		if err := p.Unmark(v.ID, pool.Frozen); err != nil {
-			klog.ErrorS(err, "Freeze marker stays", "volume", v.ID)
-		}
 	}
 }

@@ -100,7 +100,7 @@ func (s *supervisor) resume(waiting map[string]*attachment) {
 	for id, a := range waiting {
 		s.tasks.Go(func() { s.respawn(id, a, time.Now()) })
 	}
-	s.tasks.Go(func() { s.dropSpares(func(id string) bool { return waiting[id] != nil }) })
+	s.tasks.Go(func() { s.dropStandbys(func(id string) bool { return waiting[id] != nil }) })
 }
 
 // held returns the volumes of p whose device is kept.

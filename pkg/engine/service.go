@@ -69,7 +69,7 @@ func (s *service) Attach(ctx context.Context, r *api.AttachRequest) (*api.Attach
 	if err != nil {
 		return nil, err
 	}
-	if before := s.given.present(id, ""); before != "" && !held[id] { // it stays until the volume is detached
+	if before := s.devices.present(id, ""); before != "" && !held[id] { // it stays until the volume is detached
 		s.thawDead(ctx, p, id, before)
 	}
 	ctx, cancel := s.outlive(ctx)

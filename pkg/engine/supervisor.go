@@ -40,7 +40,7 @@ type supervisor struct {
 	workers keyLock
 	opening sync.Mutex     // held while the pool is opened; taken before mu
 	tasks   sync.WaitGroup // watchers of workers, clones and snapshot calls
-	given   given
+	devices assignedDevices
 	holder  holder.Client
 	// ownHolder: the holder is part of this engine and ends with it.
 	ownHolder bool
@@ -57,7 +57,7 @@ type supervisor struct {
 	attached  map[string]*attachment
 	clones    map[string]*cloneCall // by target
 	snapshots []*snapshotCall       // that run
-	spares    map[string]*process   // by volume: wait for the running engine to end
+	standbys  map[string]*process   // by volume: wait for the running engine to end
 	freezes   map[string]*freeze    // by volume: that are not over
 }
 
@@ -101,7 +101,7 @@ func (a *attachment) response() *api.AttachResponse {
 func newSupervisor(ctx context.Context, o Options) *supervisor {
 	s := &supervisor{
 		options: o, metrics: newMetrics(), fds: newFDStore(tokenLifetime), holder: holder.Client{Path: o.Holder},
-		attached: map[string]*attachment{}, clones: map[string]*cloneCall{}, spares: map[string]*process{},
+		attached: map[string]*attachment{}, clones: map[string]*cloneCall{}, standbys: map[string]*process{},
 		freezes: map[string]*freeze{},
 	}
 	s.running, s.close = context.WithCancel(context.WithoutCancel(ctx))
@@ -138,7 +138,7 @@ func (s *supervisor) open(ctx context.Context) error {
 		lock.Close()
 		return err
 	}
-	s.given.read(p)
+	s.devices.read(p)
 	s.mu.Lock()
 	s.pool, s.lockFile = p, lock
 	s.mu.Unlock()
@@ -176,7 +176,7 @@ func (s *supervisor) lockPool(ctx context.Context, p *pool.Pool) (*os.File, erro
 				err = unreachable
 				break
 			}
-			s.spare(ctx, p, held)
+			s.startStandbys(ctx, p, held)
 			klog.InfoS("Standing by until the running engine ends", "pool", p.Dir())
 			s.options.ready()
 		}
@@ -264,14 +264,14 @@ func (s *supervisor) worker(ctx context.Context, id string) (*process, string, e
 // start starts a worker that serves the volume, as none of the devices to avoid unless the volume had it before.
 func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string, avoid ...string) (*attachment, error) {
 	a := &attachment{started: time.Now()}
-	w := s.takeSpare(id)
+	w := s.takeStandby(id)
 	if w == nil {
 		var err error
 		if w, err = s.startWorker(p, id); err != nil {
 			return nil, err
 		}
 	}
-	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id, Avoid: s.given.avoid(id, avoid)})
+	r, err := w.api.Attach(ctx, &api.AttachRequest{VolumeId: id, Avoid: s.devices.avoid(id, avoid)})
 	if err != nil {
 		if ctx.Err() != nil { // it hangs
 			_ = w.cmd.Process.Kill()
@@ -280,7 +280,7 @@ func (s *supervisor) start(ctx context.Context, p *pool.Pool, id string, avoid .
 		return nil, w.explain(err)
 	}
 	a.worker, a.device, a.file = w, r.GetDevice(), fileID{r.GetFileDevice(), r.GetFileInode()}
-	s.given.add(p, id, a.device)
+	s.devices.add(p, id, a.device)
 	if err := s.watch(id, a); err != nil {
 		w.stopWithin(leavePatience)
 		return nil, err
@@ -350,7 +350,7 @@ func (s *supervisor) shutDown(ctx context.Context) {
 	}
 	volumes.Wait()
 	s.tasks.Wait()
-	s.dropSpares(func(string) bool { return false })
+	s.dropStandbys(func(string) bool { return false })
 	s.unlockPool()
 }
 
@@ -372,13 +372,13 @@ func leave(id string, a *attachment) {
 
 // ended puts away what there was of a volume that has been detached.
 func (s *supervisor) ended(ctx context.Context, p *pool.Pool, id string) {
-	if s.given.count(id) > 1 {
+	if s.devices.count(id) > 1 {
 		if err := s.clearDevices(ctx, p, id); err != nil {
 			// Whoever has it open keeps a dead device, which goes with its last user.
 			klog.ErrorS(err, "An earlier device of the volume stays", "volume", id)
 		}
 	}
-	s.given.forget(p, id)
+	s.devices.forget(p, id)
 }
 
 func (s *supervisor) shutDownVolume(ctx context.Context, id string) {

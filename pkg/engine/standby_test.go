@@ -31,7 +31,7 @@ func children(t *testing.T, pid int) (pids []int) {
 
 // An engine that stands by has a worker ready for each volume. Those of which there is no need any more end; one that has
 // died is started again.
-func TestSpares(t *testing.T) {
+func TestStandbys(t *testing.T) {
 	const size = 16 * mib
 	for _, die := range []bool{false, true} {
 		t.Run(fmt.Sprintf("they die %v", die), func(t *testing.T) {
@@ -41,11 +41,11 @@ func TestSpares(t *testing.T) {
 			r.attach(gone)
 			r.upgradeAfter(func(next *testEngine) {
 				r.detach(gone)
-				spares := children(t, next.cmd.Process.Pid)
-				if len(spares) != 2 {
-					t.Errorf("%d workers wait for two volumes", len(spares))
+				standbys := children(t, next.cmd.Process.Pid)
+				if len(standbys) != 2 {
+					t.Errorf("%d workers wait for two volumes", len(standbys))
 				}
-				for _, pid := range spares {
+				for _, pid := range standbys {
 					if die {
 						must(t, unix.Kill(pid, unix.SIGKILL))
 					}

@@ -11,9 +11,9 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
-// spare has a worker process wait for each volume that the running engine serves: the users of the volumes, who wait when
+// startStandbys has a worker process wait for each volume that the running engine serves: the users of the volumes, who wait when
 // that engine ends, do not wait for processes to start.
-func (s *supervisor) spare(ctx context.Context, p *pool.Pool, volumes map[string]bool) {
+func (s *supervisor) startStandbys(ctx context.Context, p *pool.Pool, volumes map[string]bool) {
 	var starting sync.WaitGroup
 	for id := range volumes {
 		w, err := s.startWorker(p, id)
@@ -22,7 +22,7 @@ func (s *supervisor) spare(ctx context.Context, p *pool.Pool, volumes map[string
 			continue
 		}
 		s.mu.Lock()
-		s.spares[id] = w
+		s.standbys[id] = w
 		s.mu.Unlock()
 		starting.Go(func() {
 			if err := w.ready(ctx); err != nil {
@@ -43,30 +43,30 @@ func (p *process) ready(ctx context.Context) error {
 	return nil
 }
 
-// takeSpare returns the worker that waits for a volume, nil if none does.
-func (s *supervisor) takeSpare(id string) *process {
+// takeStandby returns the worker that waits for a volume, nil if none does.
+func (s *supervisor) takeStandby(id string) *process {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	w := s.spares[id]
-	delete(s.spares, id)
+	w := s.standbys[id]
+	delete(s.standbys, id)
 	if w != nil && w.death() != nil {
 		return nil
 	}
 	return w
 }
 
-// dropSpares ends the workers that wait for a volume for which want does not ask.
-func (s *supervisor) dropSpares(want func(id string) bool) {
+// dropStandbys ends the workers that wait for a volume for which want does not ask.
+func (s *supervisor) dropStandbys(want func(id string) bool) {
 	s.mu.Lock()
 	var all []string
-	for id := range s.spares {
+	for id := range s.standbys {
 		all = append(all, id)
 	}
 	s.mu.Unlock()
 	var ending sync.WaitGroup
 	for _, id := range all {
 		if !want(id) {
-			if w := s.takeSpare(id); w != nil {
+			if w := s.takeStandby(id); w != nil {
 				ending.Go(func() { w.stopWithin(leavePatience) })
 			}
 		}

@@ -18,26 +18,26 @@ import (
 // to another volume before this one is detached, also when the device is long gone: because the processes that kept it bound
 // have died, or somebody has unbound it. A file beside the image remembers it for the next engine, until the machine starts anew.
 
-// givenFile is in the volume's directory.
-const givenFile = "devices"
+// devicesFile is in the volume's directory.
+const devicesFile = "devices"
 
 // bootIDFile has another content after each start of the machine.
 const bootIDFile = "/proc/sys/kernel/random/boot_id"
 
-// given are the devices that volumes were attached as and not yet detached from, by volume; the last one is the present one.
-type given struct {
-	mu      sync.Mutex // guards what follows
-	devices map[string][]string
+// assignedDevices are the devices that volumes were attached as and not yet detached from, by volume; the last one is the present one.
+type assignedDevices struct {
+	mu       sync.Mutex // guards what follows
+	byVolume map[string][]string
 }
 
-// givenNote is the content of a volume's file, in JSON.
-type givenNote struct {
+// devicesNote is the content of a volume's file, in JSON.
+type devicesNote struct {
 	Boot    string   `json:"boot"`
 	Devices []string `json:"devices"`
 }
 
 // read reads what earlier engines have noted.
-func (g *given) read(p *pool.Pool) {
+func (a *assignedDevices) read(p *pool.Pool) {
 	all := map[string][]string{}
 	volumes, err := p.Volumes()
 	if err != nil {
@@ -45,11 +45,11 @@ func (g *given) read(p *pool.Pool) {
 	}
 	boot := bootID()
 	for _, v := range volumes {
-		b, err := os.ReadFile(givenPath(p, v.ID))
+		b, err := os.ReadFile(devicesPath(p, v.ID))
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
-		var n givenNote
+		var n devicesNote
 		if err == nil {
 			err = json.Unmarshal(b, &n)
 		}
@@ -60,13 +60,13 @@ func (g *given) read(p *pool.Pool) {
 			all[v.ID] = n.Devices
 		}
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.devices = all
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.byVolume = all
 }
 
-func givenPath(p *pool.Pool, id string) string {
-	return filepath.Join(filepath.Dir(p.ImagePath(id)), givenFile)
+func devicesPath(p *pool.Pool, id string) string {
+	return filepath.Join(filepath.Dir(p.ImagePath(id)), devicesFile)
 }
 
 func bootID() string {
@@ -78,20 +78,20 @@ func bootID() string {
 }
 
 // add notes a device of a volume. The note need not survive the machine, so nothing is synced.
-func (g *given) add(p *pool.Pool, id, device string) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	before := g.devices[id]
+func (a *assignedDevices) add(p *pool.Pool, id, device string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before := a.byVolume[id]
 	if len(before) > 0 && before[len(before)-1] == device {
 		return
 	}
 	now := append(slices.DeleteFunc(slices.Clone(before), func(d string) bool { return d == device }), device)
-	if g.devices == nil {
-		g.devices = map[string][]string{}
+	if a.byVolume == nil {
+		a.byVolume = map[string][]string{}
 	}
-	g.devices[id] = now
-	b, err := json.Marshal(givenNote{bootID(), now})
-	path := givenPath(p, id)
+	a.byVolume[id] = now
+	b, err := json.Marshal(devicesNote{bootID(), now})
+	path := devicesPath(p, id)
 	if err == nil {
 		err = os.WriteFile(path+".new", b, 0o600)
 	}
@@ -104,41 +104,41 @@ func (g *given) add(p *pool.Pool, id, device string) {
 }
 
 // forget is for a volume that was detached.
-func (g *given) forget(p *pool.Pool, id string) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if _, ok := g.devices[id]; !ok {
+func (a *assignedDevices) forget(p *pool.Pool, id string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, ok := a.byVolume[id]; !ok {
 		return
 	}
-	delete(g.devices, id)
-	if err := os.Remove(givenPath(p, id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	delete(a.byVolume, id)
+	if err := os.Remove(devicesPath(p, id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		klog.ErrorS(err, "The note of the volume's devices stays", "volume", id)
 	}
 }
 
 // count returns how many devices a volume has had.
-func (g *given) count(id string) int {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return len(g.devices[id])
+func (a *assignedDevices) count(id string) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.byVolume[id])
 }
 
 // present returns the device that a volume was last attached as; unknown if that is not known.
-func (g *given) present(id, unknown string) string {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if all := g.devices[id]; len(all) > 0 {
+func (a *assignedDevices) present(id, unknown string) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if all := a.byVolume[id]; len(all) > 0 {
 		return all[len(all)-1]
 	}
 	return unknown
 }
 
 // without returns the present device of each volume that is not among some.
-func (g *given) without(some map[string]string) map[string]string {
-	g.mu.Lock()
-	defer g.mu.Unlock()
+func (a *assignedDevices) without(some map[string]string) map[string]string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	rest := map[string]string{}
-	for id, all := range g.devices {
+	for id, all := range a.byVolume {
 		if _, ok := some[id]; !ok {
 			rest[id] = all[len(all)-1]
 		}
@@ -147,11 +147,11 @@ func (g *given) without(some map[string]string) map[string]string {
 }
 
 // avoid returns the devices of all volumes but one, and those of some that this one has not had.
-func (g *given) avoid(id string, some []string) []string {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	all := slices.DeleteFunc(slices.Clone(some), func(d string) bool { return slices.Contains(g.devices[id], d) })
-	for other, devices := range g.devices {
+func (a *assignedDevices) avoid(id string, some []string) []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	all := slices.DeleteFunc(slices.Clone(some), func(d string) bool { return slices.Contains(a.byVolume[id], d) })
+	for other, devices := range a.byVolume {
 		if other != id {
 			all = append(all, devices...)
 		}
