@@ -41,13 +41,13 @@ func (p *Pool) Accounts() ([]Account, error) {
 
 // account takes one volume's account. v is empty if its volume.json is unreadable.
 func account(all dir, id string, v Volume, snapshotted bool) Account {
-	allocated, head := measure(all, id+"/"+imageFile)
-	a := Account{Volume: v, Occupied: allocated, DiskSize: head.size}
-	size := max(head.size, v.Size)
+	allocated, h := measure(all, id+"/"+imageFile)
+	a := Account{Volume: v, Occupied: allocated, DiskSize: h.size}
+	size := max(h.size, v.Size)
 	_, notPending := all.Lstat(id + "/" + string(pending))
 	switch {
 	case v.Tombstone: // to which nobody writes any more
-	case snapshotted || head.snapshots || notPending == nil:
+	case snapshotted || h.snapshots || notPending == nil:
 		a.Promised = size
 	default:
 		a.Promised = max(0, size-allocated)

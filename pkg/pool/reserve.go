@@ -12,12 +12,8 @@ import (
 // writes new metadata before it frees the old. So the pool holds a file of preallocated blocks, the reserve,
 // which a deletion that has met a full file system gives up, and which is filled again afterwards.
 
-const (
-	// reserveClusters is how many clusters a deletion needs besides L2 entries and reference counts, at most.
-	reserveClusters = 16
-	// reserveShare bounds the reserve to this part of the file system.
-	reserveShare = 16
-)
+// reserveShare bounds the reserve to this part of the file system.
+const reserveShare = 16
 
 // KeepReserve makes the reserve as large as the deletion of a snapshot of the pool's largest volume may need: nothing, if
 // there are no volumes. Durable when it returns. qcow2.ErrNoSpace.
@@ -99,26 +95,8 @@ func (p *Pool) reserveNeed(root dir) (int64, error) {
 	defer all.Close()
 	need := int64(0)
 	err = eachVolumeIn(root, volumesDir, func(string) bool { return true }, func(id string, _ Volume, _ error) {
-		need = max(need, deletionNeed(all, id+"/"+imageFile, total))
+		_, h := measure(all, id+"/"+imageFile)
+		need = max(need, h.deletionNeed(total))
 	})
 	return min(need, total/reserveShare) &^ 4095, err
-}
-
-// deletionNeed returns how much the metadata of an image may come to on a file system of total bytes: an L2 entry for
-// each cluster of the disk, a reference count for each of the file. Zero for what is not to be found out.
-func deletionNeed(d dir, image string, total int64) int64 {
-	f, err := openImage(d, image)
-	if err != nil {
-		return 0
-	}
-	defer f.Close()
-	head := readHead(f)
-	if head.clusterBits < 9 || head.clusterBits > 21 {
-		return 0
-	}
-	entry := int64(8)
-	if head.extendedL2 {
-		entry = 16
-	}
-	return head.size>>head.clusterBits*entry + total>>head.clusterBits*2 + reserveClusters<<head.clusterBits
 }

@@ -76,8 +76,8 @@ func (p *Pool) Usage(id string) (allocated, size int64, err error) {
 		return 0, 0, err
 	}
 	defer d.Close()
-	allocated, head := measure(d, imageFile)
-	return allocated, head.size, nil
+	allocated, h := measure(d, imageFile)
+	return allocated, h.size, nil
 }
 
 // promise adds n bytes; of hostile sizes, no negative sum.
@@ -88,16 +88,16 @@ func (s *Space) promise(n int64) {
 	}
 }
 
-// measure returns how many bytes an image occupies, and its head; zeros for what is not to be found out.
-func measure(d dir, image string) (allocated int64, h head) {
+// measure returns how many bytes an image occupies, and its header; zeros for what is not to be found out.
+func measure(d dir, image string) (allocated int64, h imageHeader) {
 	f, err := openImage(d, image)
 	if err != nil {
-		return 0, head{}
+		return 0, imageHeader{}
 	}
 	defer f.Close()
 	var st unix.Stat_t
 	if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
-		return 0, head{}
+		return 0, imageHeader{}
 	}
-	return st.Blocks * 512, readHead(f)
+	return st.Blocks * 512, readImageHeader(f)
 }
