@@ -46,7 +46,7 @@ func notOnPage() []string {
 			"the engine is shutting down, another one follows", "the volume is not staged at %s",
 			"%s is no longer the volume's, end the pods that use it, so that it is staged again: %w",
 		},
-		[]string{ // states that pkg/engine tests
+		[]string{ // states that no test of this package brings about
 			"the pool is lost, and its file system stays busy until the pods that use these volumes have ended, %s: %w",
 			"the volume holds nothing, though it is a copy of %s, of which that is not known; it is not formatted",
 		},
