@@ -103,7 +103,7 @@ func TestDamagedNotFormatted(t *testing.T) {
 	if entry>>62 != 1 {
 		t.Fatalf("the first cluster is not compressed: %#x", entry)
 	}
-	bad[entry&(1<<54-1)+10] ^= 0xa5
+	bad[entry&(1<<54-1)] |= 6 // a kind of block that deflate does not know: other bytes may decompress to something
 	must(t, os.WriteFile(rotten.imagePath(), bad, 0o600))
 	rotten.refused(codes.DataLoss, "input/output error")
 	must(t, os.WriteFile(rotten.imagePath(), good, 0o600))

@@ -120,16 +120,26 @@ func TestRefusalsAreExplained(t *testing.T) {
 		if !isCall {
 			return nil
 		}
-		if f, isName := call.Fun.(*ast.Ident); isName && (f.Name == "refuse" || f.Name == "invalid") {
-			return call.Args
+		switch f := call.Fun.(type) {
+		case *ast.Ident:
+			if f.Name == "refuse" || f.Name == "invalid" {
+				return call.Args
+			}
+		case *ast.SelectorExpr:
+			if f.Sel.Name == "Refuse" {
+				return call.Args
+			}
 		}
 		return nil
 	}
 	verb, dots := regexp.MustCompile(`%(\[\d\])?[a-zA-Z]|%%`), regexp.MustCompile("…")
-	for _, dir := range []string{"*.go", "../engine/*.go"} {
-		messages := literals(t, dir, false, refusals)
+	for _, room := range [][]string{{"*.go"}, {"../engine/*.go", "../engine/*/*.go"}} {
+		var messages []string
+		for _, pattern := range room {
+			messages = append(messages, literals(t, pattern, false, refusals)...)
+		}
 		if len(messages) < 10 {
-			t.Errorf("%s: only %d refusals were found", dir, len(messages))
+			t.Errorf("%s: only %d refusals were found", room, len(messages))
 		}
 		for _, message := range messages {
 			isExplained := slices.ContainsFunc(quotes(t), func(quote string) bool {
