@@ -25,6 +25,7 @@ const mib = 1 << 20
 // TestWorkerMemory: a volume that nobody uses takes less than 20 MB, also after it was busy; a busy one takes its buffers, and
 // what it may cache of mappings.
 func TestWorkerMemory(t *testing.T) {
+	t.Parallel() // it waits, most of the time
 	const (
 		size    = 256 * mib
 		idle    = 20_000_000

@@ -13,6 +13,7 @@ import (
 
 	apps "k8s.io/api/apps/v1"
 	core "k8s.io/api/core/v1"
+	storage "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -154,6 +155,16 @@ func TestPolicies(t *testing.T) {
 			metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
 		if (err == nil) != allowed {
 			t.Errorf("patch a claim with %s: %v", patch, err)
+		}
+	}
+	for node, allowed := range map[string]bool{"n1": true, "n2": false} {
+		_, err := as("n1").StorageV1().CSIStorageCapacities("csi-qcow2").Create(s.ctx, &storage.CSIStorageCapacity{
+			ObjectMeta:       metav1.ObjectMeta{Name: "policy"},
+			StorageClassName: "csi-qcow2",
+			NodeTopology:     &metav1.LabelSelector{MatchLabels: map[string]string{"topology.qcow2.csi.dev/node": node}},
+		}, dry)
+		if (err == nil) != allowed {
+			t.Errorf("tell the capacity of %s: %v", node, err)
 		}
 	}
 }
