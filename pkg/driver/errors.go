@@ -3,7 +3,6 @@ package driver
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 
@@ -12,6 +11,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine"
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/refusal"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -89,16 +89,10 @@ func codeOf(err error) codes.Code {
 	return codes.Internal
 }
 
-// refusal is an error of a kind whose text is all that its reader needs: the code says the kind.
-type refusal struct{ kind, text error }
-
-// refuse takes a format and what goes into it, as fmt.Errorf does.
+// refuse takes a format and what goes into it, as fmt.Errorf does. The code says the kind.
 func refuse(kind error, format string, args ...any) error {
-	return &refusal{kind, fmt.Errorf(format, args...)}
+	return refusal.Errorf(kind, format, args...)
 }
-
-func (r *refusal) Error() string   { return r.text.Error() }
-func (r *refusal) Unwrap() []error { return []error{r.kind, r.text} }
 
 // invalid is an INVALID_ARGUMENT that says what is wrong.
 func invalid(format string, args ...any) error {

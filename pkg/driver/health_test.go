@@ -90,16 +90,7 @@ func TestVolumeHealth(t *testing.T) {
 	r.awaitReasons(v.id)
 
 	// One that is dead, and no other can start: somebody else has the volume.
-	must(t, r.engine.cmd.Process.Signal(unix.SIGSTOP))
-	must(t, unix.Kill(pid, unix.SIGKILL))
-	p, err := pool.Open(r.dir)
-	must(t, err)
-	var lease *pool.Lease
-	eventually(t, "the worker is dead", func() bool {
-		lease, err = p.Lock(v.id)
-		return err == nil
-	})
-	must(t, r.engine.cmd.Process.Signal(unix.SIGCONT))
+	lease := r.killForGood(v.id)
 	r.awaitReasons(v.id, "WorkerReplaced")
 	wantCode(t, codes.Unavailable)(r.NodePublishVolume(ctx, v.publishRequest("pod")))
 	must(t, lease.Unlock())
@@ -109,14 +100,14 @@ func TestVolumeHealth(t *testing.T) {
 	}
 
 	// The image is gone.
-	must(t, os.Rename(p.ImagePath(v.id), p.ImagePath(v.id)+".away"))
+	must(t, os.Rename(v.imagePath(), v.imagePath()+".away"))
 	r.awaitReasons(v.id, "ImageMissing")
 	page := ok[*csi.ControllerListVolumeHealthResponse](t)(
 		r.ControllerListVolumeHealth(ctx, &csi.ControllerListVolumeHealthRequest{MaxEntries: 1}))
 	if n := len(page.GetEntries()); n != 1 || page.GetNextToken() != "" {
 		t.Errorf("%d entries are listed, next %q", n, page.GetNextToken())
 	}
-	must(t, os.Rename(p.ImagePath(v.id)+".away", p.ImagePath(v.id)))
+	must(t, os.Rename(v.imagePath()+".away", v.imagePath()))
 
 	for _, bad := range []struct {
 		req  *csi.NodeGetVolumeHealthRequest
@@ -205,4 +196,22 @@ func TestStorageHealth(t *testing.T) {
 	r.awaitReady()
 	r.engine.terminate()
 	r.wantUnready("EngineUnavailable")
+}
+
+// killForGood kills a volume's worker, and has the volume, so that no other can start.
+func (r *rig) killForGood(id string) *pool.Lease {
+	t := r.t
+	t.Helper()
+	worker := r.workerPID(id)
+	must(t, r.engine.cmd.Process.Signal(unix.SIGSTOP))
+	must(t, unix.Kill(worker, unix.SIGKILL))
+	p, err := pool.Open(r.dir)
+	must(t, err)
+	var lease *pool.Lease
+	eventually(t, "the worker is dead", func() bool {
+		lease, err = p.Lock(id)
+		return err == nil
+	})
+	must(t, r.engine.cmd.Process.Signal(unix.SIGCONT))
+	return lease
 }

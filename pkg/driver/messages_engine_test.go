@@ -7,8 +7,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
-
-	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 )
 
 // saidOfHealth checks what a volume's health says, and an Event on its claim.
@@ -52,16 +50,7 @@ func TestMessagesOfEngine(t *testing.T) {
 	r.awaitReasons(v.id)
 
 	// Its worker dies, and no other can start.
-	must(t, r.engine.cmd.Process.Signal(unix.SIGSTOP))
-	must(t, unix.Kill(worker, unix.SIGKILL))
-	p, err := pool.Open(r.dir)
-	must(t, err)
-	var lease *pool.Lease
-	eventually(t, "the worker is dead", func() bool {
-		lease, err = p.Lock(v.id)
-		return err == nil
-	})
-	must(t, r.engine.cmd.Process.Signal(unix.SIGCONT))
+	lease := r.killForGood(v.id)
 	r.saidOfHealth(v.id, "WorkerReplaced", "its worker has died (killed)")
 	for _, call := range []func() error{stage, unstage, snapshot} {
 		r.said(call(), codes.Unavailable, "another worker is being started for it: …")

@@ -3,7 +3,6 @@ package rpc
 import (
 	"context"
 	"errors"
-	"fmt"
 	"regexp"
 	"strings"
 
@@ -12,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/internal/refusal"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -41,16 +41,11 @@ var (
 	ErrLost = errors.New("snapshot is lost")
 )
 
-// refusal is an error of a kind whose text is all that its reader needs: a claim, a pod or a snapshot shows it.
-type refusal struct{ kind, text error }
-
-// Refuse takes a format and what goes into it, as fmt.Errorf does, and makes an error of a kind of it.
+// Refuse takes a format and what goes into it, as fmt.Errorf does, and makes an error of a kind of it, whose text is all that a
+// claim, a pod or a snapshot shows.
 func Refuse(kind error, format string, args ...any) error {
-	return &refusal{kind, fmt.Errorf(format, args...)}
+	return refusal.Errorf(kind, format, args...)
 }
-
-func (r *refusal) Error() string   { return r.text.Error() }
-func (r *refusal) Unwrap() []error { return []error{r.kind, r.text} }
 
 // errorDomain marks the error details that this package writes.
 const errorDomain = "engine.qcow2.csi.dev"
