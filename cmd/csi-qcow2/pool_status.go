@@ -113,8 +113,12 @@ func askPlugin(ctx context.Context, endpoint string, p *pool.Pool) (s settings, 
 		return s, err
 	}
 	manifest := info.GetManifest()
-	if manifest[driver.ManifestPool] != p.UUID() {
-		return s, errors.New("it serves another pool")
+	served, err := os.Stat(manifest[driver.ManifestPool])
+	if err != nil {
+		return s, err
+	}
+	if dir, err := os.Stat(p.Dir()); err != nil || !os.SameFile(served, dir) {
+		return s, errors.Join(errors.New("it serves another pool"), err)
 	}
 	if s.reserve, err = strconv.ParseInt(manifest[driver.ManifestReserve], 10, 64); err != nil {
 		return s, err

@@ -15,20 +15,18 @@ type identity struct {
 
 // Keys of the manifest in the answer to GetPluginInfo: by which settings the plugin promises the space of which pool.
 const (
-	ManifestPool       = "pool"       // its UUID; missing while it is not ready
+	ManifestPool       = "pool"       // its directory
 	ManifestReserve    = "reserve"    // bytes
 	ManifestOvercommit = "overcommit" // a ratio
 )
 
+// GetPluginInfo looks at no disk: kubelet does not know the driver before it is answered.
 func (i *identity) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
-	manifest := map[string]string{
+	return &csi.GetPluginInfoResponse{Name: Name, VendorVersion: i.version, Manifest: map[string]string{
+		ManifestPool:       i.poolDir,
 		ManifestReserve:    strconv.FormatInt(i.capacity.reserve, 10),
 		ManifestOvercommit: strconv.FormatFloat(i.capacity.overcommit, 'g', -1, 64),
-	}
-	if p, err := i.pool(); err == nil {
-		manifest[ManifestPool] = p.UUID()
-	}
-	return &csi.GetPluginInfoResponse{Name: Name, VendorVersion: i.version, Manifest: manifest}, nil
+	}}, nil
 }
 
 func (i *identity) GetPluginCapabilities(
