@@ -69,4 +69,5 @@ fi
 echo
 [[ ! -e $CSI_SANITY_REPORT ]] || cat "$CSI_SANITY_REPORT"
 grep -aE '^(ok|FAIL|---|panic:)' "$tmp.log"
+hack/failures.awk "$tmp.log"
 exit "$status"

@@ -28,10 +28,11 @@ finish() {
 	local status=$? left
 	if ((status)) && [[ -d $STATE/log ]]; then
 		cluster/logs.sh || true
+		../../hack/failures.awk "$output" || true
 	fi
 	cluster/down.sh || status=1
 	left=$(leftovers)
-	rm -f "$before"
+	rm -f "$before" "$output"
 	if [[ $left ]]; then
 		printf 'The tests left behind:\n%s\n' "$left" >&2
 		status=1
@@ -39,10 +40,12 @@ finish() {
 	exit "$status"
 }
 before=$(mktemp)
+output=$(mktemp)
 trap finish EXIT
 cluster/down.sh # of an earlier run that was killed
 loops >"$before"
 
 CGO_ENABLED=0 GOFLAGS=-buildvcs=false go test -c -trimpath -o "$CACHE/e2e.test" .
 cluster/up.sh 2
-STATE=$STATE KUBECONFIG=$KUBECONFIG_ADMIN in_netns "$CONTROL" "$CACHE/e2e.test" -test.v -test.parallel 16 -test.timeout 30m "$@"
+STATE=$STATE KUBECONFIG=$KUBECONFIG_ADMIN in_netns "$CONTROL" "$CACHE/e2e.test" -test.v -test.parallel 16 -test.timeout 30m "$@" 2>&1 |
+	tee "$output"
