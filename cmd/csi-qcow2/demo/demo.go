@@ -36,6 +36,7 @@ func Run(ctx context.Context, o Options) (err error) {
 	if err != nil {
 		return err
 	}
+	p := &play{report: &report{w: o.Out, colour: o.Colour, width: min(o.Width, maxWidth)}, world: w, source: o.Source}
 	defer func() {
 		if err != nil {
 			fmt.Fprintf(o.Out, "\nTaking everything down.\n")
@@ -44,12 +45,10 @@ func Run(ctx context.Context, o Options) (err error) {
 		defer cancel()
 		err = errors.Join(err, w.close(down))
 		if err == nil {
-			fmt.Fprintf(o.Out, "\nDone in %.0f s. No mount, device, process or file is left.\n", time.Since(start).Seconds())
-			fmt.Fprint(o.Out, proved)
+			p.sum(time.Since(start))
 		}
 	}()
 	fmt.Fprintf(o.Out, "csi-qcow2 %s: the life of two volumes\nover the CSI socket, in %s\n", o.Version, w.dir)
-	p := &play{report: &report{w: o.Out, colour: o.Colour, width: min(o.Width, maxWidth)}, world: w, source: o.Source}
 	if o.Pause {
 		p.pause = pauser(ctx, o.In, o.Out, o.Colour)
 	}
@@ -71,16 +70,21 @@ func Run(ctx context.Context, o Options) (err error) {
 }
 
 // proved is what the steps have shown when all have gone well.
-const proved = `
-What was proved, each file and each byte compared:
- - A snapshot of a volume in use, while files are written, holds what was there
-   at its instant, and nothing of what came later.
- - A volume restored from a snapshot equals the original, for a file system and
-   for a raw block device; so does one that is reverted in its place.
- - Volumes grow while they are in use, and keep their content.
- - A snapshot outlives its volume, and restores it.
- - QEMU finds no fault in any image, and lists the same snapshots.
-`
+var proved = []string{
+	"A snapshot of a volume in use, while files are written, holds what was there at its instant, and nothing of what came later.",
+	"A volume restored from a snapshot equals the original, for a file system and for a raw block device; so does one that is reverted in its place.",
+	"Volumes grow while they are in use, and keep their content.",
+	"A snapshot outlives its volume, and restores it.",
+	"QEMU finds no fault in any image, and lists the same snapshots.",
+}
+
+func (r *report) sum(took time.Duration) {
+	fmt.Fprintf(r.w, "\nDone in %.0f s. No mount, device, process or file is left.\n", took.Seconds())
+	fmt.Fprint(r.w, "\nWhat was proved, each file and each byte compared:\n")
+	for _, text := range proved {
+		fmt.Fprintln(r.w, " - "+folded(text, r.width, "   "))
+	}
+}
 
 // play is what the acts share.
 type play struct {
@@ -95,7 +99,7 @@ type play struct {
 
 func (p *play) start(ctx context.Context) {
 	p.title("Start")
-	p.step("make a pool, start engine and CSI plugin on it", func() (string, error) {
+	p.step("start engine and CSI plugin on a new pool", func() (string, error) {
 		return "", p.world.start(ctx)
 	})
 	p.step("read the original", func() (_ string, err error) {

@@ -43,7 +43,7 @@ func (p *play) expand(ctx context.Context) {
 func (p *play) expandXFS(ctx context.Context) {
 	v := p.world.newVolume("files-xfs", xfsSize, fileSystem("xfs"))
 	p.create(ctx, fmt.Sprintf("create a volume of %d MiB", xfsSize>>20), v, "")
-	p.mount(ctx, v, "stage and publish it: attach, format (XFS), mount")
+	p.mount(ctx, v, "stage, publish: attach, format (XFS), mount")
 	noise, before := filepath.Join(v.path(), "noise"), ""
 	p.step("write a file of noise", func() (_ string, err error) {
 		if err := writeNoise(ctx, noise, 3, noiseSize, 0); err != nil {

@@ -19,7 +19,7 @@ func (p *play) fileSystem(ctx context.Context) {
 	p.title("A file system")
 	size := max(512<<20, (2*p.tree.length+256<<20)>>20<<20)
 	p.files = p.create(ctx, fmt.Sprintf("create a volume of %d MiB", size>>20), p.world.newVolume("files", size, fileSystem("ext4")), "")
-	p.mount(ctx, p.files, "stage and publish it: attach, format (ext4), mount")
+	p.mount(ctx, p.files, "stage, publish: attach, format (ext4), mount")
 	during, cut := p.copyTree(ctx)
 	p.after = p.snapshot(ctx, p.files, afterCopy)
 	p.show(ctx, "csi-qcow2", "volume", "list")
@@ -50,7 +50,7 @@ func (p *play) copyTree(ctx context.Context) (snapshot string, c cut) {
 		return fmt.Sprintf("%d paths", total/3), copying.reach(ctx, total/3)
 	})
 	c = cut{tree: p.tree}
-	p.step("take snapshot "+duringCopy+" while the copy runs", func() (_ string, err error) {
+	p.step("take snapshot "+duringCopy+" while it runs", func() (_ string, err error) {
 		c.least = copying.done.Load()
 		snapshot, err = p.files.snapshot(ctx, duringCopy)
 		c.most = copying.done.Load() + 1 // one may be under way
@@ -126,7 +126,7 @@ func (p *play) damage(ctx context.Context) (string, error) {
 // restore makes a volume from a snapshot of files, mounts it and checks what is in it.
 func (p *play) restore(ctx context.Context, name, snapshot string, check func(tree) (string, error)) {
 	v := p.world.newVolume(name, p.files.size, fileSystem("ext4"))
-	p.create(ctx, "restore the snapshot into a new volume: "+name, v, snapshot)
+	p.create(ctx, "restore the snapshot as "+name, v, snapshot)
 	p.mount(ctx, v, "stage and publish it")
 	p.compare(ctx, v, check)
 }
@@ -144,7 +144,7 @@ func (p *play) compare(ctx context.Context, v *volume, check func(tree) (string,
 // sourceDeleted deletes the file system's volume and restores it from its snapshot, which outlives it.
 func (p *play) sourceDeleted(ctx context.Context) {
 	p.title("A snapshot outlives its volume")
-	p.step("unpublish, unstage and delete the first volume", func() (string, error) {
+	p.step("unpublish, unstage, delete the first volume", func() (string, error) {
 		if err := p.files.unmount(ctx); err != nil {
 			return "", err
 		}

@@ -55,7 +55,7 @@ func (r *report) title(text string) {
 // note shows a remark below a step.
 func (r *report) note(text string) {
 	if r.err == nil {
-		fmt.Fprintln(r.w, margin+r.paint(dim, text))
+		fmt.Fprintln(r.w, margin+r.paint(dim, folded(text, r.width, margin)))
 	}
 }
 
@@ -108,6 +108,26 @@ func (r *report) command(words []string, run func() (string, error)) {
 	for line := range strings.Lines(out) {
 		fmt.Fprintln(r.w, strings.TrimRight(line, " \n"))
 	}
+}
+
+// folded breaks a text, the first line of which begins in the column where margin ends, into lines of at most width columns.
+func folded(text string, width int, margin string) string {
+	var b strings.Builder
+	column := len(margin)
+	for i, word := range strings.Fields(text) {
+		switch {
+		case i == 0:
+		case column+1+len(word) > width:
+			b.WriteString("\n" + margin)
+			column = len(margin)
+		default:
+			b.WriteByte(' ')
+			column++
+		}
+		b.WriteString(word)
+		column += len(word)
+	}
+	return b.String()
 }
 
 // wrapped joins the words of a command, in lines of at most width columns that a shell takes for one.
