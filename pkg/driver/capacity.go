@@ -13,6 +13,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/human"
 	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 const (
@@ -33,9 +34,6 @@ const (
 	minXFSSize    = 300 << 20 // mkfs.xfs refuses less
 	minExt3Size   = 2 << 20   // mkfs.ext3 makes an ext2 of less, without a journal
 	maxVolumeSize = 64 << 40
-
-	// maxL1Entries is the format's limit of 32 MiB of L1 table; each entry maps a cluster of 8-byte L2 entries.
-	maxL1Entries = 32 << 20 / 8
 )
 
 // sizeRange is what a volume's size may be, in bytes.
@@ -94,7 +92,7 @@ func roundUp(size int64) int64 { return (size + sizeUnit - 1) &^ (sizeUnit - 1) 
 
 // maxSize is the largest disk that an image with this cluster size can hold, in bytes.
 func maxSize(clusterSize int64) int64 {
-	return min(maxVolumeSize, maxL1Entries*clusterSize/8*clusterSize)
+	return min(maxVolumeSize, qcow2.MaxSize(clusterSize))
 }
 
 // capacity decides what still fits in the pool.

@@ -42,12 +42,12 @@ func (p *Pool) Accounts() ([]Account, error) {
 // account takes one volume's account. v is empty if its volume.json is unreadable.
 func account(all dir, id string, v Volume, snapshotted bool) Account {
 	allocated, h := measure(all, id+"/"+imageFile)
-	a := Account{Volume: v, Occupied: allocated, DiskSize: h.size}
-	size := max(h.size, v.Size)
+	a := Account{Volume: v, Occupied: allocated, DiskSize: h.Size()}
+	size := max(h.Size(), v.Size)
 	_, notPending := all.Lstat(id + "/" + string(pending))
 	switch {
 	case v.Tombstone: // to which nobody writes any more
-	case snapshotted || h.snapshots || notPending == nil:
+	case snapshotted || h.HasSnapshots() || notPending == nil:
 		a.Promised = size
 	default:
 		a.Promised = max(0, size-allocated)

@@ -12,6 +12,9 @@ import (
 // writes new metadata before it frees the old. So the pool holds a file of preallocated blocks, the reserve,
 // which a deletion that has met a full file system gives up, and which is filled again afterwards.
 
+// reserveSlack is what the reserve has beside what a deletion needs, for the file system's own metadata, in bytes.
+const reserveSlack = 1 << 20
+
 // reserveShare bounds the reserve to this part of the file system.
 const reserveShare = 16
 
@@ -96,7 +99,9 @@ func (p *Pool) reserveNeed(root dir) (int64, error) {
 	need := int64(0)
 	err = eachVolumeIn(root, volumesDir, func(string) bool { return true }, func(id string, _ Volume, _ error) {
 		_, h := measure(all, id+"/"+imageFile)
-		need = max(need, h.deletionNeed(total))
+		if room := h.DeletionRoom(total); room > 0 {
+			need = max(need, room+reserveSlack)
+		}
 	})
 	return min(need, total/reserveShare) &^ 4095, err
 }

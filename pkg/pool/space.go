@@ -77,7 +77,7 @@ func (p *Pool) Usage(id string) (allocated, size int64, err error) {
 	}
 	defer d.Close()
 	allocated, h := measure(d, imageFile)
-	return allocated, h.size, nil
+	return allocated, h.Size(), nil
 }
 
 // promise adds n bytes; of hostile sizes, no negative sum.
@@ -86,18 +86,4 @@ func (s *Space) promise(n int64) {
 	if n > 0 {
 		s.PromisedTo++
 	}
-}
-
-// measure returns how many bytes an image occupies, and its header; zeros for what is not to be found out.
-func measure(d dir, image string) (allocated int64, h imageHeader) {
-	f, err := openImage(d, image)
-	if err != nil {
-		return 0, imageHeader{}
-	}
-	defer f.Close()
-	var st unix.Stat_t
-	if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
-		return 0, imageHeader{}
-	}
-	return st.Blocks * 512, readImageHeader(f)
 }

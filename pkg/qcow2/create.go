@@ -52,6 +52,12 @@ func (o *CreateOptions) geometry() (format.Geometry, error) {
 	return format.NewGeometry(clusterBits, uint(bits.TrailingZeros(uint(o.RefcountBits))), o.ExtendedL2), nil
 }
 
+// MaxSize returns the largest disk, in bytes, that an image with clusters of a legal size can have, without extended L2 entries.
+func MaxSize(clusterSize int64) int64 {
+	g := format.NewGeometry(uint(bits.TrailingZeros64(uint64(clusterSize))), 4, false)
+	return format.MaxL1Bytes / 8 * g.L2Coverage
+}
+
 // Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
 // it. It does not close f, which is empty again when it fails.
 func Create(f File, size int64, o CreateOptions) error {

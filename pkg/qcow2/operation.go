@@ -181,7 +181,7 @@ func (img *Image) changeInRoom(op operation, cause error) error {
 		}
 		img.alloc.mu.Lock()
 		defer img.alloc.mu.Unlock()
-		room := format.Run{First: img.g.Clusters(img.alloc.length.Load()), N: img.roomNeeded()}
+		room := format.Run{First: img.g.Clusters(img.alloc.length.Load()), N: img.deletionRoom()}
 		return room, allocator.Allocate(room.First<<img.g.ClusterBits, room.N<<img.g.ClusterBits)
 	}
 	err := img.attempt(op)
@@ -191,25 +191,6 @@ func (img *Image) changeInRoom(op operation, cause error) error {
 		return err
 	}
 	return errors.Join(err, img.f.Truncate(img.alloc.length.Load())) // what was not used goes back
-}
-
-// roomNeeded returns how many clusters an operation that frees space may write: all active L2 tables, all refcount blocks
-// and the tables that lead to them. Called with the allocator's lock held.
-func (img *Image) roomNeeded() int64 {
-	img.mu.Lock()
-	defer img.mu.Unlock()
-	need := img.g.Clusters(int64(len(img.l1))*8) + img.g.Clusters(img.rowBytes) + img.alloc.rc.tableAt.N
-	for _, e := range img.l1 {
-		if e.Offset() != 0 {
-			need++
-		}
-	}
-	for _, off := range img.alloc.rc.table {
-		if off != 0 {
-			need++
-		}
-	}
-	return need + need>>img.g.BlockBits + 4 // new refcount blocks, for what is new
 }
 
 // changeInPlace is attempt after unlist. cause is why it is needed.

@@ -69,6 +69,28 @@ func DecodeHeader(b []byte) (Header, error) {
 // ParseHeader is DecodeHeader but for what the checker judges: that there is an L1 table, and the pointers to what can be
 // rebuilt or cut, the refcount table and the snapshot table.
 func ParseHeader(b []byte) (Header, error) {
+	h, err := parseFixed(b)
+	if err != nil {
+		return h, err
+	}
+	if err := h.refuse(b); err != nil {
+		return h, err
+	}
+	return h, h.decodeGeneration()
+}
+
+// PeekHeader is ParseHeader for one that looks at the image and does not use it: of any features, and b need only be the first
+// sector.
+func PeekHeader(b []byte) (Header, error) {
+	h, err := parseFixed(b)
+	if err != nil {
+		return h, err
+	}
+	return h, h.decodeGeneration()
+}
+
+// parseFixed reads what follows from no other field, and nothing of the generation.
+func parseFixed(b []byte) (Header, error) {
 	var h Header
 	if len(b) < SectorSize || binary.BigEndian.Uint32(b) != Magic {
 		return h, fmt.Errorf("%w: not a qcow2 image (no magic at offset 0)", ErrUnsupported)
@@ -100,10 +122,7 @@ func ParseHeader(b []byte) (Header, error) {
 			h.CompressionType = b[104]
 		}
 	}
-	if err := h.refuse(b); err != nil {
-		return h, err
-	}
-	return h, h.decodeGeneration()
+	return h, nil
 }
 
 // refuse names the features that a legal image may have and we do not serve.
