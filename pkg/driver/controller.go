@@ -210,11 +210,9 @@ func (c *controller) ControllerGetVolume(
 	}, nil
 }
 
-const volumeTokens = "volume"
-
 // ListVolumes returns the volumes in the order of their IDs, tombstones left out.
 func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesRequest) (*csi.ListVolumesResponse, error) {
-	page, err := newPage(volumeTokens, req.GetMaxEntries(), req.GetStartingToken())
+	page, err := newPage("volume", req.GetMaxEntries(), req.GetStartingToken())
 	if err != nil {
 		return nil, err
 	}
@@ -231,13 +229,11 @@ func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 		klog.FromContext(ctx).V(4).Info("Volumes in use are listed with their last known sizes", "err", err)
 	}
 	resp := &csi.ListVolumesResponse{}
-	last := ""
 	for _, v := range volumes {
 		if v.Tombstone || v.ID <= page.after {
 			continue
 		}
-		if page.full(len(resp.GetEntries())) {
-			resp.NextToken = token(volumeTokens, last)
+		if !page.takes(v.ID) {
 			break
 		}
 		size := attached[v.ID].Size
@@ -251,8 +247,8 @@ func (c *controller) ListVolumes(ctx context.Context, req *csi.ListVolumesReques
 			Volume: c.volumeMessage(v, size),
 			Status: &csi.ListVolumesResponse_VolumeStatus{},
 		})
-		last = v.ID
 	}
+	resp.NextToken = page.next
 	return resp, nil
 }
 

@@ -229,13 +229,11 @@ func (c *controller) GetSnapshot(ctx context.Context, req *csi.GetSnapshotReques
 	return &csi.GetSnapshotResponse{Snapshot: c.snapshotMessage(s)}, nil
 }
 
-const snapshotTokens = "snapshot"
-
 // ListSnapshots returns the snapshots of all volumes, tombstones included, in the order of volume and snapshot ID.
 func (c *controller) ListSnapshots(
 	ctx context.Context, req *csi.ListSnapshotsRequest,
 ) (*csi.ListSnapshotsResponse, error) {
-	page, err := newPage(snapshotTokens, req.GetMaxEntries(), req.GetStartingToken())
+	page, err := newPage("snapshot", req.GetMaxEntries(), req.GetStartingToken())
 	if err != nil {
 		return nil, err
 	}
@@ -249,8 +247,7 @@ func (c *controller) ListSnapshots(
 			if s.id() <= page.after && page.after != "" && sameVolume(s, page.after) {
 				continue
 			}
-			if n := len(resp.GetEntries()); page.full(n) {
-				resp.NextToken = token(snapshotTokens, resp.GetEntries()[n-1].GetSnapshot().GetSnapshotId())
+			if !page.takes(s.id()) {
 				return false
 			}
 			resp.Entries = append(resp.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: c.snapshotMessage(s)})
@@ -263,12 +260,14 @@ func (c *controller) ListSnapshots(
 			return nil, err
 		}
 		take(all)
+		resp.NextToken = page.next
 		return resp, nil
 	}
 	from, _ := snapshotVolume(page.after)
 	if err := c.eachVolumesSnapshots(ctx, p, from, take); err != nil {
 		return nil, err
 	}
+	resp.NextToken = page.next
 	return resp, nil
 }
 

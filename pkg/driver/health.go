@@ -29,7 +29,7 @@ func (c *controller) ControllerGetVolumeHealth(
 func (c *controller) ControllerListVolumeHealth(
 	ctx context.Context, req *csi.ControllerListVolumeHealthRequest,
 ) (*csi.ControllerListVolumeHealthResponse, error) {
-	page, err := newPage(healthTokens, req.GetMaxEntries(), req.GetStartingToken())
+	page, err := newPage("health", req.GetMaxEntries(), req.GetStartingToken())
 	if err != nil {
 		return nil, err
 	}
@@ -54,16 +54,14 @@ func (c *controller) ControllerListVolumeHealth(
 		if len(conditions) == 0 {
 			continue
 		}
-		if n := len(resp.GetEntries()); page.full(n) {
-			resp.NextToken = token(healthTokens, resp.GetEntries()[n-1].GetVolumeId())
+		if !page.takes(v.ID) {
 			break
 		}
 		resp.Entries = append(resp.Entries, &csi.VolumeHealth{VolumeId: v.ID, HealthStatuses: conditions})
 	}
+	resp.NextToken = page.next
 	return resp, nil
 }
-
-const healthTokens = "health"
 
 // NodeGetVolumeHealth tells what is wrong with a volume, or with the file system on it.
 func (n *node) NodeGetVolumeHealth(

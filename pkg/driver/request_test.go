@@ -166,13 +166,18 @@ func blockCapability(mode csi.VolumeCapability_AccessMode_Mode) *csi.VolumeCapab
 func TestPaging(t *testing.T) {
 	first, err := newPage("volume", 2, "")
 	must(t, err)
-	if first.after != "" || first.full(1) || !first.full(2) {
+	if first.after != "" || !first.takes("a") || !first.takes("b") || first.next != "" || first.takes("c") {
 		t.Errorf("first page: %+v", first)
 	}
-	next, err := newPage("volume", 0, token("volume", "b"))
+	next, err := newPage("volume", 0, first.next)
 	must(t, err)
-	if next.after != "b" || next.full(1000) {
+	if next.after != "b" {
 		t.Errorf("next page: %+v", next)
+	}
+	for range 1000 {
+		if !next.takes("c") || next.next != "" {
+			t.Fatalf("a page without limit: %+v", next)
+		}
 	}
 	for _, bad := range []string{"invalid-token", "7", token("snapshot", "b"), "!"} {
 		if _, err := newPage("volume", 0, bad); codeOrOK(err) != codes.Aborted {
