@@ -41,7 +41,7 @@ func (d disk) stopLoad() {
 	d.eventuallyExec(d.pod, "[ -e /tmp/load-ended ] || [ $(wc -l </tmp/rounds) -ge 3 ]")
 	d.sh("touch /tmp/stop-load")
 	d.eventuallyExec(d.pod, "[ -e /tmp/load-ended ]")
-	if end := d.sh("cat /tmp/load-ended"); end != "ended" {
-		d.Errorf("fio has %s: %s", end, d.sh("cat /tmp/fio"))
+	if end := d.read("cat /tmp/load-ended"); end != "ended" {
+		d.Errorf("fio has %s: %s", end, d.read("cat /tmp/fio"))
 	}
 }

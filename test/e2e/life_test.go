@@ -92,8 +92,16 @@ func (s *space) disk(pod, volume string, c claim) disk {
 
 func (d disk) sh(script string) string {
 	d.Helper()
-	return d.exec(d.pod, fmt.Sprintf("file=%s; offset=%d; ", d.file, recordOffset)+script)
+	return d.exec(d.pod, d.variables()+script)
 }
+
+// read is sh of a script that changes nothing.
+func (d disk) read(script string) string {
+	d.Helper()
+	return d.space.read(d.pod, d.variables()+script)
+}
+
+func (d disk) variables() string { return fmt.Sprintf("file=%s; offset=%d; ", d.file, recordOffset) }
 
 // fill writes the random bytes and returns their sum.
 func (d disk) fill() string {
@@ -104,7 +112,7 @@ func (d disk) fill() string {
 
 func (d disk) sum() string {
 	d.Helper()
-	sum, _, _ := strings.Cut(d.sh("dd if=$file bs=1M count=8 2>/dev/null | sha256sum"), " ")
+	sum, _, _ := strings.Cut(d.read("dd if=$file bs=1M count=8 2>/dev/null | sha256sum"), " ")
 	return sum
 }
 
@@ -135,14 +143,14 @@ func (d disk) stopAppending() {
 // appended returns how many records were acknowledged. It fails the test if a write has failed.
 func (d disk) appended() (n int) {
 	d.Helper()
-	d.scan(d.sh("if [ -e /tmp/failed ]; then cat /tmp/error; else cat /tmp/last; fi"), &n)
+	d.scan(d.read("if [ -e /tmp/failed ]; then cat /tmp/error; else cat /tmp/last; fi"), &n)
 	return n
 }
 
 // records returns how many there are in one piece, and checks that behind them there is none.
 func (d disk) records() (n int) {
 	d.Helper()
-	d.scan(d.sh(`dd if=$file bs=4096 skip=$offset count=16384 2>/dev/null | tr -d '\0' |
+	d.scan(d.read(`dd if=$file bs=4096 skip=$offset count=16384 2>/dev/null | tr -d '\0' |
 awk '$1 != NR { print "record", $1, "in place of", NR; bad = 1; exit } END { if (!bad) print NR }'`), &n)
 	return n
 }
@@ -162,10 +170,10 @@ func (d disk) verify(sum string, min, max int) {
 func (d disk) size() (n int64) {
 	d.Helper()
 	if d.block {
-		d.scan(d.sh("blockdev --getsize64 $file"), &n)
+		d.scan(d.read("blockdev --getsize64 $file"), &n)
 		return n
 	}
-	d.scan(d.sh("df -k $file | awk 'NR == 2 { print $2 }'"), &n)
+	d.scan(d.read("df -k $file | awk 'NR == 2 { print $2 }'"), &n)
 	return n << 10
 }
 

@@ -48,7 +48,7 @@ func placement(s *space, here, tried, alsoTried string) {
 		s.Errorf("the copies are on %s, their source on %s", got, here)
 	}
 	for _, name := range []string{"restored", "cloned", "restored-elsewhere", "cloned-elsewhere"} {
-		if got := s.exec("reader", "cat /"+name+"/file"); got != "hello" {
+		if got := s.read("reader", "cat /"+name+"/file"); got != "hello" {
 			s.Errorf("%s holds %q", name, got)
 		}
 	}
@@ -84,7 +84,7 @@ func TestPreProvisionedSnapshot(t *testing.T) {
 	s.pvc("restored", claim{source: fromSnapshot("known")})
 	s.pod("reader", nil, "restored")
 	s.ready("reader")
-	if got := s.exec("reader", "cat /restored/file"); got != "hello" {
+	if got := s.read("reader", "cat /restored/file"); got != "hello" {
 		t.Errorf("it holds %q", got)
 	}
 }

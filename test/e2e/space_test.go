@@ -321,6 +321,23 @@ func (s *space) exec(pod, script string) string {
 	return out
 }
 
+// read is exec of a script that changes nothing, and so can be run again when its output was cut.
+func (s *space) read(pod, script string) string {
+	s.Helper()
+	for range 3 {
+		out, err := s.tryExec(pod, script)
+		if err == nil {
+			return out
+		}
+		s.Logf("in pod %s: %s: %v", pod, script, err)
+		if !errors.Is(err, errCut) {
+			break
+		}
+	}
+	s.FailNow()
+	return ""
+}
+
 // eventuallyExec waits until a shell script in a pod succeeds.
 func (s *space) eventuallyExec(pod, script string) {
 	s.Helper()
@@ -334,11 +351,16 @@ func (s *space) tryExec(pod, script string) (string, error) {
 	return s.execIn(s.name, pod, "main", script)
 }
 
+// errCut is of an exec that succeeded and of whose output the end is missing: on a busy machine a runtime may lose it.
+var errCut = errors.New("the end of its output was lost")
+
+const endOfOutput = "-- end of output --"
+
 // execIn runs a shell script in a container.
 func (s *space) execIn(namespace, pod, container, script string) (string, error) {
 	req := client.CoreV1().RESTClient().Post().Resource("pods").Namespace(namespace).Name(pod).SubResource("exec").
 		VersionedParams(&core.PodExecOptions{
-			Container: container, Command: []string{"/bin/sh", "-ec", script}, Stdout: true, Stderr: true,
+			Container: container, Command: []string{"/bin/sh", "-ec", script + "\necho '" + endOfOutput + "'"}, Stdout: true, Stderr: true,
 		}, scheme.ParameterCodec)
 	executor, err := remotecommand.NewSPDYExecutor(restConfig, http.MethodPost, req.URL())
 	if err != nil {
@@ -346,10 +368,14 @@ func (s *space) execIn(namespace, pod, container, script string) (string, error)
 	}
 	var stdout, stderr bytes.Buffer
 	err = executor.StreamWithContext(s.ctx, remotecommand.StreamOptions{Stdout: &stdout, Stderr: &stderr})
-	if err != nil {
+	out, whole := strings.CutSuffix(strings.TrimSpace(stdout.String()), endOfOutput)
+	switch {
+	case err != nil:
 		err = fmt.Errorf("%w: %s", err, stderr.String())
+	case !whole:
+		err = fmt.Errorf("%w after %q", errCut, out)
 	}
-	return strings.TrimSpace(stdout.String()), err
+	return strings.TrimSpace(out), err
 }
 
 // snapshot creates a VolumeSnapshot of a claim and waits until it can be restored.
