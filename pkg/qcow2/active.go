@@ -61,7 +61,7 @@ func (img *Image) owns(host int64) bool {
 	if img.build == nil || !img.build.frozen {
 		return true
 	}
-	_, ok := img.build.own[host>>img.g.ClusterBits]
+	_, ok := img.build.own[img.g.Cluster(host)]
 	return ok
 }
 
@@ -73,7 +73,7 @@ func (img *Image) mapped(index, i int64, e format.L2Entry) {
 	}
 	img.build.note(index).Add(i * img.g.L2EntrySize() / format.SectorSize)
 	if e.Own() {
-		img.build.own[e.Offset()>>img.g.ClusterBits] = struct{}{}
+		img.build.own[img.g.Cluster(e.Offset())] = struct{}{}
 	}
 }
 
@@ -127,7 +127,7 @@ func (img *Image) ownTable(index int64) error {
 		if err != nil {
 			return err
 		}
-		off := got[0].First << img.g.ClusterBits
+		off := img.g.Offset(got[0].First)
 		if _, err := img.f.WriteAt(content.B, off); err != nil {
 			return img.giveBack(got, fmt.Errorf("write a new L2 table: %w", err))
 		}
@@ -168,12 +168,12 @@ func (img *Image) replaceTable(index int64, old format.L1Entry, t *l2Table) bool
 	img.l2.put(t)
 	img.l1[index] = format.L1Entry(t.offset) | format.FlagCopied
 	img.l1Dirty.Add(index * 8 / format.SectorSize)
-	img.alloc.metadata.put(format.Run{First: t.offset >> img.g.ClusterBits, N: 1}, metadataL2)
+	img.alloc.metadata.put(img.g.Cluster(t.offset).Alone(), metadataL2)
 	if old.Offset() != 0 {
 		img.barrier = true // the copy must be durable before L1 points at it
 	}
 	if n := img.build; n != nil {
-		n.own[t.offset>>img.g.ClusterBits] = struct{}{}
+		n.own[img.g.Cluster(t.offset)] = struct{}{}
 		n.note(index)
 		if n.settled {
 			n.late = append(n.late, lateTable{index, old.Offset(), t.offset})
@@ -181,7 +181,7 @@ func (img *Image) replaceTable(index int64, old format.L1Entry, t *l2Table) bool
 		}
 	}
 	if old.Offset() != 0 {
-		img.freed.Add(format.Run{First: old.Offset() >> img.g.ClusterBits, N: 1})
+		img.freed.Add(img.g.Cluster(old.Offset()).Alone())
 	}
 	return true
 }
@@ -195,8 +195,8 @@ func (img *Image) setEntries(c format.Chunk, old, es []format.L2Entry, barrier b
 		return err
 	}
 	for i, e := range es {
-		if first, n := old[i].HostClusters(img.g); n > 0 && old[i].Reference() != e.Reference() {
-			if err := img.alloc.metadata.refuse(format.Run{First: first, N: n}); err != nil {
+		if hosts := old[i].HostClusters(img.g); hosts.N > 0 && old[i].Reference() != e.Reference() {
+			if err := img.alloc.metadata.refuse(hosts); err != nil {
 				return fmt.Errorf("%s: L2 table at file offset %#x, entry %d: %w", img.f.Name(), t.offset, c.First+int64(i), err)
 			}
 		}
@@ -204,15 +204,15 @@ func (img *Image) setEntries(c format.Chunk, old, es []format.L2Entry, barrier b
 	if t.dirty.Empty() {
 		img.dirty++
 	}
-	img.redo.note(img.g, c.Off>>img.g.ClusterBits, es)
+	img.redo.note(img.g, img.g.GuestCluster(c.Off), es)
 	for i, e := range es {
 		if e == old[i] {
 			continue
 		}
 		t.set(c.First+int64(i), e)
 		img.mapped(c.Table, c.First+int64(i), e)
-		if first, n := old[i].HostClusters(img.g); n > 0 && old[i].Reference() != e.Reference() {
-			img.freed.Add(format.Run{First: first, N: n})
+		if hosts := old[i].HostClusters(img.g); hosts.N > 0 && old[i].Reference() != e.Reference() {
+			img.freed.Add(hosts)
 		}
 	}
 	img.barrier = img.barrier || barrier

@@ -34,25 +34,25 @@ type allocator struct {
 	build  nextGeneration // of a running operation, nil if there is none
 	// unsafe: refcount blocks whose free clusters are being punched, those before unsafeEnd. Nothing is taken of these.
 	unsafe    map[int64]struct{}
-	unsafeEnd int64
-	next      int64        // no cluster below is free
-	ready     format.Runs  // reserved
-	batch     int64        // clusters of the next reservation
-	ahead     bool         // a reservation in the background is due or under way
-	length    atomic.Int64 // of the file, bytes; changed with mu held
+	unsafeEnd format.Cluster
+	next      format.Cluster // no cluster below is free
+	ready     format.Runs    // reserved
+	batch     int64          // clusters of the next reservation
+	ahead     bool           // a reservation in the background is due or under way
+	length    atomic.Int64   // of the file, bytes; changed with mu held
 }
 
 // nextGeneration is the metadata's next generation while it is built, as the allocator sees it: it holds free clusters, and
 // follows each change of a live count. Its methods are called with the allocator's mu held.
 type nextGeneration interface {
 	// holds tells that a cluster, which is free in the live generation, is not to be had.
-	holds(c int64) bool
+	holds(c format.Cluster) bool
 	// mirror makes a change of live counts in the next ones too.
 	mirror(r format.Run, delta int) error
 	// unmake forgets live refcount block k at off, which the table on disk has never had, with the count of its cluster.
 	unmake(k, off int64)
 	// searchFrom is the cluster from which on it takes more.
-	searchFrom() int64
+	searchFrom() format.Cluster
 	// ended is closed when the operation has ended.
 	ended() <-chan struct{}
 }
@@ -105,7 +105,7 @@ func (a *allocator) fetch(ks []int64) error {
 }
 
 // free tells that no running operation holds a cluster whose count is 0.
-func (a *allocator) free(c int64) bool {
+func (a *allocator) free(c format.Cluster) bool {
 	return a.build == nil || !a.build.holds(c)
 }
 
@@ -126,7 +126,7 @@ const maxGap = 1 << 30
 // refuse returns ErrCorrupt for what is known to be metadata although its count is 0, and for what lies so far behind the
 // end of the file that the counts before it must be wrong: the file would become many times larger.
 func (a *allocator) refuse(r format.Run) error {
-	if length := a.length.Load(); r.End()<<a.g.ClusterBits > 2*length+maxGap {
+	if length := a.length.Load(); a.g.Offset(r.End()) > 2*length+maxGap {
 		return fmt.Errorf("%s: %w: all clusters are in use, up to %d, but the file has only %d bytes", a.f.Name(), ErrCorrupt, r.First, length)
 	}
 	if err := a.metadata.refuse(r); err != nil {
@@ -148,14 +148,14 @@ func (a *allocator) writeBack() error {
 }
 
 // count returns how often a host cluster is counted.
-func (a *allocator) count(cluster int64) (uint64, error) {
+func (a *allocator) count(cluster format.Cluster) (uint64, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	b, err := a.rc.block(cluster >> a.g.BlockBits)
+	b, err := a.rc.block(a.g.BlockOf(cluster))
 	if err != nil || b == nil {
 		return 0, err
 	}
-	return b.counts.Get(cluster & (a.g.BlockCounts - 1)), nil
+	return b.counts.Get(a.g.InBlock(cluster)), nil
 }
 
 // searching tells whether ReclaimLeaks counts references.
@@ -176,5 +176,5 @@ const (
 
 // batch returns how many clusters to reserve at once for so many bytes: of small clusters fewer bytes.
 func batch(g format.Geometry, bytes int64) int64 {
-	return min(max(bytes>>g.ClusterBits, 1), maxBatch*bytes/maxBatchBytes)
+	return min(max(bytes/g.ClusterSize, 1), maxBatch*bytes/maxBatchBytes)
 }

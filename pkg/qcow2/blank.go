@@ -53,13 +53,14 @@ func (img *Image) holdsNothing() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	metadata := map[int64]bool{0: true} // by cluster
+	metadata := map[format.Cluster]bool{0: true}
 	note := func(off, length int64) {
-		for c := off >> g.ClusterBits; c < off>>g.ClusterBits+g.Clusters(length); c++ {
+		r := g.RunOf(off, length)
+		for c := r.First; c < r.End(); c++ {
 			metadata[c] = true
 		}
 	}
-	note(h.RefTableOffset, h.RefTableClusters<<g.ClusterBits)
+	note(h.RefTableOffset, g.Bytes(h.RefTableClusters))
 	note(h.L1Offset, h.L1Size*8)
 	note(h.SnapshotsOffset, img.rowBytes)
 	for _, row := range img.rows {
@@ -78,7 +79,7 @@ func (img *Image) holdsNothing() (bool, error) {
 }
 
 // countsOnly tells whether no cluster is counted but those of a set.
-func countsOnly(rc *refcounts, set map[int64]bool) (bool, error) {
+func countsOnly(rc *refcounts, set map[format.Cluster]bool) (bool, error) {
 	for k, off := range rc.table {
 		if off == 0 {
 			continue
@@ -88,7 +89,7 @@ func countsOnly(rc *refcounts, set map[int64]bool) (bool, error) {
 			return false, err
 		}
 		for i := b.counts.NextNonzero(0); i < b.counts.Len(); i = b.counts.NextNonzero(i + 1) {
-			if !set[int64(k)<<rc.g.BlockBits+i] {
+			if !set[rc.g.Counted(int64(k), i)] {
 				return false, nil
 			}
 		}

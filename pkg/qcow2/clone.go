@@ -55,7 +55,7 @@ type clonePlan struct {
 	v      *View
 	whole  *clusterSet // of the source's file: taken over as they are
 	wholes int64
-	end    int64 // whole clusters in the source's file
+	end    format.Cluster // of the whole clusters in the source's file
 }
 
 // maxCloneClusters bounds the memory for a clone's plan, a bit for each cluster of the source's file, to 256 MiB.
@@ -68,11 +68,11 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &clonePlan{v: v, end: length >> g.ClusterBits}
+	p := &clonePlan{v: v, end: g.Cluster(length)}
 	if p.end > maxCloneClusters {
 		return nil, fmt.Errorf("%w: the file has more than %d clusters", ErrLimit, int64(maxCloneClusters))
 	}
-	p.whole = newClusterSet(p.end)
+	p.whole = newClusterSet(int64(p.end))
 	var twice *clusterSet // mapped more than once: not taken over, for each cluster of a clone is counted once
 	var tables, anew int64
 	err = p.eachTable(ctx, func(index int64, es []format.L2Entry) error {
@@ -87,7 +87,7 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 				p.whole.add(c)
 			default:
 				if twice == nil {
-					twice = newClusterSet(p.end)
+					twice = newClusterSet(int64(p.end))
 				}
 				twice.add(c)
 				anew++
@@ -133,22 +133,22 @@ func (p *clonePlan) eachTable(ctx context.Context, fn func(index int64, es []for
 
 // host returns the cluster that entry i of a table maps, if it can be taken over as it is: uncompressed, with nothing of
 // it behind the end of the disk, where a larger clone would show it, or of the file.
-func (p *clonePlan) host(index, i int64, e format.L2Entry) (int64, bool) {
+func (p *clonePlan) host(index, i int64, e format.L2Entry) (format.Cluster, bool) {
 	if k := e.Kind(); k != format.KindData && k != format.KindMixed {
 		return 0, false
 	}
-	c := e.Offset() >> p.v.img.g.ClusterBits
+	c := p.v.img.g.Cluster(e.Offset())
 	return c, c < p.end && p.guest(index, i)+p.v.img.g.ClusterSize <= p.v.Size()
 }
 
 // guest returns the offset on the disk of entry i of a table.
 func (p *clonePlan) guest(index, i int64) int64 {
-	return index*p.v.img.g.L2Coverage + i<<p.v.img.g.ClusterBits
+	return index*p.v.img.g.L2Coverage + p.v.img.g.Bytes(i)
 }
 
 // writeContent writes L1 and L2 tables and takes over the data.
 func (p *clonePlan) writeContent(ctx context.Context, dst File, progress func(done, total int64)) error {
-	c := startCopier(ctx, dst, p.v, p.data<<p.v.img.g.ClusterBits, progress)
+	c := startCopier(ctx, dst, p.v, p.v.img.g.Bytes(p.data), progress)
 	err := p.takeOver(c)
 	if err == nil {
 		err = p.writeTables(c, dst)
@@ -163,8 +163,8 @@ func (p *clonePlan) writeContent(ctx context.Context, dst File, progress func(do
 func (p *clonePlan) takeOver(c *copier) error {
 	at := p.dataAt()
 	for r := range p.whole.runs() {
-		n := r.N << p.v.img.g.ClusterBits
-		if err := c.takeOver(r.First<<p.v.img.g.ClusterBits, n, at); err != nil {
+		n := p.v.img.g.Bytes(r.N)
+		if err := c.takeOver(p.v.img.g.Offset(r.First), n, at); err != nil {
 			return err
 		}
 		at += n
@@ -178,7 +178,7 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 	l1 := make([]format.L1Entry, p.l1Size)
 	l2 := newMetadataWriter(dst, p.l2At())
 	t := g.NewTable()
-	nextTable, nextAnew := p.l2At(), p.dataAt()+p.wholes<<g.ClusterBits
+	nextTable, nextAnew := p.l2At(), p.dataAt()+g.Bytes(p.wholes)
 	changed := fmt.Errorf("%w: the source changed while it was cloned", ErrInUse)
 	err := p.eachTable(c.ctx, func(index int64, es []format.L2Entry) error {
 		if nextTable >= p.dataAt() {
@@ -191,10 +191,10 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 			}
 			i := int64(i)
 			if c, ok := p.host(index, i, e); ok && p.whole.has(c) {
-				t.Set(i, format.OwnEntry(p.dataAt()+p.whole.place(c)<<g.ClusterBits, e.Sub))
+				t.Set(i, format.OwnEntry(p.dataAt()+g.Bytes(p.whole.place(c)), e.Sub))
 				continue
 			}
-			if nextAnew >= p.clusters()<<g.ClusterBits {
+			if nextAnew >= g.Bytes(p.clusters()) {
 				return changed
 			}
 			off := p.guest(index, i)

@@ -18,11 +18,11 @@ const rankWords = 8
 // newClusterSet makes an empty set of clusters below n. Memory is used where there are clusters: a bit for each.
 func newClusterSet(n int64) *clusterSet { return &clusterSet{words: make([]uint64, (n+63)/64)} }
 
-func (s *clusterSet) has(c int64) bool { return s.words[c/64]>>(uint(c)%64)&1 != 0 }
+func (s *clusterSet) has(c format.Cluster) bool { return s.words[c/64]>>(uint(c)%64)&1 != 0 }
 
-func (s *clusterSet) add(c int64) { s.words[c/64] |= 1 << (uint(c) % 64) }
+func (s *clusterSet) add(c format.Cluster) { s.words[c/64] |= 1 << (uint(c) % 64) }
 
-func (s *clusterSet) remove(c int64) { s.words[c/64] &^= 1 << (uint(c) % 64) }
+func (s *clusterSet) remove(c format.Cluster) { s.words[c/64] &^= 1 << (uint(c) % 64) }
 
 // seal counts the clusters: from now on none is added or removed.
 func (s *clusterSet) seal() (clusters int64) {
@@ -37,8 +37,8 @@ func (s *clusterSet) seal() (clusters int64) {
 }
 
 // place returns how many clusters of the set come before c.
-func (s *clusterSet) place(c int64) int64 {
-	i := c / 64
+func (s *clusterSet) place(c format.Cluster) int64 {
+	i := int64(c / 64)
 	n := s.rank[i/rankWords] + int64(bits.OnesCount64(s.words[i]&(1<<(uint(c)%64)-1)))
 	for k := i / rankWords * rankWords; k < i; k++ {
 		n += int64(bits.OnesCount64(s.words[k]))
@@ -55,7 +55,7 @@ func (s *clusterSet) runs() iter.Seq[format.Run] {
 				skip := bits.TrailingZeros64(w)
 				n := bits.TrailingZeros64(^(w >> skip))
 				at += int64(skip)
-				if c := int64(i)*64 + at; c == r.End() && r.N > 0 {
+				if c := format.Cluster(int64(i)*64 + at); c == r.End() && r.N > 0 {
 					r.N += int64(n)
 				} else {
 					if r.N > 0 && !yield(r) {

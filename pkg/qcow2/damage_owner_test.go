@@ -22,13 +22,13 @@ type owners struct {
 	t         *testing.T
 	f         *memFile // damaged
 	g         format.Geometry
-	changed   map[int64]bool // words on which more depends than COPIED
-	contested map[int64]bool // host clusters that damaged references lead to
+	changed   map[int64]bool          // words on which more depends than COPIED
+	contested map[format.Cluster]bool // host clusters that damaged references lead to
 }
 
 func newOwners(t *testing.T, f *memFile, h *format.Header, words []word) *owners {
 	t.Helper()
-	o := &owners{t: t, f: f, g: h.Geometry(), changed: map[int64]bool{}, contested: map[int64]bool{}}
+	o := &owners{t: t, f: f, g: h.Geometry(), changed: map[int64]bool{}, contested: map[format.Cluster]bool{}}
 	for _, w := range words {
 		if w.old^w.now != format.FlagCopied {
 			o.changed[w.at] = true
@@ -43,7 +43,8 @@ func (o *owners) contest(off, n int64, tables bool) {
 	if off < 0 || off >= o.f.content.size {
 		return
 	}
-	for c := off >> o.g.ClusterBits; c < o.g.Clusters(off+n); c++ {
+	r := o.g.RunOf(off, n)
+	for c := r.First; c < r.End(); c++ {
 		o.contested[c] = true
 	}
 	if !tables {
@@ -98,9 +99,7 @@ func (o *owners) undoubted(sound *memFile, h *format.Header, snapshots bool) con
 		left[name] = maps.Clone(all[name])
 		sure := map[int64]bool{}
 		o.walk(sound, root, func(guest, l1At, l2At int64, e format.L2Entry) {
-			first, n := e.HostClusters(o.g)
-			hosts := format.Run{First: first, N: n}
-			table := l2At >> o.g.ClusterBits
+			hosts, table := e.HostClusters(o.g), o.g.Cluster(l2At)
 			doubt := o.changed[l1At] || o.changed[l2At] || o.g.Extended && o.changed[l2At+8] || o.contested[table] ||
 				slices.ContainsFunc(slices.Collect(maps.Keys(o.contested)), hosts.Has)
 			sure[guest] = !doubt

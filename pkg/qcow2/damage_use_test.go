@@ -65,7 +65,7 @@ type usedDamage struct {
 	ops      []string
 	snapshot string // the name of the one that is deleted and gone to, "" if there is none
 	id       string
-	wrote    format.Run // guest bytes
+	wrote    struct{ off, n int64 } // guest bytes
 	served   bool
 }
 
@@ -168,8 +168,7 @@ func (d *usedDamage) use(t *testing.T, sound *memFile, rng *rand.Rand) (lost []s
 	size, cluster := img.Size(), img.ClusterSize()
 	must(t, img.Close())
 	unit := size / 16 &^ 511
-	d.wrote = format.Run{First: rng.Int64N(12) * unit, N: 1 + rng.Int64N(4)}
-	d.wrote.N *= unit
+	d.wrote.off, d.wrote.n = rng.Int64N(12)*unit, (1+rng.Int64N(4))*unit
 	all := []string{"read", "flush", "create", "delete", "goto", "resize", "write"}
 	for range 1 + rng.IntN(3) {
 		d.ops = append(d.ops, all[rng.IntN(len(all))])
@@ -191,7 +190,7 @@ func (d *usedDamage) use(t *testing.T, sound *memFile, rng *rand.Rand) (lost []s
 	mine, other := readable(t, loadMemFile(t, ours)), readable(t, loadMemFile(t, qemu))
 	for name, clusters := range before {
 		for off := range clusters {
-			if name == "" && off+cluster > d.wrote.First && off < d.wrote.End() && slices.Contains(d.ops, "write") {
+			if name == "" && off+cluster > d.wrote.off && off < d.wrote.off+d.wrote.n && slices.Contains(d.ops, "write") {
 				continue
 			}
 			may := func(b []byte) bool {
@@ -233,7 +232,7 @@ func (d *usedDamage) ourOp(path, op string, number int, size int64) error {
 	case "resize":
 		err = img.Resize(img.Size() + 1<<20)
 	case "write":
-		_, err = img.WriteAt(bytes.Repeat([]byte{9}, int(d.wrote.N)), d.wrote.First)
+		_, err = img.WriteAt(bytes.Repeat([]byte{9}, int(d.wrote.n)), d.wrote.off)
 	}
 	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnsupported) || errors.Is(err, ErrLimit) {
 		err = nil // QEMU does not do it either
@@ -254,7 +253,7 @@ func (d *usedDamage) qemuOp(t *testing.T, path, op string, number int, size int6
 		"delete": {"qemu-img", "snapshot", "-d", d.snapshot, path},
 		"goto":   {"qemu-img", "snapshot", "-a", d.snapshot, path},
 		"resize": {"qemu-img", "resize", "-q", "-f", "qcow2", path, "+1M"},
-		"write":  io(fmt.Sprintf("write -P 9 %d %d", d.wrote.First, d.wrote.N)),
+		"write":  io(fmt.Sprintf("write -P 9 %d %d", d.wrote.off, d.wrote.n)),
 	}[op]
 	_ = exec.CommandContext(t.Context(), args[0], args[1:]...).Run()
 }

@@ -16,7 +16,7 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 	}
 	size := img.Size()
 	if n > 0 && off >= 0 && off <= size && n <= size-off && img.usable(true) == nil {
-		d.lock = guestRange{off >> img.g.ClusterBits, (off+n-1)>>img.g.ClusterBits + 1, false}
+		d.lock = guestRange{img.g.GuestCluster(off), img.g.GuestCluster(off+n-1) + 1, false}
 		if img.guests.tryLock(&d.lock) {
 			if host, ok = img.mapDirect(off, n, write); ok {
 				img.requests.Add(1)
@@ -63,7 +63,7 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	for i := first; i <= last; i++ {
 		e := t.data.Entry(i)
 		switch {
-		case e.Kind() != format.KindData, e.Offset() != start+(i-first)<<g.ClusterBits, e.Check(*g, img.version) != nil:
+		case e.Kind() != format.KindData, e.Offset() != start+g.Bytes(i-first), e.Check(*g, img.version) != nil:
 			return 0, false
 		case write && (!e.Own() || !img.owns(e.Offset())):
 			return 0, false
@@ -73,7 +73,7 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	if !img.wholeBlocks(host, n) || host+n > img.alloc.length.Load() {
 		return 0, false
 	}
-	if write && img.alloc.metadata.refuse(format.Run{First: start >> g.ClusterBits, N: last - first + 1}) != nil {
+	if write && img.alloc.metadata.refuse(format.Run{First: g.Cluster(start), N: last - first + 1}) != nil {
 		return 0, false
 	}
 	return host, true

@@ -36,9 +36,9 @@ type generation struct {
 	// The allocator's lock guards these. See generation_counts.go.
 	blocks  map[int64]*shadowBlock // refcount blocks that were looked at
 	loading map[int64]bool         // blocks that are being read; true: a live count in it has changed meanwhile
-	next    int64                  // search for free clusters from here
+	next    format.Cluster         // search for free clusters from here
 	taken   format.Runs            // clusters that this generation has taken, in ascending order
-	ahead   map[int64]int          // live L2 tables, by cluster: references taken away that guests have not given up
+	ahead   map[format.Cluster]int // live L2 tables, by cluster: references taken away that guests have not given up
 	zeroed  map[int64]struct{}     // refcount blocks in which a count fell to 0, and perhaps rose again
 	fell1   bool                   // a count fell to 1: COPIED has to be looked at
 	slab    []byte                 // memory for more blocks
@@ -46,7 +46,7 @@ type generation struct {
 
 	// The image's lock guards these.
 	frozen   bool                        // what was mapped at the start belongs to a snapshot now, whatever COPIED says
-	own      map[int64]struct{}          // if frozen: host clusters mapped since
+	own      map[format.Cluster]struct{} // if frozen: host clusters mapped since
 	dirty    map[int64]*format.SectorSet // L1 indexes of tables that changed after the build saw them, and what changed there
 	deferred format.Runs                 // given up by guests, durably: abort releases them
 	given    int                         // how many of these giveUp has seen
@@ -88,7 +88,7 @@ func (img *Image) newGeneration() *generation {
 		img: img, g: img.g, h: *img.hdr.Load(), row: append([]format.SnapshotRow(nil), img.rows...), l1Keep: int64(len(img.l1)),
 		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f, growth: &img.alloc.growth}, idle: img.requests.Load(),
 		blocks: make(map[int64]*shadowBlock), loading: make(map[int64]bool), zeroed: make(map[int64]struct{}),
-		ahead: make(map[int64]int), own: make(map[int64]struct{}), dirty: make(map[int64]*format.SectorSet),
+		ahead: make(map[format.Cluster]int), own: make(map[format.Cluster]struct{}), dirty: make(map[int64]*format.SectorSet),
 		tables: make(map[int64]*nextTable), copied: make(map[int64]int64),
 	}
 }

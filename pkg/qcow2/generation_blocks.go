@@ -43,7 +43,7 @@ func (n *generation) placeBlock(k int64) error {
 	}
 	n.img.alloc.metadata.put(r, metadataSole)
 	b := n.blocks[k]
-	b.at, b.dirty = r.First<<n.g.ClusterBits, n.g.AllSectors()
+	b.at, b.dirty = n.g.Offset(r.First), n.g.AllSectors()
 	return n.dropBlock(k)
 }
 
@@ -169,7 +169,7 @@ func (n *generation) giveUpRun(r format.Run) error {
 		for end < r.End() && n.ahead[end] == 0 {
 			end++
 		}
-		if err := n.add(format.Run{First: c, N: end - c}, -1); err != nil {
+		if err := n.add(format.RunTo(c, end), -1); err != nil {
 			return err
 		}
 		c = end
@@ -192,9 +192,9 @@ func (n *generation) place(b []byte) (int64, error) {
 		return 0, err
 	}
 	n.img.alloc.metadata.put(r, metadataSole)
-	off := r.First << n.g.ClusterBits
+	off := n.g.Offset(r.First)
 	if err := n.out.write(off, b); err != nil {
 		return 0, err
 	}
-	return off, n.out.zeros(r.N<<n.g.ClusterBits - int64(len(b)))
+	return off, n.out.zeros(n.g.Bytes(r.N) - int64(len(b)))
 }

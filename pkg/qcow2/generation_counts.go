@@ -23,7 +23,7 @@ func (b *shadowBlock) clean() bool { return b.at == 0 && b.dirty.Empty() }
 const shadowBytes = 64 << 20
 
 // limit is shadowBytes in blocks.
-func (n *generation) limit() int { return max(shadowBytes>>n.g.ClusterBits, 64) }
+func (n *generation) limit() int { return int(max(shadowBytes/n.g.ClusterSize, 64)) }
 
 // forget drops a clean block. Called with the allocator's lock held, as the rest.
 func (n *generation) forget(k int64) {
@@ -119,12 +119,12 @@ func (n *generation) ownBlock(i int64) (*shadowBlock, error) {
 }
 
 // count returns a cluster's next count.
-func (n *generation) count(c int64) (uint64, error) {
-	b, err := n.block(c >> n.g.BlockBits)
+func (n *generation) count(c format.Cluster) (uint64, error) {
+	b, err := n.block(n.g.BlockOf(c))
 	if err != nil || b.counts.None() {
 		return 0, err
 	}
-	return b.counts.Get(c & (n.g.BlockCounts - 1)), nil
+	return b.counts.Get(n.g.InBlock(c)), nil
 }
 
 // add changes the next counts of a run.
@@ -160,16 +160,16 @@ func (n *generation) mirror(r format.Run, delta int) error {
 			n.forget(k)
 			return nil
 		}
-		return n.add(format.Run{First: k<<n.g.BlockBits + i, N: m}, delta)
+		return n.add(format.Run{First: n.g.Counted(k, i), N: m}, delta)
 	})
 }
 
 // holds tells that a cluster, which is free in the live generation, is not in this one, or is kept for it.
-func (n *generation) holds(c int64) bool {
+func (n *generation) holds(c format.Cluster) bool {
 	if n.room.Has(c) {
 		return true
 	}
-	_, ok := slices.BinarySearchFunc(n.taken, c, func(r format.Run, c int64) int {
+	_, ok := slices.BinarySearchFunc(n.taken, c, func(r format.Run, c format.Cluster) int {
 		switch {
 		case r.End() <= c:
 			return -1
@@ -181,11 +181,11 @@ func (n *generation) holds(c int64) bool {
 	return ok
 }
 
-func (n *generation) searchFrom() int64 { return n.next }
+func (n *generation) searchFrom() format.Cluster { return n.next }
 
 // drop gives up the clusters of a structure of length bytes.
 func (n *generation) drop(off, length int64) error {
-	return n.add(format.Run{First: off >> n.g.ClusterBits, N: n.g.Clusters(length)}, -1)
+	return n.add(n.g.RunOf(off, length), -1)
 }
 
 // unmake forgets live block k at off, which the table on disk has never had, with the count of its cluster.
@@ -194,5 +194,5 @@ func (n *generation) unmake(k, off int64) {
 		b.old = 0 // dropBlock has taken the count away
 		return
 	}
-	_ = n.mirror(format.Run{First: off >> n.g.ClusterBits, N: 1}, -1)
+	_ = n.mirror(n.g.Cluster(off).Alone(), -1)
 }

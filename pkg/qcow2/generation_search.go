@@ -21,12 +21,12 @@ const searchBlocks = 16
 // seek moves the search on to k free clusters, so that take finds them at once. Called without the allocator's lock.
 func (n *generation) seek(k int64) error {
 	for blocks, found := int64(1), false; !found; blocks = searchBlocks {
-		first := n.next >> n.g.BlockBits
-		if err := n.preload(n.g.BlocksOf(format.Run{First: first << n.g.BlockBits, N: blocks << n.g.BlockBits})); err != nil {
+		first := n.g.BlockOf(n.next)
+		if err := n.preload(n.g.BlocksOf(format.Run{First: n.g.Counted(first, 0), N: blocks * n.g.BlockCounts})); err != nil {
 			return err
 		}
 		if err := n.locked(func() error {
-			stop := (first + blocks) << n.g.BlockBits
+			stop := n.g.Counted(first+blocks, 0)
 			err := n.search(k, stop)
 			found = n.next < stop
 			return err
@@ -40,18 +40,18 @@ func (n *generation) seek(k int64) error {
 // The following are called with the allocator's lock held.
 
 // search moves the search on to k free clusters, or to stop if there are none before it.
-func (n *generation) search(k, stop int64) error {
+func (n *generation) search(k int64, stop format.Cluster) error {
 	free, err := n.freeRun(n.next, k)
 	if err != nil || free == k {
 		return err
 	}
 	for n.next < stop {
-		block, i := n.next>>n.g.BlockBits, n.next&(n.g.BlockCounts-1)
+		block, i := n.g.BlockOf(n.next), n.g.InBlock(n.next)
 		from, _, err := n.freeIn(block, i, 1)
 		if err != nil {
 			return err
 		}
-		n.next += from - i
+		n.next += format.Cluster(from - i)
 		if from == n.g.BlockCounts {
 			n.leave(block)
 			continue
@@ -59,17 +59,18 @@ func (n *generation) search(k, stop int64) error {
 		if free, err = n.freeRun(n.next, max(k, longRun)); err != nil || free >= max(k, longRun) {
 			return err
 		}
-		n.next += free
+		n.next += format.Cluster(free)
 	}
 	return nil
 }
 
 // freeRun returns how many clusters from c on are free, up to k.
-func (n *generation) freeRun(c, k int64) (int64, error) {
+func (n *generation) freeRun(c format.Cluster, k int64) (int64, error) {
 	free := int64(0)
 	for free < k {
-		i := (c + free) & (n.g.BlockCounts - 1)
-		from, end, err := n.freeIn((c+free)>>n.g.BlockBits, i, k-free)
+		at := c + format.Cluster(free)
+		i := n.g.InBlock(at)
+		from, end, err := n.freeIn(n.g.BlockOf(at), i, k-free)
 		if err != nil {
 			return 0, err
 		}

@@ -173,7 +173,7 @@ func (n *generation) completeL1() error {
 func (n *generation) flagL1(i int) error {
 	return n.locked(func() error {
 		off := n.l1[i].Offset()
-		c, err := n.count(off >> n.g.ClusterBits)
+		c, err := n.count(n.g.Cluster(off))
 		if n.l1[i] = format.L1Entry(off); c == 1 {
 			n.l1[i] |= format.FlagCopied
 		}
@@ -191,7 +191,7 @@ func (n *generation) isOwn(off int64) bool {
 // them. Each of that changes counts, perhaps in one more block: it goes on until all have a place.
 func (n *generation) completeRefcounts() error {
 	rc := n.img.alloc.rc
-	if err := n.locked(func() error { return n.drop(rc.tableAt.First<<n.g.ClusterBits, rc.tableAt.N<<n.g.ClusterBits) }); err != nil {
+	if err := n.locked(func() error { return n.add(rc.tableAt, -1) }); err != nil {
 		return err
 	}
 	var at format.Run // the table
@@ -221,8 +221,8 @@ func (n *generation) completeRefcounts() error {
 	if err := n.img.alloc.writeBack(); err != nil {
 		return err
 	}
-	n.h.RefTableOffset, n.h.RefTableClusters = at.First<<n.g.ClusterBits, at.N
-	raw := make([]byte, at.N<<n.g.ClusterBits)
+	n.h.RefTableOffset, n.h.RefTableClusters = n.g.Offset(at.First), at.N
+	raw := make([]byte, n.g.Bytes(at.N))
 	for i, off := range n.refTable() {
 		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
 	}
@@ -249,7 +249,7 @@ func (n *generation) takeTable(at format.Run, need int64) (format.Run, error) {
 			return format.Run{}, err
 		}
 	}
-	if need<<n.g.ClusterBits > format.MaxRefcountTableBytes {
+	if n.g.Bytes(need) > format.MaxRefcountTableBytes {
 		return format.Run{}, fmt.Errorf("%w: the refcount table would exceed %d MiB", ErrLimit, format.MaxRefcountTableBytes>>20)
 	}
 	return n.take(need)
@@ -266,14 +266,14 @@ func (n *generation) tableClusters() int64 {
 		}
 	}
 	if need > have {
-		need = max(need, min(need+need/2+1, format.MaxRefcountTableBytes>>n.g.ClusterBits))
+		need = max(need, min(need+need/2+1, format.MaxRefcountTableBytes/n.g.ClusterSize))
 	}
 	return need
 }
 
 // refTable returns the next refcount table.
 func (n *generation) refTable() []int64 {
-	table := make([]int64, n.h.RefTableClusters<<n.g.ClusterBits/8)
+	table := make([]int64, n.g.Bytes(n.h.RefTableClusters)/8)
 	copy(table, n.img.alloc.rc.table)
 	for i, b := range n.blocks {
 		if b.at != 0 {
@@ -294,7 +294,7 @@ func (n *generation) adopt() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.build = nil
-	a.rc.setTable(table, format.Run{First: n.h.RefTableOffset >> n.g.ClusterBits, N: n.h.RefTableClusters})
+	a.rc.setTable(table, n.g.RunOf(n.h.RefTableOffset, n.g.Bytes(n.h.RefTableClusters)))
 	for _, k := range slices.Sorted(maps.Keys(n.blocks)) {
 		b := n.blocks[k]
 		switch {
@@ -306,7 +306,7 @@ func (n *generation) adopt() error {
 		}
 	}
 	a.length.Store(max(a.length.Load(), length))
-	a.unsafe, a.unsafeEnd = n.zeroed, a.g.Clusters(a.length.Load()) // behind the end there is nothing to punch
+	a.unsafe, a.unsafeEnd = n.zeroed, a.g.ClusterBehind(a.length.Load()) // behind the end there is nothing to punch
 
 	img.mu.Lock()
 	defer img.mu.Unlock()
@@ -361,11 +361,11 @@ func (n *generation) adoptTable(next *nextTable, t *l2Table) error {
 func (n *generation) adoptLate(l lateTable) {
 	img := n.img
 	if n.tables[l.index] != nil {
-		img.freed.Add(format.Run{First: l.made >> n.g.ClusterBits, N: 1})
+		img.freed.Add(n.g.Cluster(l.made).Alone())
 		return
 	}
 	if l.old != 0 {
-		img.freed.Add(format.Run{First: l.old >> n.g.ClusterBits, N: 1})
+		img.freed.Add(n.g.Cluster(l.old).Alone())
 	}
 	img.l1[l.index] = format.L1Entry(l.made) | format.FlagCopied
 	img.l1Dirty.Add(l.index * 8 / format.SectorSize)
@@ -398,7 +398,7 @@ func (n *generation) abortLocked(cause error) error {
 	img.build = nil
 	for _, t := range n.late {
 		if t.old != 0 {
-			img.freed.Add(format.Run{First: t.old >> n.g.ClusterBits, N: 1})
+			img.freed.Add(n.g.Cluster(t.old).Alone())
 		}
 	}
 	img.mu.Unlock()

@@ -14,7 +14,7 @@ func (n *generation) scan(off int64, t format.L2Table) error {
 	if n.runs, err = t.EntryRuns(n.g, n.img.version, n.runs[:0]); err != nil {
 		return fmt.Errorf("L2 table at file offset %#x, %w", off, err)
 	}
-	end := n.g.Clusters(n.img.alloc.length.Load())
+	end := n.g.ClusterBehind(n.img.alloc.length.Load())
 	for _, r := range n.runs {
 		// Counts behind the end of the file would take memory that it does not justify.
 		if r.Hosts.End() > end {
@@ -23,11 +23,11 @@ func (n *generation) scan(off int64, t format.L2Table) error {
 		}
 	}
 	if err := n.preload(func(yield func(int64) bool) {
-		last := off >> n.g.ClusterBits >> n.g.BlockBits
+		last := n.g.BlockOf(n.g.Cluster(off))
 		ok := yield(last)
 		for _, r := range n.runs {
-			for k := r.Hosts.First >> n.g.BlockBits; ok && k <= (r.Hosts.End()-1)>>n.g.BlockBits; k++ {
-				if k != last {
+			for k := range n.g.BlocksOf(r.Hosts) {
+				if ok && k != last {
 					ok, last = yield(k), k
 				}
 			}
@@ -41,7 +41,7 @@ func (n *generation) scan(off int64, t format.L2Table) error {
 // referenceRuns changes the counts of an L2 table and, as scan found them, of its clusters. Called with the allocator's lock
 // held.
 func (n *generation) referenceRuns(off int64, delta int) error {
-	if err := n.add(format.Run{First: off >> n.g.ClusterBits, N: 1}, delta); err != nil {
+	if err := n.add(n.g.Cluster(off).Alone(), delta); err != nil {
 		return err
 	}
 	for _, r := range n.runs {
@@ -90,7 +90,7 @@ func (n *generation) flagTable(i, off int64, t format.L2Table, differs bool) err
 		if changed, err = n.setCopied(t, n.runs); err != nil || changed {
 			return err
 		}
-		c, err := n.count(off >> n.g.ClusterBits)
+		c, err := n.count(n.g.Cluster(off))
 		sole = c == 1
 		return err
 	}); err != nil {
@@ -116,7 +116,7 @@ func (n *generation) replace(i, off int64, t format.L2Table) error {
 		if err != nil {
 			return err
 		}
-		next.at = r.First << n.g.ClusterBits
+		next.at = n.g.Offset(r.First)
 		n.img.alloc.metadata.put(r, metadataL2)
 		if off == 0 {
 			return nil
@@ -132,19 +132,19 @@ func (n *generation) replace(i, off int64, t format.L2Table) error {
 // dropTable takes away the active state's reference to a live table, ahead of any guest that may give it up. Called with
 // the allocator's lock held.
 func (n *generation) dropTable(off int64) error {
-	n.ahead[off>>n.g.ClusterBits]++
+	n.ahead[n.g.Cluster(off)]++
 	return n.drop(off, n.g.ClusterSize)
 }
 
 // keepTable is for a table that a guest has replaced: unless it is given up already, that is still to come, and takes
 // away the reference. Called with the allocator's lock held.
 func (n *generation) keepTable(off int64) error {
-	c := off >> n.g.ClusterBits
+	c := n.g.Cluster(off)
 	if n.ahead[c] == 0 {
 		return nil
 	}
 	n.ahead[c]--
-	return n.add(format.Run{First: c, N: 1}, 1)
+	return n.add(c.Alone(), 1)
 }
 
 // setCopied sets COPIED where the next count is 1, and nowhere else. t has the runs rs. Called with the allocator's

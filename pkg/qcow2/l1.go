@@ -47,7 +47,7 @@ func (img *Image) checkL1Entry(e format.L1Entry) error {
 	if err := e.Check(img.g); err != nil {
 		return err
 	}
-	if img.alloc != nil && img.alloc.metadata.kind(e.Offset()>>img.g.ClusterBits) == metadataSole && e.Offset() != 0 {
+	if img.alloc != nil && img.alloc.metadata.kind(img.g.Cluster(e.Offset())) == metadataSole && e.Offset() != 0 {
 		return fmt.Errorf("%w: the L2 table at file offset %#x is other metadata", ErrCorrupt, e.Offset())
 	}
 	return nil

@@ -43,7 +43,7 @@ func (c *l2Cache) newTable(g format.Geometry) format.L2Table {
 
 func newL2Cache(bytes int64, g format.Geometry) *l2Cache {
 	return &l2Cache{
-		limit:  int(max(bytes>>g.ClusterBits, 4)),
+		limit:  int(max(bytes/g.ClusterSize, 4)),
 		tables: make(map[int64]*list.Element),
 		recent: list.New(),
 	}

@@ -29,11 +29,11 @@ func newLayout(g format.Geometry, version int, size, l2, data int64) (layout, er
 			ErrLimit, size, g.ClusterSize, format.MaxL1Bytes>>20)
 	}
 	l.l1 = g.Clusters(l.l1Size * 8)
-	for l.refBlocks<<g.BlockBits < l.clusters() || l.refTable<<g.ClusterBits < l.refBlocks*8 {
-		l.refBlocks = (l.clusters() + g.BlockCounts - 1) >> g.BlockBits
+	for l.refBlocks < g.Blocks(l.clusters()) || g.Bytes(l.refTable) < l.refBlocks*8 {
+		l.refBlocks = g.Blocks(l.clusters())
 		l.refTable = g.Clusters(l.refBlocks * 8)
 	}
-	if l.refTable<<g.ClusterBits > format.MaxRefcountTableBytes {
+	if g.Bytes(l.refTable) > format.MaxRefcountTableBytes {
 		return l, fmt.Errorf("%w: the refcount table would exceed %d MiB; use larger clusters", ErrLimit, format.MaxRefcountTableBytes>>20)
 	}
 	return l, nil
@@ -41,22 +41,22 @@ func newLayout(g format.Geometry, version int, size, l2, data int64) (layout, er
 
 // File offsets of the parts, in bytes.
 
-func (l layout) refBlocksAt() int64 { return (1 + l.refTable) << l.g.ClusterBits }
-func (l layout) l1At() int64        { return l.refBlocksAt() + l.refBlocks<<l.g.ClusterBits }
-func (l layout) l2At() int64        { return l.l1At() + l.l1<<l.g.ClusterBits }
-func (l layout) dataAt() int64      { return l.l2At() + l.l2<<l.g.ClusterBits }
+func (l layout) refBlocksAt() int64 { return l.g.Bytes(1 + l.refTable) }
+func (l layout) l1At() int64        { return l.refBlocksAt() + l.g.Bytes(l.refBlocks) }
+func (l layout) l2At() int64        { return l.l1At() + l.g.Bytes(l.l1) }
+func (l layout) dataAt() int64      { return l.l2At() + l.g.Bytes(l.l2) }
 
 // clusters is the length of the image.
 func (l layout) clusters() int64 { return 1 + l.refTable + l.refBlocks + l.l1 + l.l2 + l.data }
 
 // writeRefcounts sets the length of f, an empty file, and writes the refcount table and its blocks.
 func (l layout) writeRefcounts(f File) error {
-	if err := f.Truncate(l.clusters() << l.g.ClusterBits); err != nil {
+	if err := f.Truncate(l.g.Bytes(l.clusters())); err != nil {
 		return err
 	}
-	table := make([]byte, l.refTable<<l.g.ClusterBits)
+	table := make([]byte, l.g.Bytes(l.refTable))
 	for i := range l.refBlocks {
-		binary.BigEndian.PutUint64(table[i*8:], uint64(l.refBlocksAt()+i<<l.g.ClusterBits))
+		binary.BigEndian.PutUint64(table[i*8:], uint64(l.refBlocksAt()+l.g.Bytes(i)))
 	}
 	w := newMetadataWriter(f, l.g.ClusterSize)
 	_, _ = w.Write(table) // Flush tells

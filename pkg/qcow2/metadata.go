@@ -27,7 +27,10 @@ type kindGroup struct{ low, high uint64 }
 
 const kindGroupClusters = 64
 
-func (g kindGroup) kind(c int64) metadataKind {
+// kindGroupOf returns the number of the group that c is in.
+func kindGroupOf(c format.Cluster) int64 { return int64(c / kindGroupClusters) }
+
+func (g kindGroup) kind(c format.Cluster) metadataKind {
 	i := uint(c) % kindGroupClusters
 	return metadataKind(g.low>>i&1 | g.high>>i&1<<1)
 }
@@ -38,7 +41,7 @@ func kindGroups(r format.Run, fn func(group int64, mask uint64) bool) {
 	for c := r.First; c < r.End(); {
 		end := min((c/kindGroupClusters+1)*kindGroupClusters, r.End())
 		mask := uint64(math.MaxUint64) >> (kindGroupClusters - uint(end-c)) << (uint(c) % kindGroupClusters)
-		if !fn(c/kindGroupClusters, mask) {
+		if !fn(kindGroupOf(c), mask) {
 			return
 		}
 		c = end
@@ -78,7 +81,7 @@ func (m *metadataMap) add(r format.Run, kind metadataKind) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for c := r.First; c < r.End(); c++ {
-		switch have := m.groups[c/kindGroupClusters].kind(c); {
+		switch have := m.groups[kindGroupOf(c)].kind(c); {
 		case have == 0:
 			m.set(c, kind)
 		case have != metadataL2 || kind != metadataL2:
@@ -98,8 +101,8 @@ func (m *metadataMap) put(r format.Run, kind metadataKind) {
 }
 
 // set notes one cluster. Called with mu held.
-func (m *metadataMap) set(c int64, kind metadataKind) {
-	g := m.groups[c/kindGroupClusters]
+func (m *metadataMap) set(c format.Cluster, kind metadataKind) {
+	g := m.groups[kindGroupOf(c)]
 	if g.kind(c) == 0 {
 		if kind != metadataSole && m.noted >= m.limit {
 			return
@@ -113,7 +116,7 @@ func (m *metadataMap) set(c int64, kind metadataKind) {
 	if g.high &^= bit; kind&2 != 0 {
 		g.high |= bit
 	}
-	m.groups[c/kindGroupClusters] = g
+	m.groups[kindGroupOf(c)] = g
 }
 
 // remove forgets clusters that are free.
@@ -136,10 +139,10 @@ func (m *metadataMap) remove(r format.Run) {
 }
 
 // kind returns what is known about a cluster, 0 if nothing.
-func (m *metadataMap) kind(c int64) metadataKind {
+func (m *metadataMap) kind(c format.Cluster) metadataKind {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	return m.groups[c/kindGroupClusters].kind(c)
+	return m.groups[kindGroupOf(c)].kind(c)
 }
 
 // refuse returns ErrCorrupt if one of the clusters, which are to hold data or something new, is metadata.
@@ -150,7 +153,7 @@ func (m *metadataMap) refuse(r format.Run) error {
 	kindGroups(r, func(group int64, mask uint64) bool {
 		g := m.groups[group]
 		if used := (g.low | g.high) & mask; used != 0 {
-			c := group*kindGroupClusters + int64(bits.TrailingZeros64(used))
+			c := format.Cluster(group*kindGroupClusters + int64(bits.TrailingZeros64(used)))
 			err = fmt.Errorf("%w: cluster %d is %s and in use for something else", ErrCorrupt, c, g.kind(c))
 		}
 		return err == nil

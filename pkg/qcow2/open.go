@@ -134,7 +134,7 @@ func (img *Image) clearFeatures() error {
 func (img *Image) noteMetadata() error {
 	h, g, m := img.hdr.Load(), img.g, img.alloc.metadata
 	note := func(what string, off, length int64) error {
-		if err := m.add(format.Run{First: off >> g.ClusterBits, N: g.Clusters(length)}, metadataSole); err != nil {
+		if err := m.add(g.RunOf(off, length), metadataSole); err != nil {
 			return fmt.Errorf("%s at file offset %#x: %w", what, off, err)
 		}
 		return nil
@@ -142,7 +142,7 @@ func (img *Image) noteMetadata() error {
 	if err := note("header", 0, g.ClusterSize); err != nil {
 		return err
 	}
-	if err := note("refcount table", h.RefTableOffset, h.RefTableClusters<<g.ClusterBits); err != nil {
+	if err := note("refcount table", h.RefTableOffset, g.Bytes(h.RefTableClusters)); err != nil {
 		return err
 	}
 	for _, off := range img.alloc.rc.table {
@@ -176,7 +176,7 @@ func (img *Image) noteMetadata() error {
 func (img *Image) noteTables() error {
 	note := func(l1 []format.L1Entry) error {
 		for i, e := range l1 {
-			c, kind := e.Offset()>>img.g.ClusterBits, metadataL2
+			c, kind := img.g.Cluster(e.Offset()), metadataL2
 			if e.Copied() {
 				kind = metadataOwnL2
 			}

@@ -67,7 +67,7 @@ func (l layout) preallocate(f File, kind Preallocation, stop func() error) error
 
 // eachPiece calls fn for the data clusters piece by piece.
 func (l layout) eachPiece(stop func() error, fn func(off, n int64) error) error {
-	for off, end := l.dataAt(), l.clusters()<<l.g.ClusterBits; off < end; off += preallocatePiece {
+	for off, end := l.dataAt(), l.g.Bytes(l.clusters()); off < end; off += preallocatePiece {
 		if stop != nil {
 			if err := stop(); err != nil {
 				return err
@@ -88,11 +88,11 @@ func (l layout) writeMapping(f File) error {
 	for i := range l.l2 {
 		clear(t.B)
 		for k := range min(l.g.L2Entries, l.data-mapped) {
-			t.Set(k, format.OwnEntry(l.dataAt()+(mapped+k)<<l.g.ClusterBits, format.SubAllocated))
+			t.Set(k, format.OwnEntry(l.dataAt()+l.g.Bytes(mapped+k), format.SubAllocated))
 		}
 		mapped += l.g.L2Entries
 		_, _ = w.Write(t.B) // Flush tells
-		l1[i] = format.L1Entry(l.l2At()+i<<l.g.ClusterBits) | format.FlagCopied
+		l1[i] = format.L1Entry(l.l2At()+l.g.Bytes(i)) | format.FlagCopied
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -36,8 +36,8 @@ func (n *generation) punchZeroed() {
 			if !a.worthPunch(r) {
 				continue
 			}
-			at := r.First << n.g.ClusterBits
-			for end := min(r.End()<<n.g.ClusterBits, a.length.Load()); at < end; at += punchBytes {
+			at := n.g.Offset(r.First)
+			for end := min(n.g.Offset(r.End()), a.length.Load()); at < end; at += punchBytes {
 				_ = a.f.PunchHole(at, min(punchBytes, end-at))
 				n.pacePunch(min(punchBytes, end-at))
 			}
@@ -55,10 +55,10 @@ func (a *allocator) freeIn(k int64) format.Runs {
 		return nil
 	}
 	var free format.Runs
-	last := min(b.counts.Len(), a.unsafeEnd-k<<a.g.BlockBits)
+	last := min(b.counts.Len(), int64(a.unsafeEnd-a.g.Counted(k, 0)))
 	for i := b.counts.NextZero(0); i < last; {
 		end := min(b.counts.NextNonzero(i), last)
-		free.Add(format.Run{First: k<<a.g.BlockBits + i, N: end - i})
+		free.Add(format.Run{First: a.g.Counted(k, i), N: end - i})
 		i = b.counts.NextZero(end)
 	}
 	return free
@@ -99,21 +99,20 @@ func (img *Image) PunchFree() (err error) {
 func (a *allocator) punchAll() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	counted := int64(1) << a.g.BlockBits // by one block
-	for first, end := int64(0), a.g.Clusters(a.length.Load()); first < end; first += counted {
-		b, err := a.rc.block(first >> a.g.BlockBits)
+	for k := range a.g.Blocks(a.g.Clusters(a.length.Load())) {
+		b, err := a.rc.block(k)
 		if err != nil {
 			return err
 		}
 		if b == nil { // none of them is in use
-			if err := a.punchHole(format.Run{First: first, N: counted}); err != nil {
+			if err := a.punchHole(format.Run{First: a.g.Counted(k, 0), N: a.g.BlockCounts}); err != nil {
 				return err
 			}
 			continue
 		}
-		for i := b.counts.NextZero(0); i < counted; {
+		for i := b.counts.NextZero(0); i < a.g.BlockCounts; {
 			next := b.counts.NextNonzero(i)
-			if err := a.punchHole(format.Run{First: first + i, N: next - i}); err != nil {
+			if err := a.punchHole(format.Run{First: a.g.Counted(k, i), N: next - i}); err != nil {
 				return err
 			}
 			i = b.counts.NextZero(next)

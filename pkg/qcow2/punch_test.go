@@ -16,12 +16,12 @@ func TestTakeWhilePunching(t *testing.T) {
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	a := img.alloc
-	end := a.g.Clusters(a.length.Load())
+	end := a.g.ClusterBehind(a.length.Load())
 	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, end
 	got, err := a.take(3)
 	must(t, err)
 	for _, r := range got {
-		if r.First < end || r.End() > end+a.g.BlockCounts/2 {
+		if r.First < end || r.End() > end+a.g.Counted(0, a.g.BlockCounts/2) {
 			t.Errorf("clusters %d to %d were taken, the file ends at %d", r.First, r.End(), end)
 		}
 	}

@@ -39,7 +39,7 @@ func (img *Image) readEntries(p []byte, off int64, es []format.L2Entry) error {
 		for k < len(es) && follows(es[k-1], es[k], img.g) {
 			k++
 		}
-		n := int(min(int64(k)<<img.g.ClusterBits-in, int64(len(p))))
+		n := int(min(img.g.Bytes(int64(k))-in, int64(len(p))))
 		if err := img.readRun(p[:n], in, es[0]); err != nil {
 			return fmt.Errorf("%s: read guest offset %#x: %w", img.f.Name(), off, err)
 		}

@@ -38,7 +38,7 @@ const reclaimRounds = 3
 
 func (img *Image) reclaim(ctx context.Context, r *Reclaimed) error {
 	r.Complete = true
-	first := int64(0)
+	first := format.Cluster(0)
 	for {
 		end := first + searchClusters
 		last := false
@@ -71,7 +71,7 @@ func (img *Image) reclaim(ctx context.Context, r *Reclaimed) error {
 const searchClusters = 64 << 20
 
 // startSearch begins at an instant at which no guest request is under way and no operation runs.
-func (img *Image) startSearch(ctx context.Context, first, end int64) (*leakSearch, error) {
+func (img *Image) startSearch(ctx context.Context, first, end format.Cluster) (*leakSearch, error) {
 	for {
 		s, running, err := img.tryStartSearch(first, end)
 		if running == nil {
@@ -86,7 +86,7 @@ func (img *Image) startSearch(ctx context.Context, first, end int64) (*leakSearc
 }
 
 // tryStartSearch returns what to wait for, if an operation runs.
-func (img *Image) tryStartSearch(first, end int64) (s *leakSearch, running <-chan struct{}, err error) {
+func (img *Image) tryStartSearch(first, end format.Cluster) (s *leakSearch, running <-chan struct{}, err error) {
 	img.gate.Lock()
 	defer img.gate.Unlock()
 	if err := img.usable(true); err != nil {
@@ -98,7 +98,7 @@ func (img *Image) tryStartSearch(first, end int64) (s *leakSearch, running <-cha
 	if a.build != nil {
 		return nil, a.build.ended(), nil
 	}
-	all := a.g.Clusters(a.length.Load()) + maxBatch // a crash may leave clusters counted behind the end
+	all := a.g.ClusterBehind(a.length.Load()) + maxBatch // a crash may leave clusters counted behind the end
 	s = &leakSearch{first: first, seen: make([]uint8, max(0, min(end, all)-first)), last: end >= all}
 	a.search = s
 	return s, nil, nil
@@ -128,7 +128,7 @@ func (img *Image) search(ctx context.Context, s *leakSearch, r *Reclaimed) (dist
 		return false, err
 	}
 	img.searchMetadata(s)
-	for block := s.first >> img.g.BlockBits; block<<img.g.BlockBits < s.first+int64(len(s.seen)); block++ {
+	for block := img.g.BlockOf(s.first); img.g.Counted(block, 0) < s.end(); block++ {
 		if err := ctx.Err(); err != nil {
 			return false, err
 		}
@@ -245,12 +245,11 @@ func (img *Image) searchTable(s *leakSearch, t format.L2Table, off, times int64,
 		if err := e.Check(img.g, img.version); err != nil {
 			return fmt.Errorf("L2 table at file offset %#x, entry %d: %w", off, i, err)
 		}
-		first, n := e.HostClusters(img.g)
-		rs.Add(format.Run{First: first, N: n})
+		rs.Add(e.HostClusters(img.g))
 	}
 	img.alloc.mu.Lock()
 	defer img.alloc.mu.Unlock()
-	s.add(format.Run{First: off >> img.g.ClusterBits, N: 1}, times, flag)
+	s.add(img.g.Cluster(off).Alone(), times, flag)
 	for _, r := range rs {
 		s.add(r, times, flag)
 	}
@@ -266,7 +265,7 @@ func (img *Image) searchMetadata(s *leakSearch) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	h := img.hdr.Load()
-	one := func(off, n int64) { s.add(format.Run{First: off >> img.g.ClusterBits, N: img.g.Clusters(n)}, 1, 0) }
+	one := func(off, n int64) { s.add(img.g.RunOf(off, n), 1, 0) }
 	one(0, img.g.ClusterSize)
 	one(h.L1Offset, h.L1Size*8)
 	one(h.SnapshotsOffset, img.rowBytes)
@@ -302,9 +301,8 @@ func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
 	}
 	img.excludePending(s)
 	var excess [maxExcess + 1]format.Runs // by how much is to be taken off
-	first := block << img.g.BlockBits
-	for c := max(first, s.first); c < min(first+img.g.BlockCounts, s.first+int64(len(s.seen))); c++ {
-		count, seen := b.counts.Get(c-first), s.seen[c-s.first]
+	for c := max(img.g.Counted(block, 0), s.first); c < min(img.g.Counted(block+1, 0), s.end()); c++ {
+		count, seen := b.counts.Get(img.g.InBlock(c)), s.seen[c-s.first]
 		refs := uint64(seen & seenCount)
 		if count <= refs || refs == uint64(seenCount) || count-refs > maxExcess {
 			continue
@@ -312,7 +310,7 @@ func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
 		if refs == 1 && seen&seenActive != 0 {
 			continue // it would have to become COPIED
 		}
-		excess[count-refs].Add(format.Run{First: c, N: 1})
+		excess[count-refs].Add(c.Alone())
 		if refs == 0 {
 			r.Clusters++
 		} else {

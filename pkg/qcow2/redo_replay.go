@@ -41,8 +41,8 @@ func (img *Image) redoTable(index int64, changed map[int64]format.L2Entry) error
 	if index >= int64(len(img.l1)) {
 		return fmt.Errorf("%w: the L1 table has %d", ErrCorrupt, len(img.l1))
 	}
-	c.Off = index*img.g.L2Coverage + c.First<<img.g.ClusterBits
-	c.N = (c.Last - c.First + 1) << img.g.ClusterBits
+	c.Off = index*img.g.L2Coverage + img.g.Bytes(c.First)
+	c.N = img.g.Bytes(c.Last - c.First + 1)
 	old, err := img.entries(c)
 	if err != nil {
 		return err
@@ -77,7 +77,7 @@ func (img *Image) redoEntry(e format.L2Entry) (format.L2Entry, error) {
 	if e.Offset() == 0 {
 		return e, nil
 	}
-	n, err := img.alloc.count(e.Offset() >> img.g.ClusterBits)
+	n, err := img.alloc.count(img.g.Cluster(e.Offset()))
 	if err == nil && n == 0 {
 		err = fmt.Errorf("%w: host cluster at %#x is free", ErrCorrupt, e.Offset())
 	}

@@ -47,24 +47,24 @@ func loadRefcounts(f File, g format.Geometry, h *format.Header) (*refcounts, err
 	if err != nil {
 		return nil, err
 	}
-	b := make([]byte, h.RefTableClusters<<g.ClusterBits)
-	if h.RefTableOffset+int64(len(b)) > g.Clusters(length)<<g.ClusterBits {
+	b := make([]byte, g.Bytes(h.RefTableClusters))
+	if h.RefTableOffset+int64(len(b)) > g.Bytes(g.Clusters(length)) {
 		return nil, fmt.Errorf("%w: the refcount table, %d bytes at file offset %#x, reaches beyond the end of the file", ErrCorrupt, len(b), h.RefTableOffset)
 	}
 	if err := format.ReadPadded(f, b, h.RefTableOffset); err != nil {
 		return nil, fmt.Errorf("read the refcount table: %w", err)
 	}
-	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: max(refBlockCacheBytes>>g.ClusterBits, 4)}
+	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: int(max(refBlockCacheBytes/g.ClusterSize, 4))}
 	table := make([]int64, len(b)/8)
 	for i := range table {
 		e := binary.BigEndian.Uint64(b[i*8:])
-		if e >= format.MaxHostOffset || !g.Aligned(int64(e)) || int64(e) >= g.Clusters(length)<<g.ClusterBits {
+		if e >= format.MaxHostOffset || !g.Aligned(int64(e)) || int64(e) >= g.Bytes(g.Clusters(length)) {
 			return nil, fmt.Errorf("%s: %w: refcount table entry %d (file offset %#x) is %#x",
 				f.Name(), ErrCorrupt, i, h.RefTableOffset+int64(i)*8, e)
 		}
 		table[i] = int64(e)
 	}
-	rc.setTable(table, format.Run{First: h.RefTableOffset >> g.ClusterBits, N: h.RefTableClusters})
+	rc.setTable(table, g.RunOf(h.RefTableOffset, int64(len(b))))
 	return rc, nil
 }
 
@@ -163,7 +163,7 @@ func (rc *refcounts) add(r format.Run, delta int) (zero format.Runs, err error) 
 		for j := i; fell.ToZero && j < i+n; {
 			from := b.counts.Find(j, i+n-j, 0)
 			j = min(b.counts.NextNonzero(from), i+n)
-			zero.Add(format.Run{First: k<<rc.g.BlockBits + from, N: j - from})
+			zero.Add(format.Run{First: rc.g.Counted(k, from), N: j - from})
 		}
 		return nil
 	})

@@ -11,22 +11,22 @@ import (
 // go behind the end of the file, where the old table does not reach, so that they describe themselves; one header
 // write switches; then the old table is free. Called with mu held.
 func (a *allocator) growTable() error {
-	first := max(int64(len(a.rc.table))<<a.g.BlockBits, a.g.Clusters(a.length.Load()))
+	first := max(a.g.Counted(int64(len(a.rc.table)), 0), a.g.ClusterBehind(a.length.Load()))
 	if a.build != nil {
 		first = max(first, a.build.searchFrom())
 	}
-	k := (first + a.g.BlockCounts - 1) >> a.g.BlockBits
-	first = k << a.g.BlockBits
+	k := a.g.Blocks(int64(first))
+	first = a.g.Counted(k, 0)
 	entries, tableClusters, newBlocks := k, int64(0), int64(0)
 	for need := k + max(k/2, 1); entries < need; {
 		tableClusters = a.g.Clusters(need * 8)
 		newBlocks = 1
-		for newBlocks<<a.g.BlockBits < newBlocks+tableClusters {
+		for newBlocks < a.g.Blocks(newBlocks+tableClusters) {
 			newBlocks++
 		}
-		entries, need = tableClusters<<a.g.ClusterBits/8, k+newBlocks
+		entries, need = a.g.Bytes(tableClusters)/8, k+newBlocks
 	}
-	if tableClusters<<a.g.ClusterBits > format.MaxRefcountTableBytes {
+	if a.g.Bytes(tableClusters) > format.MaxRefcountTableBytes {
 		return fmt.Errorf("%s: %w: the refcount table would exceed %d MiB", a.f.Name(), ErrLimit, format.MaxRefcountTableBytes>>20)
 	}
 	used := format.Run{First: first, N: newBlocks + tableClusters}
@@ -41,13 +41,13 @@ func (a *allocator) growTable() error {
 		all.Set(i, 1)
 	}
 	for i := range newBlocks {
-		table[k+i] = (first + i) << a.g.ClusterBits
+		table[k+i] = a.g.Offset(first + format.Cluster(i))
 	}
-	raw := make([]byte, tableClusters<<a.g.ClusterBits)
+	raw := make([]byte, a.g.Bytes(tableClusters))
 	for i, off := range table {
 		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
 	}
-	if _, err := a.f.WriteAt(append(all.B, raw...), first<<a.g.ClusterBits); err != nil {
+	if _, err := a.f.WriteAt(append(all.B, raw...), a.g.Offset(first)); err != nil {
 		return err
 	}
 	// Blocks that claim has made and not yet linked must not appear in a durable table before their content.
@@ -57,9 +57,9 @@ func (a *allocator) growTable() error {
 	if err := a.sync(); err != nil {
 		return err
 	}
-	at := format.Run{First: first + newBlocks, N: tableClusters}
+	at := used.Behind(newBlocks)
 	if err := a.switchHeader(func(h *format.Header) {
-		h.RefTableOffset, h.RefTableClusters = at.First<<a.g.ClusterBits, at.N
+		h.RefTableOffset, h.RefTableClusters = a.g.Offset(at.First), at.N
 	}); err != nil {
 		return err
 	}
@@ -75,7 +75,7 @@ func (a *allocator) growTable() error {
 	a.search.touch(used)
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)
-	a.length.Store(max(a.length.Load(), used.End()<<a.g.ClusterBits))
+	a.length.Store(max(a.length.Load(), a.g.Offset(used.End())))
 	if err := a.releaseLocked(format.Runs{old}); err != nil {
 		return a.fail(err)
 	}

@@ -65,16 +65,16 @@ func (a *allocator) bySoleness(rs format.Runs) (sole, others format.Runs, err er
 		err := a.g.EachBlock(r, func(k, i, n int64) error {
 			b, err := a.rc.block(k)
 			if err != nil || b == nil {
-				others.Add(format.Run{First: k<<a.g.BlockBits + i, N: n})
+				others.Add(format.Run{First: a.g.Counted(k, i), N: n})
 				return err
 			}
 			for first, end := i, i+n; i < end; first = i {
 				if i = b.counts.Alike(first, end-first, 1); i > first {
-					sole.Add(format.Run{First: k<<a.g.BlockBits + first, N: i - first})
+					sole.Add(format.Run{First: a.g.Counted(k, first), N: i - first})
 					continue
 				}
 				i = b.counts.Find(first, end-first, 1)
-				others.Add(format.Run{First: k<<a.g.BlockBits + first, N: i - first})
+				others.Add(format.Run{First: a.g.Counted(k, first), N: i - first})
 			}
 			return nil
 		})
@@ -120,8 +120,8 @@ func (a *allocator) reuse(free format.Runs) {
 
 // punchHole punches clusters, as far as the file reaches.
 func (a *allocator) punchHole(r format.Run) error {
-	at := r.First << a.g.ClusterBits
-	if n := min(r.N<<a.g.ClusterBits, a.length.Load()-at); n > 0 {
+	at := a.g.Offset(r.First)
+	if n := min(a.g.Bytes(r.N), a.length.Load()-at); n > 0 {
 		return a.f.PunchHole(at, n)
 	}
 	return nil
@@ -140,23 +140,23 @@ func (a *allocator) close() error {
 	if err := a.sync(); err != nil {
 		return err
 	}
-	last := a.g.Clusters(a.length.Load()) - 1
+	last := a.g.ClusterBehind(a.length.Load()) - 1
 	for last > 0 {
-		b, err := a.rc.block(last >> a.g.BlockBits)
+		b, err := a.rc.block(a.g.BlockOf(last))
 		if err != nil {
 			return err
 		}
 		switch {
 		case b == nil: // nothing is counted under it
-			last = max(last>>a.g.BlockBits<<a.g.BlockBits-1, 0)
+			last = max(a.g.Counted(a.g.BlockOf(last), 0)-1, 0)
 			continue
-		case b.counts.Get(last&(a.g.BlockCounts-1)) == 0:
+		case b.counts.Get(a.g.InBlock(last)) == 0:
 			last--
 			continue
 		}
 		break
 	}
-	if end := (last + 1) << a.g.ClusterBits; end < a.length.Load() {
+	if end := a.g.Offset(last + 1); end < a.length.Load() {
 		if err := a.f.Truncate(end); err != nil {
 			return err
 		}

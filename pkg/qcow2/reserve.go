@@ -33,7 +33,7 @@ func (a *allocator) takeReady(n int64) (got format.Runs, missing int64) {
 		got.Add(format.Run{First: r.First, N: k})
 		a.search.touch(format.Run{First: r.First, N: k})
 		n -= k
-		if a.ready[0] = (format.Run{First: r.First + k, N: r.N - k}); k == r.N {
+		if a.ready[0] = r.Behind(k); k == r.N {
 			a.ready = a.ready[1:]
 		}
 	}
@@ -110,8 +110,8 @@ func (a *allocator) reserveRound(n int64) (int64, error) {
 // prepare makes reserved clusters read as zeros and, with their counts, durable. Called with ledger held.
 func (a *allocator) prepare(got format.Runs) error {
 	for _, r := range got {
-		if at := r.First << a.g.ClusterBits; at < a.length.Load() {
-			if err := a.f.PunchHole(at, min(r.N<<a.g.ClusterBits, a.length.Load()-at)); err != nil {
+		if at := a.g.Offset(r.First); at < a.length.Load() {
+			if err := a.f.PunchHole(at, min(a.g.Bytes(r.N), a.length.Load()-at)); err != nil {
 				return err
 			}
 		}
@@ -135,7 +135,7 @@ func (a *allocator) reach(rs format.Runs) error {
 	}
 	end := max(length, a.length.Load())
 	for _, r := range rs {
-		end = max(end, r.End()<<a.g.ClusterBits)
+		end = max(end, a.g.Offset(r.End()))
 	}
 	if end > length {
 		if err := a.f.Truncate(end); err != nil {
@@ -153,7 +153,7 @@ func (a *allocator) link(blocks []int64) error {
 	for _, k := range blocks {
 		var e [8]byte
 		binary.BigEndian.PutUint64(e[:], uint64(a.rc.table[k]))
-		if _, err := a.f.WriteAt(e[:], a.rc.tableAt.First<<a.g.ClusterBits+k*8); err != nil {
+		if _, err := a.f.WriteAt(e[:], a.g.Offset(a.rc.tableAt.First)+k*8); err != nil {
 			// Whether the table on disk has the block is unknown now.
 			return a.fail(fmt.Errorf("write refcount table entry %d: %w", k, err))
 		}

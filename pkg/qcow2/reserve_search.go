@@ -6,10 +6,10 @@ import "github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 // at the clusters that are ready between two blocks, and do not wait for reads.
 type claim struct {
 	a         *allocator
-	at        int64 // the search goes on here
-	next      int64 // the allocator's next as this search has left it; -1: it must not move on
-	missing   int64 // clusters still wanted
-	need      int64 // and so many of them now
+	at        format.Cluster // the search goes on here
+	next      format.Cluster // the allocator's next as this search has left it; -1: it must not move on
+	missing   int64          // clusters still wanted
+	need      int64          // and so many of them now
 	got       format.Runs
 	newBlocks []int64 // refcount blocks that it made; the table on disk does not yet point at them
 }
@@ -23,8 +23,8 @@ func (c *claim) search() error {
 		if err := c.a.fetch(c.ahead(blocks)); err != nil {
 			return err
 		}
-		k := c.at >> c.a.g.BlockBits
-		for c.at>>c.a.g.BlockBits < k+blocks && c.missing > 0 && len(c.got) < maxClaimed {
+		k := c.a.g.BlockOf(c.at)
+		for c.a.g.BlockOf(c.at) < k+blocks && c.missing > 0 && len(c.got) < maxClaimed {
 			if err := c.step(); err != nil {
 				return err
 			}
@@ -42,9 +42,9 @@ func (c *claim) ahead(n int64) []int64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var ks []int64
-	first := c.at >> a.g.BlockBits
+	first := a.g.BlockOf(c.at)
 	for k := first; k < first+n; k++ {
-		if _, busy := a.unsafe[k]; !busy || (k+1)<<a.g.BlockBits > a.unsafeEnd {
+		if _, busy := a.unsafe[k]; !busy || a.g.Counted(k+1, 0) > a.unsafeEnd {
 			ks = append(ks, k)
 		}
 	}
@@ -56,8 +56,8 @@ func (c *claim) step() error {
 	a := c.a
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	k, i := c.at>>a.g.BlockBits, c.at&(a.g.BlockCounts-1)
-	behind := (k + 1) << a.g.BlockBits
+	k, i := a.g.BlockOf(c.at), a.g.InBlock(c.at)
+	behind := a.g.Counted(k+1, 0)
 	if _, busy := a.unsafe[k]; busy && c.at < a.unsafeEnd {
 		c.at, c.next = min(behind, a.unsafeEnd), -1 // what is skipped is free soon, and the rest can wait for it
 		c.missing = min(c.missing, c.need)
@@ -70,12 +70,12 @@ func (c *claim) step() error {
 	if b != nil {
 		i = b.counts.NextZero(i)
 	}
-	for i < a.g.BlockCounts && !a.free(k<<a.g.BlockBits+i) {
+	for i < a.g.BlockCounts && !a.free(a.g.Counted(k, i)) {
 		if i++; b != nil {
 			i = b.counts.NextZero(i)
 		}
 	}
-	switch c.at = k<<a.g.BlockBits + i; {
+	switch c.at = a.g.Counted(k, i); {
 	case c.at == behind:
 		return nil
 	case k >= int64(len(a.rc.table)):
@@ -97,7 +97,7 @@ func (c *claim) step() error {
 // take claims free clusters from at on, which block b counts at index i. Called with the allocator's lock held.
 func (c *claim) take(b *refBlock, i int64) error {
 	a, end := c.a, i
-	for end < a.g.BlockCounts && end-i < c.missing && b.counts.Get(end) == 0 && a.free(c.at+end-i) {
+	for end < a.g.BlockCounts && end-i < c.missing && b.counts.Get(end) == 0 && a.free(c.at+format.Cluster(end-i)) {
 		end++
 	}
 	r := format.Run{First: c.at, N: end - i}
@@ -116,8 +116,8 @@ func (c *claim) take(b *refBlock, i int64) error {
 }
 
 // newBlock makes refcount block k in cluster c, a free one that it counts itself. Called with the allocator's lock held.
-func (a *allocator) newBlock(k, c int64) error {
-	r := format.Run{First: c, N: 1}
+func (a *allocator) newBlock(k int64, c format.Cluster) error {
+	r := c.Alone()
 	if err := a.refuse(r); err != nil {
 		return err
 	}
@@ -126,11 +126,11 @@ func (a *allocator) newBlock(k, c int64) error {
 	}
 	a.search.touch(r)
 	b := &refBlock{counts: a.g.NewCounts(1)}
-	b.counts.Set(c&(a.g.BlockCounts-1), 1)
+	b.counts.Set(a.g.InBlock(c), 1)
 	for s := range a.g.ClusterSize / format.SectorSize {
 		b.dirty.Add(s)
 	}
-	a.rc.table[k] = r.First << a.g.ClusterBits
+	a.rc.table[k] = a.g.Offset(r.First)
 	a.rc.keep(k, b)
 	if a.build != nil {
 		return a.build.mirror(r, 1)
@@ -146,7 +146,7 @@ func (c *claim) undo() {
 		a.next = min(a.next, r.First)
 		_ = a.g.EachBlock(r, func(k, i, n int64) error {
 			if b := a.rc.blocks[k]; b != nil {
-				_, err := a.add(format.Run{First: k<<a.g.BlockBits + i, N: n}, -1)
+				_, err := a.add(format.Run{First: a.g.Counted(k, i), N: n}, -1)
 				return err
 			}
 			return nil
@@ -154,7 +154,7 @@ func (c *claim) undo() {
 	}
 	for _, k := range c.newBlocks {
 		off := a.rc.table[k]
-		a.metadata.remove(format.Run{First: off >> a.g.ClusterBits, N: 1})
+		a.metadata.remove(a.g.Cluster(off).Alone())
 		if a.build != nil {
 			a.build.unmake(k, off)
 		}

@@ -58,7 +58,7 @@ func TestReserveScattered(t *testing.T) {
 		t.Errorf("%d punches in one round, at most %d are wanted, and many", most, maxClaimed)
 	}
 	for c := range a.next {
-		if b, err := a.rc.block(c >> a.g.BlockBits); err != nil || b.counts.Get(c&(a.g.BlockCounts-1)) == 0 {
+		if b, err := a.rc.block(a.g.BlockOf(c)); err != nil || b.counts.Get(a.g.InBlock(c)) == 0 {
 			t.Fatalf("cluster %d is free (%v), and the next search begins at %d", c, err, a.next)
 		}
 	}
@@ -95,11 +95,11 @@ func TestClaimSkipsUnsafe(t *testing.T) {
 	_, img := scatteredImage(t)
 	a := img.alloc
 	c := beginClaim(img, 4)
-	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.Clusters(a.length.Load())
+	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.ClusterBehind(a.length.Load())
 	must(t, c.step())
 	a.reopen(0, a.freeIn(0))
 	must(t, c.search())
-	if next, err := a.rc.block(0); err != nil || a.next > next.counts.NextZero(0) {
+	if next, err := a.rc.block(0); err != nil || a.next > a.g.Counted(0, next.counts.NextZero(0)) {
 		t.Errorf("the next search begins at %d, and cluster %d is free (%v)", a.next, next.counts.NextZero(0), err)
 	}
 	endClaim(t, img, &c)
@@ -113,7 +113,7 @@ func TestFailedReservationBesideOperation(t *testing.T) {
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	a := img.alloc
-	first := a.g.BlockCounts // that no block counts
+	first := a.g.Counted(1, 0) // that no block counts
 	placed := false
 	must(t, img.change(operation{
 		begin: func(*generation) error { return nil },

@@ -53,7 +53,7 @@ func (img *Image) unlist(s Selector) (format.SnapshotRow, error) {
 
 // tableClusters returns where the snapshot table is. Called with mu held.
 func (img *Image) tableClusters() format.Run {
-	return format.Run{First: img.hdr.Load().SnapshotsOffset >> img.g.ClusterBits, N: img.g.Clusters(img.rowBytes)}
+	return img.g.RunOf(img.hdr.Load().SnapshotsOffset, img.rowBytes)
 }
 
 // strike makes the header select the snapshot table without a row: the same one if it is the last row, else a new one.
@@ -101,7 +101,7 @@ func (img *Image) placeRows(rows []format.SnapshotRow, without int) (int64, erro
 		return 0, img.giveBack(got, fmt.Errorf("%w: no neighbouring clusters for the snapshot table", ErrNoSpace))
 	}
 	img.alloc.metadata.put(got[0], metadataSole)
-	off := got[0].First << img.g.ClusterBits
+	off := img.g.Offset(got[0].First)
 	if _, err = img.f.WriteAt(b, off); errors.Is(err, ErrNoSpace) {
 		if err = img.punchZeros(rows); err == nil {
 			_, err = img.f.WriteAt(b, off)
@@ -123,11 +123,11 @@ func (img *Image) punchZeros(rows []format.SnapshotRow) error {
 	all = append(all, img.tableClusters())
 	img.mu.Unlock()
 	for i := range rows {
-		all = append(all, format.Run{First: rows[i].L1Offset >> img.g.ClusterBits, N: img.g.Clusters(rows[i].L1Size * 8)})
+		all = append(all, img.g.RunOf(rows[i].L1Offset, rows[i].L1Size*8))
 	}
 	b := make([]byte, zeroBlock)
 	for _, r := range all {
-		for at := r.First << img.g.ClusterBits; at < r.End()<<img.g.ClusterBits; at += zeroBlock {
+		for at := img.g.Offset(r.First); at < img.g.Offset(r.End()); at += zeroBlock {
 			if err := format.ReadPadded(img.f, b, at); err != nil {
 				return err
 			}

@@ -145,8 +145,8 @@ func (img *Image) newEntries(c format.Chunk, old []format.L2Entry) ([]format.L2E
 		if next.N == 0 {
 			next, left = left[0], left[1:]
 		}
-		es[i] = format.OwnEntry(next.First<<img.g.ClusterBits, sub)
-		next = format.Run{First: next.First + 1, N: next.N - 1}
+		es[i] = format.OwnEntry(img.g.Offset(next.First), sub)
+		next = next.Behind(1)
 	}
 	return es, got, nil
 }
@@ -239,13 +239,13 @@ func (img *Image) writeHosts(data []byte, in int64, es []format.L2Entry) error {
 		for k < len(es) && es[k].Offset() == es[k-1].Offset()+img.g.ClusterSize {
 			k++
 		}
-		if err := img.alloc.metadata.refuse(format.Run{First: es[0].Offset() >> img.g.ClusterBits, N: int64(k)}); err != nil {
+		if err := img.alloc.metadata.refuse(format.Run{First: img.g.Cluster(es[0].Offset()), N: int64(k)}); err != nil {
 			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}
 		if last := es[k-1].Offset(); last >= img.alloc.length.Load() {
 			return fmt.Errorf("%s: %w: data cluster at %#x, beyond the end of the file", img.f.Name(), ErrCorrupt, last)
 		}
-		n := min(int64(k)<<img.g.ClusterBits-in, int64(len(data)))
+		n := min(img.g.Bytes(int64(k))-in, int64(len(data)))
 		if _, err := img.f.WriteAt(data[:n], es[0].Offset()+in); err != nil {
 			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}

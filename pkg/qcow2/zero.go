@@ -21,7 +21,7 @@ func (img *Image) Discard(off, n int64) error {
 }
 
 // maxZeroed is how many bytes one change of the mapping zeroes at most.
-func maxZeroed(g format.Geometry) int64 { return min(g.L2Coverage, maxRedoEntries<<g.ClusterBits) }
+func maxZeroed(g format.Geometry) int64 { return min(g.L2Coverage, g.Bytes(maxRedoEntries)) }
 
 // zeroEntry maps a cluster that reads as zeros: no backing file is ever behind an unallocated one.
 func (img *Image) zeroEntry() format.L2Entry { return format.L2Entry{} }

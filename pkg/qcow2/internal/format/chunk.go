@@ -30,7 +30,7 @@ func (g Geometry) Parts(off, n, most int64, fn func(Chunk) error) error {
 
 // Guest returns the guest clusters of c, end excluded.
 func (c Chunk) Guest(g Geometry) (first, end int64) {
-	return c.Off >> g.ClusterBits, (c.Off+c.N-1)>>g.ClusterBits + 1
+	return g.GuestCluster(c.Off), g.GuestCluster(c.Off+c.N-1) + 1
 }
 
 // WholeClusters splits c into the parts of clusters at its ends and what lies between. The last cluster of the

@@ -18,7 +18,7 @@ type Counts struct {
 
 // NewCounts returns so many refcount blocks of zeros.
 func (g Geometry) NewCounts(blocks int64) Counts {
-	return Counts{make([]byte, blocks<<g.ClusterBits), g.RefcountOrder}
+	return Counts{make([]byte, g.Bytes(blocks)), g.RefcountOrder}
 }
 
 // None tells that there is no block.
@@ -234,12 +234,12 @@ func (c Counts) NextNonzero(i int64) int64 { return c.Alike(i, c.Len()-i, 0) }
 // first count and the number of counts in it.
 func (g Geometry) EachBlock(r Run, fn func(block, i, n int64) error) error {
 	for r.N > 0 {
-		block, i := r.First>>g.BlockBits, r.First&(g.BlockCounts-1)
+		block, i := g.BlockOf(r.First), g.InBlock(r.First)
 		n := min(r.N, g.BlockCounts-i)
 		if err := fn(block, i, n); err != nil {
 			return err
 		}
-		r = Run{r.First + n, r.N - n}
+		r = r.Behind(n)
 	}
 	return nil
 }
@@ -247,7 +247,7 @@ func (g Geometry) EachBlock(r Run, fn func(block, i, n int64) error) error {
 // BlocksOf yields the refcount blocks of a run of clusters.
 func (g Geometry) BlocksOf(r Run) iter.Seq[int64] {
 	return func(yield func(int64) bool) {
-		for k := r.First >> g.BlockBits; k <= (r.End()-1)>>g.BlockBits && yield(k); k++ {
+		for k := g.BlockOf(r.First); k <= g.BlockOf(r.End()-1) && yield(k); k++ {
 		}
 	}
 }
@@ -268,8 +268,7 @@ func (g Geometry) ByBlocks(rs Runs, n int) iter.Seq2[Runs, []int64] {
 					}
 					blocks = append(blocks, k)
 				}
-				first := max(r.First, k<<g.BlockBits)
-				part.Add(Run{first, min(r.End(), (k+1)<<g.BlockBits) - first})
+				part.Add(RunTo(max(r.First, g.Counted(k, 0)), min(r.End(), g.Counted(k+1, 0))))
 			}
 		}
 		if len(part) > 0 {

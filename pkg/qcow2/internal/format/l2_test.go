@@ -60,7 +60,7 @@ func TestEntryRuns(t *testing.T) {
 			rng := rand.New(rand.NewPCG(2, 3))
 			for range 200 {
 				table, host := g.NewTable(), int64(1)
-				want := map[int64]bool{} // host clusters
+				want := map[Cluster]bool{} // host clusters
 				for i := range table.Len() {
 					if rng.IntN(4) == 0 {
 						host += 1 + rng.Int64N(3)
@@ -77,14 +77,14 @@ func TestEntryRuns(t *testing.T) {
 						e = L2Entry{Desc: FlagCompressed | uint64(host)<<g.ClusterBits}
 					}
 					table.Set(i, e)
-					if first, n := e.HostClusters(g); n > 0 {
-						want[first] = true
+					if hosts := e.HostClusters(g); hosts.N > 0 {
+						want[hosts.First] = true
 						host++
 					}
 				}
 				rs, err := table.EntryRuns(g, 3, nil)
 				must(t, err)
-				got := map[int64]bool{}
+				got := map[Cluster]bool{}
 				for _, r := range rs {
 					for c := r.Hosts.First; c < r.Hosts.End(); c++ {
 						got[c] = true

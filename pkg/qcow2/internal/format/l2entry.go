@@ -144,16 +144,14 @@ func (e L2Entry) Reference() uint64 {
 
 // HostClusters returns the host clusters that an entry references: one, none, or for a
 // compressed entry each that its bytes touch.
-func (e L2Entry) HostClusters(g Geometry) (first, n int64) {
+func (e L2Entry) HostClusters(g Geometry) Run {
 	if e.Desc&FlagCompressed != 0 {
-		off, length := e.Compressed(g)
-		first = off >> g.ClusterBits
-		return first, (off+length-1)>>g.ClusterBits - first + 1
+		return g.RunOf(e.Compressed(g))
 	}
 	if off := e.Offset(); off != 0 {
-		return off >> g.ClusterBits, 1
+		return g.Cluster(off).Alone()
 	}
-	return 0, 0
+	return Run{}
 }
 
 // SubRun returns how many bytes from in bytes into the cluster on are alike: allocated, or not.
@@ -226,7 +224,7 @@ func (t L2Table) Set(i int64, e L2Entry) {
 // Next is the n-th entry after e of a run.
 func (e L2Entry) Next(g Geometry, n int) L2Entry {
 	if e.Desc&FlagCompressed == 0 && e.Offset() != 0 {
-		e.Desc += uint64(n) << g.ClusterBits
+		e.Desc += uint64(g.Bytes(int64(n)))
 	}
 	return e
 }

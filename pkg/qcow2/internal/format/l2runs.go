@@ -33,8 +33,8 @@ func (t L2Table) EntryRuns(g Geometry, version int, rs []EntryRun) ([]EntryRun, 
 			if err := e.Check(g, version); err != nil {
 				return rs, fmt.Errorf("entry %d: %w", i, err)
 			}
-			if first, n := e.HostClusters(g); n > 0 {
-				rs = append(rs, EntryRun{i, 1, Run{first, n}, e.Copied(), e.Kind() == KindCompressed})
+			if hosts := e.HostClusters(g); hosts.N > 0 {
+				rs = append(rs, EntryRun{i, 1, hosts, e.Copied(), e.Kind() == KindCompressed})
 			}
 			at += stride
 			continue
@@ -43,7 +43,7 @@ func (t L2Table) EntryRuns(g Geometry, version int, rs []EntryRun) ([]EntryRun, 
 		if err != nil {
 			return rs, err
 		}
-		rs = append(rs, EntryRun{i, k, Run{int64(w&OffsetMask) >> g.ClusterBits, k}, w&FlagCopied != 0, false})
+		rs = append(rs, EntryRun{i, k, Run{g.Cluster(int64(w & OffsetMask)), k}, w&FlagCopied != 0, false})
 		at += k * stride
 	}
 	return rs, nil

@@ -1,13 +1,22 @@
 package format
 
-// Run is a range of host clusters.
-type Run struct{ First, N int64 }
+// Run is N neighbouring host clusters.
+type Run struct {
+	First Cluster
+	N     int64
+}
+
+// RunTo returns the run from first up to end, which is not in it.
+func RunTo(first, end Cluster) Run { return Run{first, int64(end - first)} }
 
 // End returns the cluster behind the last.
-func (r Run) End() int64 { return r.First + r.N }
+func (r Run) End() Cluster { return r.First + Cluster(r.N) }
 
-// Has tells whether cluster c is one of them.
-func (r Run) Has(c int64) bool { return c >= r.First && c < r.End() }
+// Behind returns what is left of r behind the first n clusters.
+func (r Run) Behind(n int64) Run { return Run{r.First + Cluster(n), r.N - n} }
+
+// Has tells whether c is one of them.
+func (r Run) Has(c Cluster) bool { return c >= r.First && c < r.End() }
 
 // Runs gathers host clusters into maximal runs of neighbours, in the order in which they come.
 type Runs []Run

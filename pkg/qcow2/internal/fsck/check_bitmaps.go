@@ -96,14 +96,14 @@ func (c *checker) bitmapRows(directory []byte, count int64) ([]bitmapRow, bool) 
 		}
 		directory = directory[length:]
 		off, entries := binary.BigEndian.Uint64(b), int64(binary.BigEndian.Uint32(b[8:]))
-		if off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(int64(off)) || entries == 0 || entries<<c.g.ClusterBits > maxBitmapBytes {
+		if off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(int64(off)) || entries == 0 || c.g.Bytes(entries) > maxBitmapBytes {
 			c.unusable("row %d of the bitmap directory names a table of %d entries at offset %#x", i, entries, off)
 			return nil, false
 		}
 		flags, kind, granularity := binary.BigEndian.Uint32(b[12:]), b[16], b[17]
 		name, extra := binary.BigEndian.Uint16(b[18:]), binary.BigEndian.Uint32(b[20:])
 		if flags&bitmapFlagsReserved != 0 || kind != bitmapDirty || granularity < 9 || granularity > 31 ||
-			name == 0 || name > maxBitmapName || extra != 0 || flags&bitmapInUse == 0 && !covers(entries<<c.g.ClusterBits, granularity, c.h.Size) {
+			name == 0 || name > maxBitmapName || extra != 0 || flags&bitmapInUse == 0 && !covers(c.g.Bytes(entries), granularity, c.h.Size) {
 			c.unusable("row %d of the bitmap directory has flags %#x, type %d, granularity %d, %d bytes of name, %d of extra data",
 				i, flags, kind, granularity, name, extra)
 			return nil, false

@@ -79,8 +79,8 @@ const groupClusters = 4096
 func newClusterMap() clusterMap { return clusterMap{groups: make(map[int64]*clusterGroup)} }
 
 // group returns the group that cluster lies in, and its index there.
-func (m *clusterMap) group(cluster int64) (*clusterGroup, int64) {
-	number, i := cluster/groupClusters, cluster%groupClusters
+func (m *clusterMap) group(cluster format.Cluster) (*clusterGroup, int64) {
+	number, i := int64(cluster/groupClusters), int64(cluster%groupClusters)
 	if m.recent == nil || m.recent.number != number {
 		m.recent = m.groups[number]
 		if m.recent == nil {
@@ -102,8 +102,8 @@ func (m *clusterMap) inOrder() iter.Seq[*clusterGroup] {
 	}
 }
 
-// first is the number of the group's first cluster.
-func (k *clusterGroup) first() int64 { return k.number * groupClusters }
+// at returns the group's cluster with an index.
+func (k *clusterGroup) at(i int64) format.Cluster { return format.Cluster(k.number*groupClusters + i) }
 
 func (k *clusterGroup) use(i int64) clusterUse       { return clusterUse(k.uses.get(i)) }
 func (k *clusterGroup) setUse(i int64, u clusterUse) { k.uses.set(i, uint64(u)) }

@@ -49,7 +49,7 @@ func (c *checker) walkL1Tables() error {
 			}
 		}
 		for i := range c.l2 {
-			k, at := c.group(c.l2[i].offset >> c.g.ClusterBits)
+			k, at := c.group(c.g.Cluster(c.l2[i].offset))
 			c.l2[i].times = int64(k.refs.get(at))
 			if active {
 				c.l2[i].active = c.l2[i].times
@@ -75,8 +75,8 @@ func (c *checker) checkL1Entry(e format.L1Entry, from origin, active bool) {
 		c.checkCopied(from, off, e.Copied(), 1)
 	}
 	known := false
-	if off>>c.g.ClusterBits < c.clusters {
-		k, i := c.group(off >> c.g.ClusterBits)
+	if c.g.Cluster(off) < c.end {
+		k, i := c.group(c.g.Cluster(off))
 		known = k.use(i) == useL2
 	}
 	if c.reference(from, off, c.g.ClusterSize, 1) && !known {
@@ -166,7 +166,7 @@ func (c *checker) checkL2Table(t format.L2Table, l2 l2Region) {
 			c.corrupt(l2.times, "%s: offset %#x is not aligned to a cluster", from, off)
 		default:
 			n := c.dataRun(t, i)
-			c.reference(from, off, n<<c.g.ClusterBits, l2.times)
+			c.reference(from, off, c.g.Bytes(n), l2.times)
 			c.result.Allocated += n * l2.active
 			if l2.active > 0 {
 				c.checkCopiedRun(from, off, n, e.Copied(), l2.active)
@@ -180,7 +180,7 @@ func (c *checker) checkL2Table(t format.L2Table, l2 l2Region) {
 // COPIED flag. It stops before one that needs a look of its own, and at the end of the file.
 func (c *checker) dataRun(t format.L2Table, i int64) int64 {
 	first := t.Entry(i)
-	most := max(1, (c.length-first.Offset())>>c.g.ClusterBits)
+	most := max(1, int64(c.g.Cluster(c.length)-c.g.Cluster(first.Offset())))
 	if plain := first.Desc&^(format.FlagCopied|format.OffsetMask) == 0 && first.Sub&format.SubZero == 0; plain && !t.Extended {
 		n, _ := t.Follow(i*t.EntrySize(), first.Desc, uint64(c.g.ClusterSize))
 		return min(n, most)
@@ -188,7 +188,7 @@ func (c *checker) dataRun(t format.L2Table, i int64) int64 {
 	n := int64(1)
 	for ; i+n < t.Len() && n < most; n++ {
 		e := t.Entry(i + n)
-		if e.Desc&(format.FlagCompressed|format.L2Reserved|format.FlagZero) != 0 || e.Offset() != first.Offset()+n<<c.g.ClusterBits ||
+		if e.Desc&(format.FlagCompressed|format.L2Reserved|format.FlagZero) != 0 || e.Offset() != first.Offset()+c.g.Bytes(n) ||
 			e.Copied() != first.Copied() || e.Sub&format.SubZero != 0 && (c.h.Version < 3 || c.g.Extended) {
 			break
 		}
@@ -199,8 +199,8 @@ func (c *checker) dataRun(t format.L2Table, i int64) int64 {
 // checkCopiedRun is checkCopied for n clusters from off on, which consecutive entries map, the first of which is from.
 func (c *checker) checkCopiedRun(from origin, off, n int64, copied bool, times int64) {
 	for done := int64(0); done < n; {
-		cluster := off>>c.g.ClusterBits + done
-		if cluster >= c.clusters {
+		cluster := c.g.Cluster(off) + format.Cluster(done)
+		if cluster >= c.end {
 			c.checkCopied(from, off, copied, times)
 			return
 		}
@@ -212,7 +212,7 @@ func (c *checker) checkCopiedRun(from origin, off, n int64, copied bool, times i
 			}
 			for ; m > 0; j, m = j+1, m-1 {
 				at := done + j - i
-				c.checkCopied(origin{from.use, from.table, from.index + at}, off+at<<c.g.ClusterBits, copied, times)
+				c.checkCopied(origin{from.use, from.table, from.index + at}, off+c.g.Bytes(at), copied, times)
 			}
 		})
 		done += m

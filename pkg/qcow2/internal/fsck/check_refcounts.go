@@ -8,7 +8,7 @@ import (
 
 // stored returns the count that the image has for the cluster at off.
 func (c *checker) stored(off int64) uint64 {
-	if cluster := off >> c.g.ClusterBits; cluster < c.clusters {
+	if cluster := c.g.Cluster(off); cluster < c.end {
 		k, i := c.group(cluster)
 		return k.stored.get(i)
 	}
@@ -24,10 +24,10 @@ func (c *checker) reference(from origin, off, n, times int64) bool {
 		return false
 	}
 	ok := true
-	end := (off + n + c.g.ClusterSize - 1) >> c.g.ClusterBits
-	for cluster := off >> c.g.ClusterBits; cluster < end; {
-		k, first := c.group(cluster)
-		last := min(first+end-cluster, groupClusters)
+	all := c.g.RunOf(off, n)
+	for left := all; left.N > 0; {
+		k, first := c.group(left.First)
+		last := min(first+left.N, groupClusters)
 		k.refs.runs(first, last-first, func(i, n int64, v uint64) { k.refs.fill(i, n, v+uint64(times)) })
 		k.uses.runs(first, last-first, func(i, n int64, v uint64) {
 			switch use := clusterUse(v); {
@@ -35,20 +35,20 @@ func (c *checker) reference(from origin, off, n, times int64) bool {
 				k.uses.fill(i, n, uint64(from.use))
 			case !use.mayShare(from.use):
 				for j := i; j < i+n; j++ {
-					c.corrupt(1, "overlap: the cluster at %#x is %s and %s", (cluster+j-first)<<c.g.ClusterBits, use, from)
+					c.corrupt(1, "overlap: the cluster at %#x is %s and %s", c.g.Offset(k.at(j)), use, from)
 				}
 				ok = false
 			}
 		})
-		cluster += last - first
+		left = left.Behind(last - first)
 	}
-	c.clusters = max(c.clusters, end)
+	c.end = max(c.end, all.End())
 	return ok
 }
 
 // loadRefcounts reads the refcount table and all blocks.
 func (c *checker) loadRefcounts() error {
-	size := c.h.RefTableClusters << c.g.ClusterBits
+	size := c.g.Bytes(c.h.RefTableClusters)
 	if size == 0 {
 		c.corrupt(1, "the image has no refcount table")
 		return nil
@@ -74,10 +74,10 @@ func (c *checker) loadRefcountBlock(index int64, entry uint64) error {
 	off := int64(entry &^ format.RefTableReserved)
 	if off < 0 || !c.g.Aligned(off) {
 		// Like QEMU, which cannot read the counts.
-		c.result.Errors += max(0, min(c.g.BlockCounts, c.clusters-index<<c.g.BlockBits))
+		c.result.Errors += max(0, min(c.g.BlockCounts, int64(c.end-c.g.Counted(index, 0))))
 	}
 	switch {
-	case entry >= format.MaxHostOffset || off>>c.g.ClusterBits >= c.clusters:
+	case entry >= format.MaxHostOffset || c.g.Cluster(off) >= c.end:
 		c.corrupt(1, "%s: offset %#x is behind the end of the file", from, uint64(off))
 		return nil
 	case !c.g.Aligned(off):
@@ -88,22 +88,21 @@ func (c *checker) loadRefcountBlock(index int64, entry uint64) error {
 	case !c.reference(from, off, c.g.ClusterSize, 1):
 		return nil // what it holds cannot be counts
 	}
-	first := index << c.g.BlockBits
 	return c.scan(off, c.g.ClusterSize, func(b []byte, at int64) error {
 		part := format.Counts{B: b, Order: c.g.RefcountOrder}
-		c.storeCounts(first+at<<3>>c.g.RefcountOrder, part)
+		c.storeCounts(c.g.Counted(index, at<<3>>c.g.RefcountOrder), part)
 		return nil
 	})
 }
 
 // storeCounts notes the counts in b for the clusters from first on, as far as they can be in use.
-func (c *checker) storeCounts(first int64, b format.Counts) {
-	n := min(b.Len(), c.clusters+1-first)
+func (c *checker) storeCounts(first format.Cluster, b format.Counts) {
+	n := min(b.Len(), int64(c.end+1-first))
 	for i := int64(0); i < n; {
 		v := b.Get(i)
 		end := b.Alike(i, n-i, v)
 		for v != 0 && i < end {
-			k, at := c.group(first + i)
+			k, at := c.group(first + format.Cluster(i))
 			m := min(end-i, groupClusters-at)
 			k.stored.fill(at, m, v)
 			i += m
@@ -115,23 +114,23 @@ func (c *checker) storeCounts(first int64, b format.Counts) {
 // compareRefcounts judges each cluster's stored count by the references found.
 func (c *checker) compareRefcounts() {
 	for k := range c.inOrder() {
-		n := min(groupClusters, max(0, c.clusters-k.first()))
+		n := min(groupClusters, max(0, int64(c.end-k.at(0))))
 		if last, yes := k.agree(n); yes {
 			if last >= 0 {
-				c.result.ImageEnd = (k.first() + last + 1) << c.g.ClusterBits
+				c.result.ImageEnd = c.g.Offset(k.at(last + 1))
 			}
 			continue
 		}
 		for i := range n {
-			stored, refs, cluster := k.stored.get(i), k.refs.get(i), k.first()+i
+			stored, refs, cluster := k.stored.get(i), k.refs.get(i), k.at(i)
 			if stored|refs != 0 {
-				c.result.ImageEnd = (cluster + 1) << c.g.ClusterBits
+				c.result.ImageEnd = c.g.Offset(cluster + 1)
 			}
 			switch {
 			case stored < refs:
-				c.corrupt(1, "cluster %d at %#x (%s): refcount %d, references %d", cluster, cluster<<c.g.ClusterBits, k.use(i), stored, refs)
+				c.corrupt(1, "cluster %d at %#x (%s): refcount %d, references %d", cluster, c.g.Offset(cluster), k.use(i), stored, refs)
 			case stored > refs:
-				c.leak("leak: cluster %d at %#x (%s): refcount %d, references %d", cluster, cluster<<c.g.ClusterBits, k.use(i), stored, refs)
+				c.leak("leak: cluster %d at %#x (%s): refcount %d, references %d", cluster, c.g.Offset(cluster), k.use(i), stored, refs)
 			}
 		}
 	}

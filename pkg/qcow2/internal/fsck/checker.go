@@ -25,7 +25,7 @@ type checker struct {
 	worst     string          // the first of the others
 	miscopied map[int64]int64 // offset and length of tables with COPIED on what is not counted once
 
-	clusters int64               // host clusters: in the file, or the one behind it that a reference begins in
+	end      format.Cluster      // of the host clusters: of the file, or behind the one that a reference ends in
 	l1       []l1Region          // L1 tables to walk, the active one first
 	l2       []l2Region          // L2 tables found in them
 	progress func(done, _ int64) // never nil
@@ -45,7 +45,7 @@ func newChecker(stop func() error, f host.File, h format.Header, progress func(d
 		miscopied: make(map[int64]int64),
 		length:    (size + format.SectorSize - 1) &^ (format.SectorSize - 1),
 	}
-	c.clusters = c.g.Clusters(c.length)
+	c.end = c.g.ClusterBehind(c.length)
 	c.result.Clusters = c.g.Clusters(h.Size)
 	return c, nil
 }

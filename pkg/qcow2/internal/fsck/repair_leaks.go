@@ -24,14 +24,14 @@ func (c *checker) leaksFlags() bool {
 // little better. Then the clusters that are free now are given back to the file system.
 func (r *repairer) lowerCounts(c *checker) error {
 	var free format.Runs
-	err := c.scan(c.h.RefTableOffset, c.h.RefTableClusters<<c.g.ClusterBits, func(b []byte, at int64) error {
+	err := c.scan(c.h.RefTableOffset, c.g.Bytes(c.h.RefTableClusters), func(b []byte, at int64) error {
 		for i := 0; i < len(b); i += 8 {
 			e := binary.BigEndian.Uint64(b[i:])
 			off := int64(e &^ format.RefTableReserved)
 			if e == 0 || e >= format.MaxHostOffset || !c.g.Aligned(off) || off >= c.length {
 				continue
 			}
-			k, j := c.group(off >> c.g.ClusterBits)
+			k, j := c.group(c.g.Cluster(off))
 			if k.use(j) != useRefcountBlock || k.refs.get(j) != 1 {
 				continue // something else may own it
 			}
@@ -48,8 +48,8 @@ func (r *repairer) lowerCounts(c *checker) error {
 		return err // what a damaged image has lost may be found in its leaks
 	}
 	for _, run := range free {
-		at := run.First << c.g.ClusterBits
-		if n := min(run.N<<c.g.ClusterBits, c.length-at); n > 0 {
+		at := c.g.Offset(run.First)
+		if n := min(c.g.Bytes(run.N), c.length-at); n > 0 {
 			if err := r.f.PunchHole(at, n); err != nil {
 				return err
 			}
@@ -65,8 +65,8 @@ func (r *repairer) lowerBlock(c *checker, off, index int64, free *format.Runs) e
 		return err
 	}
 	var dirty format.SectorSet
-	for i := range min(c.g.BlockCounts, max(0, c.clusters-index<<c.g.BlockBits)) {
-		cluster := index<<c.g.BlockBits + i
+	for i := range min(c.g.BlockCounts, max(0, int64(c.end-c.g.Counted(index, 0)))) {
+		cluster := c.g.Counted(index, i)
 		k, j := c.group(cluster)
 		stored, refs := k.stored.get(j), k.refs.get(j)
 		if stored <= refs || block.Get(i) != stored || refs == 1 && k.use(j) >= useL2 {
@@ -74,9 +74,9 @@ func (r *repairer) lowerBlock(c *checker, off, index int64, free *format.Runs) e
 		}
 		block.Set(i, refs)
 		dirty.Add(block.At(i) / format.SectorSize)
-		r.note("cluster %d at %#x: refcount %d became %d", cluster, cluster<<c.g.ClusterBits, stored, refs)
+		r.note("cluster %d at %#x: refcount %d became %d", cluster, c.g.Offset(cluster), stored, refs)
 		if refs == 0 {
-			free.Add(format.Run{First: cluster, N: 1})
+			free.Add(cluster.Alone())
 		}
 	}
 	var err error

@@ -29,7 +29,7 @@ func (b *rebuild) mendL1Tables() error {
 }
 
 func (b *rebuild) l2References(off int64) int64 {
-	k, i := b.group(off >> b.g.ClusterBits)
+	k, i := b.group(b.g.Cluster(off))
 	return int64(k.refs.get(i))
 }
 
@@ -83,14 +83,14 @@ func (b *rebuild) mendL1Entry(e format.L1Entry) (mended format.L1Entry, why stri
 		return 0, "behind the end of the file"
 	}
 	mended, why = e&^format.L1Reserved, "reserved bits"
-	k, i := b.group(off >> b.g.ClusterBits)
+	k, i := b.group(b.g.Cluster(off))
 	if k.refs.get(i) == b.maxCount() {
 		at, err := b.copy(useL2, off, b.g.ClusterSize)
 		if err != nil {
 			return 0, err.Error()
 		}
 		mended, why = format.L1Entry(at)|mended&format.FlagCopied, tooMany
-		k, i = b.group(at >> b.g.ClusterBits)
+		k, i = b.group(b.g.Cluster(at))
 	}
 	if k.refs.set(i, k.refs.get(i)+1); k.refs.get(i) == 1 {
 		b.l2 = append(b.l2, l2Region{offset: mended.Offset()})
@@ -102,12 +102,12 @@ const tooMany = "a copy, for there were more references than a refcount can hold
 
 // copy copies n bytes at off for one of too many references, as long as the copies do not outgrow the file.
 func (b *rebuild) copy(use clusterUse, off, n int64) (int64, error) {
-	from, end := off>>b.g.ClusterBits, b.g.Clusters(off+n)
-	if b.copied += (end - from) << b.g.ClusterBits; b.copied > b.length {
+	from := b.g.RunOf(off, n)
+	if b.copied += b.g.Bytes(from.N); b.copied > b.length {
 		return 0, fmt.Errorf("%w: more references than a refcount can hold, and too many to make copies", format.ErrLimit)
 	}
-	content := make([]byte, (end-from)<<b.g.ClusterBits)
-	err := format.ReadPadded(b.file, content, from<<b.g.ClusterBits)
+	content := make([]byte, b.g.Bytes(from.N))
+	err := format.ReadPadded(b.file, content, b.g.Offset(from.First))
 	at := int64(0)
 	if err == nil {
 		at, err = b.write(use, content)
@@ -228,13 +228,13 @@ func (b *rebuild) mendStandard(e format.L2Entry) (mended format.L2Entry, why str
 
 // count counts a reference from times paths to n bytes at off, if every count has room for it.
 func (b *rebuild) count(use clusterUse, off, n, times int64) bool {
-	first, end := off>>b.g.ClusterBits, b.g.Clusters(off+n)
-	for cluster := first; cluster < end; cluster++ {
+	r := b.g.RunOf(off, n)
+	for cluster := r.First; cluster < r.End(); cluster++ {
 		if k, i := b.group(cluster); b.maxCount()-k.refs.get(i) < uint64(times) {
 			return false
 		}
 	}
-	for cluster := first; cluster < end; cluster++ {
+	for cluster := r.First; cluster < r.End(); cluster++ {
 		k, i := b.group(cluster)
 		k.refs.set(i, k.refs.get(i)+uint64(times))
 		k.setUse(i, use)
@@ -258,7 +258,7 @@ func (b *rebuild) flagL2Tables() error {
 			if e.Kind() == format.KindCompressed || e.Offset() == 0 {
 				continue
 			}
-			k, j := b.group(e.Offset() >> b.g.ClusterBits)
+			k, j := b.group(b.g.Cluster(e.Offset()))
 			if flagged := e.WithCopied(k.refs.get(j) == 1); flagged != e {
 				t.Set(i, flagged)
 				changed++

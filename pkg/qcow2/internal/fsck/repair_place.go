@@ -14,7 +14,7 @@ type rebuild struct {
 	r           *repairer // to report to
 	rows        []format.SnapshotRow
 	rowsChanged bool
-	first, next int64           // clusters of the new structures: next begins the next one
+	first, next format.Cluster  // clusters of the new structures: next begins the next one
 	moved       map[int64]int64 // where L2 tables have gone, by their old offset
 	copied      int64           // bytes
 	failure     error           // of a copy
@@ -22,7 +22,7 @@ type rebuild struct {
 
 // behindEnd tells whether an L1 table reaches behind the last cluster of the file. As QEMU has it, what it says there is nothing.
 func (b *rebuild) behindEnd(l1 l1Region) bool {
-	return l1.offset+l1.entries*8 > b.g.Clusters(b.length)<<b.g.ClusterBits
+	return l1.offset+l1.entries*8 > b.g.Bytes(b.g.Clusters(b.length))
 }
 
 // write puts content, padded to whole clusters, behind all else and returns its offset.
@@ -32,30 +32,30 @@ func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
 	}
 	n := max(b.g.Clusters(int64(len(content))), 1)
 	padded := content
-	if int64(len(content)) != n<<b.g.ClusterBits {
-		padded = make([]byte, n<<b.g.ClusterBits)
+	if int64(len(content)) != b.g.Bytes(n) {
+		padded = make([]byte, b.g.Bytes(n))
 		copy(padded, content)
 	}
-	off := b.next << b.g.ClusterBits
+	off := b.g.Offset(b.next)
 	if _, err := b.file.WriteAt(padded, off); err != nil {
 		return 0, fmt.Errorf("write %s: %w", use, err)
 	}
-	b.next += n
+	b.next += format.Cluster(n)
 	return off, nil
 }
 
 // isNew tells whether the rebuild wrote what is at off: then it may be written again.
-func (b *rebuild) isNew(off int64) bool { return off>>b.g.ClusterBits >= b.first }
+func (b *rebuild) isNew(off int64) bool { return b.g.Cluster(off) >= b.first }
 
 // occupy counts a structure of n bytes that is used times often. It returns false if something else is there.
 func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
-	first, end := off>>b.g.ClusterBits, b.g.Clusters(off+n)
-	for cluster := first; cluster < end; cluster++ {
+	r := b.g.RunOf(off, n)
+	for cluster := r.First; cluster < r.End(); cluster++ {
 		if k, i := b.group(cluster); k.refs.get(i) != 0 {
 			return false
 		}
 	}
-	for cluster := first; cluster < end; cluster++ {
+	for cluster := r.First; cluster < r.End(); cluster++ {
 		k, i := b.group(cluster)
 		k.refs.set(i, uint64(times))
 		k.setUse(i, use)
@@ -65,7 +65,8 @@ func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
 
 // vacate forgets the references to n bytes at off.
 func (c *checker) vacate(off, n int64) {
-	for cluster := off >> c.g.ClusterBits; cluster < c.g.Clusters(off+n); cluster++ {
+	r := c.g.RunOf(off, n)
+	for cluster := r.First; cluster < r.End(); cluster++ {
 		k, i := c.group(cluster)
 		k.refs.set(i, 0)
 		k.setUse(i, useNothing)

@@ -17,7 +17,7 @@ func (r *repairer) rebuild(h format.Header, lossless bool) error {
 		return err
 	}
 	b := &rebuild{checker: c, r: r, moved: make(map[int64]int64)}
-	b.first = c.clusters + 1 // a reference may begin in the last, partial cluster and end in the next
+	b.first = c.end + 1 // a reference may begin in the last, partial cluster and end in the next
 	b.next = b.first
 	lost := r.result.Lost
 	for _, step := range []func() error{
@@ -171,7 +171,7 @@ func (b *rebuild) repoint(es []format.L1Entry, active bool) (changed bool) {
 			e = e&format.FlagCopied | format.L1Entry(at)
 		}
 		if active {
-			k, j := b.group(e.Offset() >> b.g.ClusterBits)
+			k, j := b.group(b.g.Cluster(e.Offset()))
 			if e &^= format.FlagCopied; k.refs.get(j) == 1 {
 				e |= format.FlagCopied
 			}
@@ -204,7 +204,7 @@ func (b *rebuild) settleBitmaps() error {
 	for k := range alone.inOrder() {
 		for i := range int64(groupClusters) {
 			if k.refs.get(i) != 0 {
-				b.occupy(k.use(i), (k.first()+i)<<b.g.ClusterBits, b.g.ClusterSize, 1)
+				b.occupy(k.use(i), b.g.Offset(k.at(i)), b.g.ClusterSize, 1)
 			}
 		}
 	}
@@ -215,7 +215,7 @@ func (b *rebuild) settleBitmaps() error {
 func (b *rebuild) meets(other *checker) bool {
 	for k := range other.inOrder() {
 		for i := range int64(groupClusters) {
-			if mine, j := b.group(k.first() + i); k.refs.get(i) != 0 && mine.refs.get(j) != 0 {
+			if mine, j := b.group(k.at(i)); k.refs.get(i) != 0 && mine.refs.get(j) != 0 {
 				return true
 			}
 		}
@@ -246,9 +246,8 @@ func (b *rebuild) settleRows() error {
 
 // writeRefcounts writes a new refcount table with all its blocks behind all else.
 func (b *rebuild) writeRefcounts() error {
-	first := b.next
+	all := format.Run{First: b.next}
 	blocks := b.usedBlocks()
-	var n int64
 	for again := true; again; {
 		indexes := slices.Sorted(maps.Keys(blocks))
 		var entries int64
@@ -260,16 +259,15 @@ func (b *rebuild) writeRefcounts() error {
 			return fmt.Errorf("%w: the refcount table would exceed %d MiB", format.ErrLimit, format.MaxRefcountTableBytes>>20)
 		}
 		need := int64(len(blocks)) + b.h.RefTableClusters
-		again = need != n
-		n = need
-		for cluster := first; cluster < first+n; cluster += b.g.BlockCounts {
-			blocks[cluster>>b.g.BlockBits] = true
+		again = need != all.N
+		all.N = need
+		for k := range b.g.BlocksOf(all) {
+			blocks[k] = true
 		}
-		blocks[(first+n-1)>>b.g.BlockBits] = true
-		again = again || int64(len(blocks))+b.h.RefTableClusters != n
+		again = again || int64(len(blocks))+b.h.RefTableClusters != all.N
 	}
-	b.occupy(useRefcountBlock, first<<b.g.ClusterBits, n<<b.g.ClusterBits, 1)
-	table := make([]byte, b.h.RefTableClusters<<b.g.ClusterBits)
+	b.occupy(useRefcountBlock, b.g.Offset(all.First), b.g.Bytes(all.N), 1)
+	table := make([]byte, b.g.Bytes(b.h.RefTableClusters))
 	for _, index := range slices.Sorted(maps.Keys(blocks)) {
 		at, err := b.write(useRefcountBlock, b.countsOf(index).B)
 		if err != nil {
@@ -279,7 +277,7 @@ func (b *rebuild) writeRefcounts() error {
 	}
 	at, err := b.write(useRefcountTable, table)
 	b.h.RefTableOffset = at
-	b.r.note("the refcount table and its blocks were written anew, at %#x", first<<b.g.ClusterBits)
+	b.r.note("the refcount table and its blocks were written anew, at %#x", b.g.Offset(all.First))
 	return err
 }
 
@@ -289,7 +287,7 @@ func (b *rebuild) usedBlocks() map[int64]bool {
 	for k := range b.inOrder() {
 		for i := range int64(groupClusters) {
 			if k.refs.get(i) != 0 {
-				blocks[(k.first()+i)>>b.g.BlockBits] = true
+				blocks[b.g.BlockOf(k.at(i))] = true
 			}
 		}
 	}
@@ -300,7 +298,7 @@ func (b *rebuild) usedBlocks() map[int64]bool {
 func (b *rebuild) countsOf(index int64) format.Counts {
 	block := b.g.NewCounts(1)
 	for i := range b.g.BlockCounts {
-		if k, j := b.group(index<<b.g.BlockBits + i); k.refs.get(j) != 0 {
+		if k, j := b.group(b.g.Counted(index, i)); k.refs.get(j) != 0 {
 			block.Set(i, k.refs.get(j))
 		}
 	}

@@ -70,11 +70,11 @@ func (r *repairer) isAllKnown() bool {
 		return false
 	}
 	b := make([]byte, c.g.ClusterSize)
-	for cluster := range c.g.Clusters(c.length) {
+	for cluster := range c.g.ClusterBehind(c.length) {
 		if k, i := c.group(cluster); k.refs.get(i) > 0 {
 			continue
 		}
-		if format.ReadPadded(r.f, b, cluster<<c.g.ClusterBits) != nil || !format.OnlyZeros(b) {
+		if format.ReadPadded(r.f, b, c.g.Offset(cluster)) != nil || !format.OnlyZeros(b) {
 			return false
 		}
 	}
