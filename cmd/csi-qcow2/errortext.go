@@ -8,6 +8,9 @@ import (
 	"strconv"
 	"strings"
 	"unicode"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/driver"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 // plainError is an error of a kind that has a text of its own.
@@ -35,6 +38,9 @@ func sentence(err error) string {
 		lines[i] = withoutRepeats(line)
 	}
 	lines = slices.DeleteFunc(slices.Compact(lines), func(line string) bool { return line == "" })
+	if errors.Is(err, qcow2.ErrNeedsRepair) {
+		lines = append(lines, driver.RepairHint)
+	}
 	return escape(strings.Join(lines, "; "))
 }
 

@@ -8,6 +8,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 func TestSentence(t *testing.T) {
@@ -25,6 +27,10 @@ func TestSentence(t *testing.T) {
 		{errors.New("a\x1b[31mred: \r\x00"), `a\x1b[31mred: \r\x00`},
 		{errors.New("rpc error: code = Unavailable desc = busy"), "busy"},
 		{errors.New("grüße: ☃"), "grüße: ☃"},
+		{
+			fmt.Errorf("open x: %w", qcow2.ErrNeedsRepair),
+			"open x: the image needs a repair; `csi-qcow2 image check --repair all` tells what is wrong, and mends it",
+		},
 	} {
 		if got := sentence(tt.err); got != tt.want {
 			t.Errorf("%q: %q, want %q", tt.err, got, tt.want)

@@ -68,8 +68,15 @@ func toStatus(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err // made by gRPC: UNIMPLEMENTED
 	}
-	return status.Error(codeOf(err), inPlainWords(err.Error()))
+	text := inPlainWords(err.Error())
+	if errors.Is(err, qcow2.ErrNeedsRepair) {
+		text += "; " + RepairHint
+	}
+	return status.Error(codeOf(err), text)
 }
+
+// RepairHint says what to do about qcow2.ErrNeedsRepair, for people.
+const RepairHint = "`csi-qcow2 image check --repair all` tells what is wrong, and mends it"
 
 // inPlainWords replaces what Go says of a call that ended before its work, which is asked for again, and of several errors.
 func inPlainWords(text string) string {

@@ -60,6 +60,16 @@ func TestErrorCodes(t *testing.T) {
 	}
 }
 
+// What is to be done about an image is said where people read it, not by the library.
+func TestRepairHint(t *testing.T) {
+	for _, err := range []error{qcow2.ErrCorrupt, qcow2.ErrNeedsRepair} {
+		want := errors.Is(err, qcow2.ErrNeedsRepair)
+		if got := toStatus(fmt.Errorf("open: %w", err)).Error(); strings.Contains(got, "csi-qcow2 image check --repair all") != want {
+			t.Errorf("%v is answered with %q", err, got)
+		}
+	}
+}
+
 func TestSecretsAreNotLogged(t *testing.T) {
 	var lines []string
 	logger := funcr.New(func(_, args string) { lines = append(lines, args) }, funcr.Options{Verbosity: 9})

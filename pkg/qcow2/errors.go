@@ -4,6 +4,7 @@ import (
 	"errors"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/fsck"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
@@ -23,6 +24,9 @@ var (
 	// ErrCorrupt is returned when metadata contradicts the format. What the disk and its snapshots hold was not changed. An image
 	// that is open for writing is marked as corrupt, and only read from then on.
 	ErrCorrupt = format.ErrCorrupt
+
+	// ErrNeedsRepair is returned, with ErrCorrupt, for an image that is not to be written before Repair has mended it.
+	ErrNeedsRepair = fsck.ErrNeedsRepair
 
 	// ErrUnsupported is returned for a legal image feature, or an operation on it, that
 	// this package refuses. The text names the feature.

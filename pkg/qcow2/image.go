@@ -175,7 +175,7 @@ func (img *Image) judge(err error) error {
 		return err
 	}
 	host.Disown(img.f.File)
-	cause := fmt.Errorf("%w; nothing is written any more; %w", err, fsck.ErrRepair)
+	cause := fmt.Errorf("%w; nothing is written any more; %w", err, fsck.ErrNeedsRepair)
 	if !img.corrupt.CompareAndSwap(nil, &cause) || img.version < 3 {
 		return err // version 2 has no bit for it
 	}

@@ -31,8 +31,8 @@ const defaultL2CacheSize = 32 << 20
 func Open(f File, o OpenOptions) (*Image, error) {
 	img, err := open(f, o)
 	if err != nil {
-		if errors.Is(err, ErrCorrupt) && !errors.Is(err, fsck.ErrRepair) {
-			err = fmt.Errorf("%w; %w", err, fsck.ErrRepair)
+		if errors.Is(err, ErrCorrupt) && !errors.Is(err, fsck.ErrNeedsRepair) {
+			err = fmt.Errorf("%w; %w", err, fsck.ErrNeedsRepair)
 		}
 		return nil, errors.Join(fmt.Errorf("open %s: %w", f.Name(), err), f.Close())
 	}
@@ -108,7 +108,7 @@ func openHeader(f *host.Syncer, o OpenOptions) (format.Header, error) {
 	}
 	switch {
 	case h.Incompatible&format.IncompatCorrupt != 0:
-		return format.Header{}, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, fsck.ErrRepair)
+		return format.Header{}, fmt.Errorf("%w: the image is marked so; %w", ErrCorrupt, fsck.ErrNeedsRepair)
 	case h.Incompatible&format.IncompatDirty != 0:
 		if err := fsck.Recount(f, h); err != nil {
 			return format.Header{}, err

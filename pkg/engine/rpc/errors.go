@@ -80,6 +80,7 @@ func kinds() []kind {
 		{"EXISTS", qcow2.ErrExists, codes.AlreadyExists, false},
 		{"IN_USE", qcow2.ErrInUse, codes.FailedPrecondition, false},
 		{"CORRUPT", qcow2.ErrCorrupt, codes.DataLoss, false},
+		{"NEEDS_REPAIR", qcow2.ErrNeedsRepair, codes.DataLoss, false},
 		{"UNSUPPORTED", qcow2.ErrUnsupported, codes.Unimplemented, false},
 		{"LIMIT", qcow2.ErrLimit, codes.ResourceExhausted, false},
 		{"READ_ONLY", qcow2.ErrReadOnly, codes.FailedPrecondition, false},

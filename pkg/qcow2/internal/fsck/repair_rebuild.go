@@ -24,7 +24,7 @@ func (r *repairer) rebuild(h format.Header, lossless bool) error {
 		b.markHeader, func() error { return b.salvageRows(lossless) }, b.mendL1Tables, b.mendL2Tables,
 		func() error {
 			if lossless && r.result.Lost > lost {
-				return fmt.Errorf("%w: references lead nowhere; %w", format.ErrCorrupt, ErrRepair)
+				return fmt.Errorf("%w: references lead nowhere; %w", format.ErrCorrupt, ErrNeedsRepair)
 			}
 			return nil
 		},

@@ -81,5 +81,5 @@ func (r *repairer) isAllKnown() bool {
 	return true
 }
 
-// ErrRepair says what to do about an image that is corrupt.
-var ErrRepair = errors.New("`csi-qcow2 image check --repair all` tells what is wrong, and mends it")
+// ErrNeedsRepair is that of package qcow2, which says when it is returned.
+var ErrNeedsRepair = errors.New("the image needs a repair")

@@ -21,7 +21,7 @@ func Verify(f host.File, h format.Header) error {
 	}
 	if n := c.result.Corruptions - c.harmless; n+c.result.Errors > 0 {
 		return fmt.Errorf("%w: others have written it, and %d of its references and counts cannot be right (%s): to write would destroy data; %w",
-			format.ErrCorrupt, max(n, 1), c.worst, ErrRepair)
+			format.ErrCorrupt, max(n, 1), c.worst, ErrNeedsRepair)
 	}
 	if err := c.clearCopied(); err != nil {
 		return fmt.Errorf("clear COPIED flags of clusters that are shared: %w", err)
