@@ -6,10 +6,22 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/fsck"
 )
 
-// CheckResult is the verdict on an image's metadata: `go doc ./pkg/qcow2/internal/fsck CheckResult`.
+// CheckResult is the verdict on an image's metadata:
+//
+//	type CheckResult struct {
+//		Errors      int64    // what could not be checked, for it cannot be read
+//		Corruptions int64    // contradictions that endanger data
+//		Leaks       int64    // clusters that are counted as used more often than they are: lost space, no danger
+//		Problems    []string // the first 1000 of both, each says what and where
+//		Clusters    int64    // guest clusters that the disk has
+//		Allocated   int64    // those that the active state maps to host clusters
+//		ImageEnd    int64    // file offset behind the last host cluster in use
+//	}
+//
+//	func (r CheckResult) ExitStatus() int // as qemu-img check: 0 clean, 1 not all could be checked, 2 corrupt, 3 leaks only
 type CheckResult = fsck.CheckResult
 
-// RepairKind says what Repair may change.
+// RepairKind says what Repair may change: RepairLeaks or RepairAll.
 type RepairKind = fsck.RepairKind
 
 // The kinds of repairs.
@@ -18,7 +30,15 @@ const (
 	RepairAll   = fsck.RepairAll   // and make all metadata consistent, whatever contradicts it
 )
 
-// RepairResult says what a repair found and what it has made of it: `go doc ./pkg/qcow2/internal/fsck RepairResult`.
+// RepairResult says what a repair found and what it has made of it:
+//
+//	type RepairResult struct {
+//		Found    CheckResult // before; empty if FoundErr is not nil
+//		FoundErr error       // why the image could not even be checked before, nil if it could
+//		Left     CheckResult // afterwards
+//		Mended   []string    // what was changed, the first 1000: each says what and where
+//		Lost     int64       // references to content that were given up, for they led nowhere: it reads as zeros now
+//	}
 type RepairResult = fsck.RepairResult
 
 // Check checks the image in f, which nobody may change meanwhile, also one that is too damaged to be opened. progress,

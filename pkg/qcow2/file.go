@@ -6,13 +6,37 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
-// File is all that an image needs of the file it lives in: `go doc ./pkg/qcow2/internal/host File` lists its methods.
+// File is all that an image needs of the file it lives in. OpenFile and its like return one; another implementation is safe for
+// concurrent use, and returns ErrNoSpace when there is no space left. It may be an Allocator and a RangeCloner, too.
+//
+//	type File interface {
+//		ReadAt(p []byte, off int64) (int, error)  // as io.ReaderAt: beyond the end io.EOF, with the bytes that exist
+//		WriteAt(p []byte, off int64) (int, error) // as io.WriterAt; the file grows as needed
+//		Sync() error                              // makes all completed writes, punches and the length durable
+//		Truncate(size int64) error                // sets the length in bytes; a longer file reads as zeros
+//		PunchHole(off, n int64) error             // makes n bytes at off read as zeros, gives their blocks back, and keeps the length
+//		Size() (int64, error)                     // the length in bytes
+//		Name() string                             // which file this is, for error messages
+//		Close() error                             // releases the file and its locks
+//	}
 type File = host.File
 
-// An Allocator is a File that can take blocks ahead of need.
+// An Allocator is a File that can take blocks ahead of need, so that a later write cannot meet a full file system.
+//
+//	type Allocator interface {
+//		// Allocate gives n bytes at off blocks, which may lie beyond the end. Content and length stay as they are.
+//		// ErrNoSpace; an error that matches errors.ErrUnsupported where the file system cannot.
+//		Allocate(off, n int64) error
+//	}
 type Allocator = host.Allocator
 
 // A RangeCloner is a File that can take over a part of another one without copying it.
+//
+//	type RangeCloner interface {
+//		// CloneRange makes n bytes at dstOff share the blocks of n bytes at srcOff of src. The file grows as needed.
+//		// An error that matches errors.ErrUnsupported says that these bytes have to be copied instead.
+//		CloneRange(src File, srcOff, dstOff, n int64) error
+//	}
 type RangeCloner = host.RangeCloner
 
 // OpenFile opens the regular file at path and takes the byte locks that QEMU takes for an image, so that

@@ -1,6 +1,19 @@
 // Package qcow2 reads and writes QEMU's qcow2 images, versions 2 and 3, and takes, restores and deletes
 // their internal snapshots.
 //
+// A file becomes an image by Create, and is used by Open:
+//
+//	f, err := qcow2.OpenFile(path, false) // with the locks that QEMU takes
+//	img, err := qcow2.Open(f, qcow2.OpenOptions{}) // closes f when it fails
+//	n, err := img.WriteAt(data, off)
+//	err = img.Flush() // now it is durable
+//	s, err := img.CreateSnapshot("before the upgrade", nil)
+//	err = img.GotoSnapshot(qcow2.ByID(s.ID))
+//	err = img.Close()
+//
+// What a guest has written since the last Flush may be lost in a power cut. Clone copies a disk or a snapshot to an image of its own, Check and Repair look at files that cannot be opened
+// any more, Probe at a file whoever uses it. Offsets and lengths are bytes.
+//
 // After a crash at any point an image opens, each listed snapshot and the active content are exactly what they
 // were or what they were to become, and everything flushed is there. To that end writes follow a fixed
 // order: see reserve.go (reservation), commit.go (guest flush) and generation.go (snapshot operations).

@@ -54,7 +54,7 @@ func (img *Image) Changed() (bool, error) {
 	return !bytes.Equal(now.Encode(), img.hdr.Load().Encode()), nil
 }
 
-// SnapshotKept tells whether a snapshot is still in the image that was opened as img with OpenShared. As long as it is, none of
+// SnapshotKept tells whether a snapshot that an image of OpenShared has listed is still in the image at path, whoever has it open. As long as it is, none of
 // its clusters has been used for anything else.
 func SnapshotKept(path string, s Snapshot) (kept bool, err error) {
 	img, err := OpenShared(path)
