@@ -4,6 +4,7 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"math"
 	"path"
 	"time"
@@ -51,11 +52,13 @@ func logCalls(level klog.Level) grpc.UnaryServerInterceptor {
 		if method == "Probe" || method == "List" || method == "ListSnapshots" {
 			callLevel = max(level, quietLogLevel)
 		}
-		if err == nil {
+		switch {
+		case err == nil:
 			klog.V(callLevel).InfoS("Call", fields...)
 			return reply, nil
-		}
-		if klog.V(level).Enabled() {
+		case errors.Is(err, ErrNotAttached): // often what the caller wants to know
+			klog.V(callLevel).InfoS("Call of a volume that is not attached", fields...)
+		case klog.V(level).Enabled():
 			klog.ErrorS(err, "Call failed", fields...)
 		}
 		return nil, toStatus(err)
