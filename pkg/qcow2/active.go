@@ -33,27 +33,43 @@ func (img *Image) activeTable(index int64) (*l2Table, error) {
 	}
 }
 
-// loadTable reads a table into the cache, or waits until somebody else has tried to: with two at it, one might bring what
-// the other's guest has changed and written meanwhile. Called with mu held, which it gives up.
+// loadTable reads a table into the cache, or waits until somebody else has read it. Called with mu held, which it gives up.
 func (img *Image) loadTable(index int64, e format.L1Entry) error {
-	if done := img.loading[index]; done != nil {
-		img.mu.Unlock()
-		<-done
-		img.mu.Lock()
+	if img.awaitTable(index) {
 		return nil
 	}
-	done := make(chan struct{})
-	img.loading[index] = done
 	t := &l2Table{index: index, offset: e.Offset(), data: img.l2.newTable(img.g)}
-	img.mu.Unlock()
-	err := t.data.Read(img.f, t.offset)
-	img.mu.Lock()
-	delete(img.loading, index)
-	close(done)
-	if err == nil && img.l1[index] == e { // else the generation was switched
+	current, err := img.readTable(index, e, t.data)
+	if err == nil && current {
 		img.l2.put(t)
 	}
 	return err
+}
+
+// awaitTable waits until nobody reads a table any more, if somebody does. Called with mu held, which it gives up then.
+func (img *Image) awaitTable(index int64) bool {
+	done := img.loading[index]
+	if done == nil {
+		return false
+	}
+	img.mu.Unlock()
+	<-done
+	img.mu.Lock()
+	return true
+}
+
+// readTable reads the table of an active L1 entry that is not in the cache, and that nobody else reads: with two at it, one might
+// bring what the other's guest has changed and written meanwhile. So nobody changes it before it is read. current: the entry still
+// is the table's; else the generation was switched, or the table given up. Called with mu held, which it gives up while it reads.
+func (img *Image) readTable(index int64, e format.L1Entry, t format.L2Table) (current bool, err error) {
+	done := make(chan struct{})
+	img.loading[index] = done
+	img.mu.Unlock()
+	err = t.Read(img.f, e.Offset())
+	img.mu.Lock()
+	delete(img.loading, index)
+	close(done)
+	return index < int64(len(img.l1)) && img.l1[index] == e, err
 }
 
 // owns tells whether a host cluster that is marked COPIED may be written in place. Called with mu held.

@@ -225,6 +225,10 @@ func (o *orderRun) start(what string) *event {
 			return err
 		},
 		"delete": func() error { return o.img.DeleteSnapshot(ByName("base")) },
+		"reclaim": func() error {
+			_, err := o.img.ReclaimLeaks(o.t.Context())
+			return err
+		},
 	}[verb]
 	switch verb {
 	case "write", "direct", "chunk":
@@ -533,6 +537,8 @@ func orders() []order {
 		{name: "writes beside a creation", base: "dirty", held: "create", during: []string{"write 0 2", "direct 3", "flush"}, after: []string{"flush"}},
 		{name: "new tables beside a creation", base: "dirty", held: "create", during: []string{"write 64 3"}, after: []string{"flush"}},
 		{name: "writes beside a deletion", base: "fresh", held: "delete", during: []string{"write 20 6", "flush"}, after: []string{"flush"}},
+		{name: "writes beside a search for leaks", base: "fresh", held: "reclaim", during: []string{"write 20 6", "write 65", "discard 3", "flush"}, after: []string{"flush"}},
+		{name: "operations beside a search for leaks", base: "dirty", held: "reclaim", during: []string{"create", "write 1 2", "delete", "flush"}, after: []string{"flush"}},
 		{name: "a write beside a creation that fails", base: "dirty", held: "create", during: []string{"write 1"}, after: []string{"flush"}, fails: 1},
 	}
 }

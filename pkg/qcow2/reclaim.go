@@ -215,23 +215,28 @@ func (img *Image) searchActive(ctx context.Context, s *leakSearch) error {
 	}
 }
 
-// peekTable returns a copy of an active L2 table and its offset, 0 if there is none. Guests' tables stay in the cache.
+// peekTable returns a copy of an active L2 table and its offset, 0 if there is none. Guests' tables stay in the cache. A guest that
+// wants the same table waits while it is read, as for another guest's read; all others go on.
 func (img *Image) peekTable(index int64) (t format.L2Table, off int64, end bool, err error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	if index >= int64(len(img.l1)) {
-		return format.L2Table{}, 0, true, nil
+	for index < int64(len(img.l1)) {
+		if cached := img.l2.peek(index); cached != nil {
+			return img.g.Table(slices.Clone(cached.data.B)), cached.offset, false, nil
+		}
+		e := img.l1[index]
+		if err := img.checkL1Entry(e); err != nil || e.Offset() == 0 {
+			return format.L2Table{}, 0, false, err
+		}
+		if img.awaitTable(index) {
+			continue
+		}
+		t := img.g.NewTable()
+		if current, err := img.readTable(index, e, t); current {
+			return t, e.Offset(), false, err
+		}
 	}
-	if e := img.l2.tables[index]; e != nil {
-		cached := e.Value.(*l2Table)
-		return img.g.Table(slices.Clone(cached.data.B)), cached.offset, false, nil
-	}
-	e := img.l1[index]
-	if err := img.checkL1Entry(e); err != nil || e.Offset() == 0 {
-		return format.L2Table{}, 0, false, err
-	}
-	t, err = format.ReadL2(img.f, img.g, e.Offset())
-	return t, e.Offset(), false, err
+	return format.L2Table{}, 0, true, nil
 }
 
 // searchTable counts a table and what it maps.

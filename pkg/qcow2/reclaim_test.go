@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
@@ -143,6 +144,106 @@ func TestOnlineReclaimLeaks(t *testing.T) {
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+// heldRead is a file that holds up a read at an offset: before it is made, or when it has been.
+type heldRead struct {
+	*memFile
+	at            int64
+	behind        bool
+	reads         atomic.Int32 // at is read so often until the one that is held up
+	held, release chan struct{}
+}
+
+func (f *heldRead) ReadAt(p []byte, off int64) (n int, err error) {
+	if f.behind {
+		n, err = f.memFile.ReadAt(p, off)
+	}
+	if off == f.at && f.reads.Add(-1) == 0 {
+		close(f.held)
+		<-f.release
+	}
+	if !f.behind {
+		n, err = f.memFile.ReadAt(p, off)
+	}
+	return n, err
+}
+
+func contentOf(t *testing.T, f File, size int64) []byte {
+	t.Helper()
+	img, err := Open(f, OpenOptions{ReadOnly: true})
+	must(t, err)
+	p := make([]byte, size)
+	_, err = img.ReadAt(p, 0)
+	must(t, errors.Join(err, img.Close()))
+	return p
+}
+
+// TestWritesPassASearch holds a search up while it reads a table of the disk: a write to another one passes, one to the same table
+// waits for the read only, and what both take is not given back.
+func TestWritesPassASearch(t *testing.T) {
+	const cluster, size = 512, 128 << 10
+	const coverage = cluster / 8 * cluster // of an L2 table
+	for _, behind := range []bool{false, true} {
+		for table := range int64(size / coverage) {
+			t.Run(fmt.Sprintf("table %d, held up behind the read %v", table, behind), func(t *testing.T) {
+				f := &heldRead{memFile: leakyImage(t, CreateOptions{ClusterSize: cluster}, size), behind: behind, held: make(chan struct{}), release: make(chan struct{})}
+				disk := contentOf(t, f.clone(), size)
+				img, err := Open(f, OpenOptions{})
+				must(t, err)
+				f.at = img.l1[table].Offset()
+				f.reads.Store(1)
+				if !img.l1[table].Copied() { // the snapshot's table, which is read first
+					f.reads.Store(2)
+				}
+				write := func(off int64) *event {
+					e := &event{done: make(chan struct{})}
+					data := stamp(3, off, 4*cluster)
+					copy(disk[off:], data)
+					go func() {
+						defer close(e.done)
+						_, e.err = img.WriteAt(data, off)
+					}()
+					e.settle()
+					return e
+				}
+				other := (table + 1) % (size / coverage)
+				<-write(other * coverage).done // what comes first reserves
+
+				var r Reclaimed
+				search := &event{done: make(chan struct{})}
+				go func() {
+					defer close(search.done)
+					r, search.err = img.ReclaimLeaks(t.Context())
+				}()
+				<-f.held
+				passes, waits := write(other*coverage+10*cluster), write(table*coverage+2*cluster)
+				select {
+				case <-passes.done:
+				default:
+					t.Error("a write waits for the read of another table")
+				}
+				close(f.release)
+				for _, e := range []*event{passes, waits, search} {
+					<-e.done
+					must(t, e.err)
+				}
+				if r.Clusters == 0 {
+					t.Error("no leaks were found")
+				}
+				got := make([]byte, size)
+				_, err = img.ReadAt(got, 0)
+				must(t, err)
+				if !bytes.Equal(got, disk) {
+					t.Errorf("the disk is wrong at %#x", difference(got, disk))
+				}
+				must(t, img.Close())
+				if c, err := checkFile(t.Context(), f.reopen()); err != nil || c.Corruptions != 0 {
+					t.Errorf("%+v, %v", c, err)
+				}
+			})
+		}
 	}
 }
 
