@@ -241,7 +241,7 @@ func (r *rig) cleanUp() {
 		t.Error(err)
 	}
 	for _, d := range devices {
-		if id := strings.TrimPrefix(d.Name, worker.DevicePrefix); pool.ValidID(id) && r.pool.Owns(id) {
+		if id := strings.TrimPrefix(d.Name, worker.DevicePrefix); r.pool.Owns(id) {
 			t.Errorf("%s of %s is left", d.Path, id)
 			unmountAll(d.Path)
 			_ = blockdev.Clear(d.Path, d.Name)

@@ -30,7 +30,7 @@ func devicesLeft(p *pool.Pool) map[string]string {
 	left := map[string]string{}
 	for name, device := range devices {
 		id := strings.TrimPrefix(name, worker.DevicePrefix)
-		if pool.ValidID(id) && p.Owns(id) { // else another engine's
+		if p.Owns(id) { // else another engine's
 			left[id] = device
 		}
 	}

@@ -113,7 +113,7 @@ func (s *supervisor) held(ctx context.Context, p *pool.Pool) (map[string]bool, e
 	names, err := s.holder.List(ctx)
 	held := map[string]bool{}
 	for _, id := range names {
-		if pool.ValidID(id) && p.Owns(id) {
+		if p.Owns(id) {
 			held[id] = true
 		}
 	}

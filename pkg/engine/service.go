@@ -116,8 +116,8 @@ func (s *service) Detach(ctx context.Context, r *api.DetachRequest) (*api.Detach
 	if err != nil {
 		return nil, err
 	}
-	if !pool.ValidID(id) {
-		return nil, fmt.Errorf("%q: %w", id, pool.ErrBadID)
+	if _, err := pool.ParseID(id); err != nil {
+		return nil, err
 	}
 	unlock, err := s.lockVolume(ctx, id)
 	if err != nil {

@@ -29,22 +29,22 @@ func (p *Pool) Accounts() ([]Account, error) {
 	}
 	defer all.Close()
 	var accounts []Account
-	err = eachVolumeIn(root, volumesDir, func(string) bool { return true }, func(id string, v Volume, err error) {
+	err = eachVolumeIn(root, volumesDir, func(ID) bool { return true }, func(id ID, v Volume, err error) {
 		size := v.Size
 		v.Size = v.LeastSize()
 		a := account(all, id, v, false)
-		a.ID, a.Size, a.Err = id, size, err
+		a.ID, a.Size, a.Err = id.text, size, err
 		accounts = append(accounts, a)
 	})
 	return accounts, err
 }
 
 // account takes one volume's account. v is empty if its volume.json is unreadable.
-func account(all dir, id string, v Volume, snapshotted bool) Account {
-	allocated, h := measure(all, id+"/"+imageFile)
+func account(all dir, id ID, v Volume, snapshotted bool) Account {
+	allocated, h := measure(all, id.dir()+"/"+imageFile)
 	a := Account{Volume: v, Occupied: allocated, DiskSize: h.Size()}
 	size := max(h.Size(), v.Size)
-	_, notPending := all.Lstat(id + "/" + string(pending))
+	_, notPending := all.Lstat(id.dir() + "/" + string(pending))
 	switch {
 	case v.Tombstone: // to which nobody writes any more
 	case snapshotted || h.HasSnapshots() || notPending == nil:

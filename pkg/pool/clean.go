@@ -33,8 +33,9 @@ func cleanPart(root dir, part string) error {
 		return err
 	}
 	var failures []error
-	for _, id := range names {
-		if !ValidID(id) {
+	for _, name := range names {
+		id, err := ParseID(name)
+		if err != nil {
 			continue // not ours
 		}
 		if err := cleanOne(root, d, id); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -46,9 +47,9 @@ func cleanPart(root dir, part string) error {
 
 // cleanOne removes a directory unless it is locked. Anything else of that name was not made by a pool, and
 // would only be in its way.
-func cleanOne(root, part dir, id string) error {
-	if st, err := part.Lstat(id); err != nil || !st.IsDir() {
-		return errors.Join(err, part.Remove(id))
+func cleanOne(root, part dir, id ID) error {
+	if st, err := part.Lstat(id.dir()); err != nil || !st.IsDir() {
+		return errors.Join(err, part.Remove(id.dir()))
 	}
 	lock, err := lockAbandoned(root, part, id)
 	if errors.Is(err, ErrInUse) {
@@ -57,17 +58,17 @@ func cleanOne(root, part dir, id string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(part.RemoveAll(id), lock.Close())
+	return errors.Join(part.RemoveAll(id.dir()), lock.Close())
 }
 
 // lockAbandoned locks a directory under the pool's lock: a Create has its own by the time it gives up that one.
-func lockAbandoned(root, part dir, id string) (dirLock, error) {
+func lockAbandoned(root, part dir, id ID) (dirLock, error) {
 	poolLock, err := lockDir(root, exclusive)
 	if err != nil {
 		return dirLock{}, err
 	}
 	defer poolLock.Close()
-	d, err := part.sub(id)
+	d, err := part.sub(id.dir())
 	if err != nil {
 		return dirLock{}, err
 	}

@@ -16,7 +16,8 @@ import (
 // most one succeeds: the others get ErrExists, some of them after their fill. Tombstones do not count.
 // qcow2.ErrNoSpace when the file system is full.
 func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Context, path string) error, marks ...Marker) error {
-	if name, _, ok := splitID(v.ID); !ok || v.Name == "" || name != safeName(v.Name) || !p.Owns(v.ID) {
+	id, err := ParseID(v.ID)
+	if name, _, _ := splitID(v.ID); err != nil || v.Name == "" || name != safeName(v.Name) || !p.Owns(v.ID) {
 		return fmt.Errorf("%w: %.80q is not this pool's for the name %.128q", ErrBadID, v.ID, v.Name)
 	}
 	if v.Created.IsZero() {
@@ -27,7 +28,7 @@ func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Conte
 		return err
 	}
 	defer root.Close()
-	c := creation{pool: p, root: root, volume: v, marks: append(marks, Clean)}
+	c := creation{pool: p, root: root, id: id, volume: v, marks: append(marks, Clean)}
 	if err := c.begin(); err != nil {
 		return fmt.Errorf("create volume %s: %w", v.ID, noSpace(err))
 	}
@@ -46,6 +47,7 @@ func (p *Pool) Create(ctx context.Context, v Volume, fill func(ctx context.Conte
 type creation struct {
 	pool   *Pool
 	root   dir
+	id     ID // the volume's
 	volume Volume
 	marks  []Marker
 
@@ -53,8 +55,8 @@ type creation struct {
 	lock dirLock
 }
 
-func (c *creation) half() string  { return creatingDir + "/" + c.volume.ID }
-func (c *creation) whole() string { return volumesDir + "/" + c.volume.ID }
+func (c *creation) half() string  { return c.id.in(creatingDir) }
+func (c *creation) whole() string { return c.id.in(volumesDir) }
 
 // begin makes the directory. It holds the pool's lock from there until it has the directory's.
 func (c *creation) begin() (err error) {

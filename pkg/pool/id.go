@@ -1,8 +1,10 @@
 package pool
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/hex"
+	"fmt"
 	"strings"
 )
 
@@ -18,13 +20,34 @@ func (p *Pool) NewID(name string) string {
 	return strings.Join([]string{safeName(name), p.idPart(), randomHex(idHexDigits)}, "-")
 }
 
-// ValidID tells whether an ID is well-formed (it is then safe as a path element).
-func ValidID(id string) bool {
-	_, _, ok := splitID(id)
-	return ok
+// ID is a volume's, well-formed: only what ParseID has seen becomes a part of a path. The zero value is no volume's, and makes a path
+// at which nothing can be.
+type ID struct{ text string }
+
+// ParseID checks an ID, which may come from anywhere. ErrBadID.
+func ParseID(id string) (ID, error) {
+	if _, _, ok := splitID(id); !ok {
+		return ID{}, fmt.Errorf("%w: %.80q", ErrBadID, id)
+	}
+	return ID{id}, nil
 }
 
-// Owns tells whether a well-formed ID was made by this pool.
+// String returns the ID as NewID has made it.
+func (id ID) String() string { return id.text }
+
+// in returns the path of the volume's directory in a part of the pool.
+func (id ID) in(part string) string { return part + "/" + id.dir() }
+
+// dir returns the name of the volume's directory.
+func (id ID) dir() string { return cmp.Or(id.text, "\x00") }
+
+// ValidID tells whether an ID is well-formed.
+func ValidID(id string) bool {
+	_, err := ParseID(id)
+	return err == nil
+}
+
+// Owns tells whether an ID is well-formed, and was made by this pool.
 func (p *Pool) Owns(id string) bool {
 	_, pool, ok := splitID(id)
 	return ok && pool == p.idPart()

@@ -1,6 +1,7 @@
 package pool
 
 import (
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -45,6 +46,26 @@ func hostileIDs(p *Pool) []string {
 		strings.Repeat("a", 41) + id[1:], "-" + id, "--" + id[1:], id[1:], "-00000000-00000000", "ä" + id[1:],
 		"..-00000000-00000000", "a/b-00000000-00000000", "v-0000000/-00000000", "v-00000000-../../..",
 		strings.Repeat("../", 1000), id + "@snapshot", "%2e%2e-00000000-00000000",
+	}
+}
+
+// The zero ID, which no parsing has made, leads to no file, not to the directory of all volumes.
+func TestZeroIDIsNoVolume(t *testing.T) {
+	p := newPool(t)
+	create(t, p, "v")
+	root, err := p.enter()
+	must(t, err)
+	defer root.Close()
+	for _, part := range []string{volumesDir, creatingDir, removingDir} {
+		if _, err := root.Lstat(ID{}.in(part)); err == nil {
+			t.Errorf("in %s there is something", part)
+		}
+	}
+	if d, err := p.openParsed(ID{}); err == nil {
+		t.Errorf("opened %s", d.Name())
+	}
+	if _, err := os.Lstat(p.imagePath(ID{})); err == nil {
+		t.Error("it has an image")
 	}
 }
 

@@ -33,7 +33,11 @@ func (p *Pool) Snapshots(id string) (snapshots []qcow2.Snapshot, err error) {
 }
 
 func (p *Pool) lease(id string, mode lockMode) (*Lease, error) {
-	d, err := p.openVolume(id)
+	parsed, err := ParseID(id)
+	if err != nil {
+		return nil, err
+	}
+	d, err := p.openParsed(parsed)
 	if err != nil {
 		return nil, err
 	}
@@ -41,7 +45,7 @@ func (p *Pool) lease(id string, mode lockMode) (*Lease, error) {
 	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	l := &Lease{pool: p, id: id, dir: d, lock: lock}
+	l := &Lease{pool: p, id: parsed, dir: d, lock: lock}
 	if err := l.verify(); err != nil {
 		return nil, errors.Join(err, l.Unlock())
 	}
@@ -51,7 +55,7 @@ func (p *Pool) lease(id string, mode lockMode) (*Lease, error) {
 // Lease is the right to open and change one volume. It is safe for concurrent use.
 type Lease struct {
 	pool *Pool
-	id   string
+	id   ID
 	dir  dir
 	lock dirLock
 
@@ -62,7 +66,7 @@ type Lease struct {
 // verify reads the volume, having made sure that what is locked is still the volume: it may have been
 // removed just before it was locked.
 func (l *Lease) verify() error {
-	now, err := l.pool.openVolume(l.id)
+	now, err := l.pool.openParsed(l.id)
 	if err != nil {
 		return err
 	}
@@ -125,9 +129,9 @@ func (l *Lease) openWith(open func(path string) (qcow2.File, error)) (qcow2.File
 	if err := l.dir.expect(imageFile, 0); err != nil {
 		return nil, err
 	}
-	f, err := open(l.pool.ImagePath(l.id))
+	f, err := open(l.pool.imagePath(l.id))
 	if errors.Is(err, qcow2.ErrInUse) {
-		return nil, fmt.Errorf("%w: %w", ErrInUse, imageOpenError{l.pool.ImagePath(l.id), err})
+		return nil, fmt.Errorf("%w: %w", ErrInUse, imageOpenError{l.pool.imagePath(l.id), err})
 	}
 	return f, err
 }
@@ -150,7 +154,7 @@ func (l *Lease) Update(change func(*Volume)) error {
 	defer l.mu.Unlock()
 	v := clone(l.volume)
 	change(&v)
-	v.ID, v.Name = l.id, l.volume.Name
+	v.ID, v.Name = l.id.text, l.volume.Name
 	if err := writeVolume(l.dir, v); err != nil {
 		return fmt.Errorf("update volume %s: %w", l.id, noSpace(err))
 	}
@@ -170,7 +174,7 @@ func (l *Lease) Remove() error {
 		return fmt.Errorf("remove volume %s: %w", l.id, err)
 	}
 	// Not synced: what comes back in a power cut is removed by the next Clean.
-	if err := root.RemoveAll(removingDir + "/" + l.id); err != nil {
+	if err := root.RemoveAll(l.id.in(removingDir)); err != nil {
 		return fmt.Errorf("remove volume %s: %w", l.id, err)
 	}
 	return nil
@@ -184,7 +188,7 @@ func (l *Lease) hide(root dir) error {
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	from, to := volumesDir+"/"+l.id, removingDir+"/"+l.id
+	from, to := l.id.in(volumesDir), l.id.in(removingDir)
 	if err := root.RemoveAll(to); err != nil {
 		return err
 	}

@@ -66,7 +66,9 @@ func TestLockOfAVolumeJustRemoved(t *testing.T) {
 	late, err := lockDir(d, tryExclusive) // as Lock would
 	must(t, err)
 	defer late.Close()
-	stale := &Lease{pool: p, id: id, dir: d, lock: late}
+	parsed, err := ParseID(id)
+	must(t, err)
+	stale := &Lease{pool: p, id: parsed, dir: d, lock: late}
 	want(t, "removed", stale.verify(), ErrNotFound)
 
 	must(t, p.Create(t.Context(), Volume{ID: id, Name: "v"}, fillQCOW2)) // even if there is one again

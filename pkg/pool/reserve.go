@@ -97,8 +97,8 @@ func (p *Pool) reserveNeed(root dir) (int64, error) {
 	}
 	defer all.Close()
 	need := int64(0)
-	err = eachVolumeIn(root, volumesDir, func(string) bool { return true }, func(id string, _ Volume, _ error) {
-		_, h := measure(all, id+"/"+imageFile)
+	err = eachVolumeIn(root, volumesDir, func(ID) bool { return true }, func(id ID, _ Volume, _ error) {
+		_, h := measure(all, id.dir()+"/"+imageFile)
 		if room := h.DeletionRoom(total); room > 0 {
 			need = max(need, room+reserveSlack)
 		}

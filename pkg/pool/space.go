@@ -38,16 +38,16 @@ func (p *Pool) Space(sizes map[string]int64, snapshots ...string) (Space, error)
 	s := Space{Total: int64(st.Blocks) * st.Frsize, Free: int64(st.Bavail) * st.Frsize}
 	// In the order of a volume's way: one that moves on meanwhile is seen, though perhaps twice.
 	seen := map[string]bool{}
-	fresh := func(id string) bool { return !seen[id] }
+	fresh := func(id ID) bool { return !seen[id.text] }
 	for _, part := range []string{creatingDir, volumesDir} {
 		all, err := root.sub(part)
 		if err != nil {
 			return Space{}, err
 		}
-		err = eachVolumeIn(root, part, fresh, func(id string, v Volume, _ error) {
-			seen[id] = true
-			v.Size = max(v.LeastSize(), sizes[id])
-			s.add(all, id, v, slices.Contains(snapshots, id))
+		err = eachVolumeIn(root, part, fresh, func(id ID, v Volume, _ error) {
+			seen[id.text] = true
+			v.Size = max(v.LeastSize(), sizes[id.text])
+			s.add(all, id, v, slices.Contains(snapshots, id.text))
 		})
 		_ = all.Close()
 		if err != nil {
@@ -55,7 +55,7 @@ func (p *Pool) Space(sizes map[string]int64, snapshots ...string) (Space, error)
 		}
 	}
 	for id, size := range sizes {
-		if fresh(id) {
+		if !seen[id] {
 			s.promise(size)
 		}
 	}
@@ -63,7 +63,7 @@ func (p *Pool) Space(sizes map[string]int64, snapshots ...string) (Space, error)
 }
 
 // add counts one volume in. v is empty if its volume.json is unreadable.
-func (s *Space) add(all dir, id string, v Volume, snapshotted bool) {
+func (s *Space) add(all dir, id ID, v Volume, snapshotted bool) {
 	a := account(all, id, v, snapshotted)
 	s.Used += a.Occupied
 	s.promise(a.Promised)

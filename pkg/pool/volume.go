@@ -80,7 +80,7 @@ func (p *Pool) Volumes() ([]Volume, error) {
 		volumes  []Volume
 		failures []error
 	)
-	err := p.eachVolume(func(string) bool { return true }, func(_ string, v Volume, err error) {
+	err := p.eachVolume(func(ID) bool { return true }, func(_ ID, v Volume, err error) {
 		if err != nil {
 			failures = append(failures, err)
 			return
@@ -92,13 +92,17 @@ func (p *Pool) Volumes() ([]Volume, error) {
 
 // Volume returns one, tombstones too. ErrNotFound, ErrBadID.
 func (p *Pool) Volume(id string) (Volume, error) {
-	d, err := p.openVolume(id)
+	parsed, err := ParseID(id)
+	if err != nil {
+		return Volume{}, err
+	}
+	d, err := p.openParsed(parsed)
 	if err != nil {
 		return Volume{}, err
 	}
 	defer d.Close()
-	v, err := readVolume(d, id)
-	if err != nil && !p.holds(id) { // removed while it was read
+	v, err := readVolume(d, parsed)
+	if err != nil && !p.holds(parsed) { // removed while it was read
 		return Volume{}, fmt.Errorf("%w: %s", ErrNotFound, id)
 	}
 	return v, err
@@ -112,11 +116,11 @@ func (p *Pool) FindByName(name string) (Volume, error) {
 		found    *Volume
 		failures []error
 	)
-	mayBe := func(id string) bool { // by the ID alone: only few of the pool's volumes need to be read
-		idName, _, _ := splitID(id)
+	mayBe := func(id ID) bool { // by the ID alone: only few of the pool's volumes need to be read
+		idName, _, _ := splitID(id.text)
 		return idName == safeName(name)
 	}
-	err := p.eachVolume(mayBe, func(_ string, v Volume, err error) {
+	err := p.eachVolume(mayBe, func(_ ID, v Volume, err error) {
 		switch {
 		case err != nil:
 			failures = append(failures, err)
@@ -137,15 +141,18 @@ func (p *Pool) FindByName(name string) (Volume, error) {
 
 // ImagePath is where a volume's image lies, an absolute path. Empty for a malformed ID.
 func (p *Pool) ImagePath(id string) string {
-	if !ValidID(id) {
+	parsed, err := ParseID(id)
+	if err != nil {
 		return ""
 	}
-	return filepath.Join(p.path, volumesDir, id, imageFile)
+	return p.imagePath(parsed)
 }
+
+func (p *Pool) imagePath(id ID) string { return filepath.Join(p.path, id.in(volumesDir), imageFile) }
 
 // eachVolume calls fn, in the order of IDs, for each volume whose ID is wanted. What is no volume's directory by
 // its name is passed over.
-func (p *Pool) eachVolume(want func(id string) bool, fn func(id string, v Volume, err error)) error {
+func (p *Pool) eachVolume(want func(ID) bool, fn func(id ID, v Volume, err error)) error {
 	root, err := p.enter()
 	if err != nil {
 		return err
@@ -155,7 +162,7 @@ func (p *Pool) eachVolume(want func(id string) bool, fn func(id string, v Volume
 }
 
 // eachVolumeIn does it for the volumes in a part of the pool.
-func eachVolumeIn(root dir, part string, want func(id string) bool, fn func(id string, v Volume, err error)) error {
+func eachVolumeIn(root dir, part string, want func(ID) bool, fn func(id ID, v Volume, err error)) error {
 	all, err := root.sub(part)
 	if err != nil {
 		return err
@@ -165,13 +172,14 @@ func eachVolumeIn(root dir, part string, want func(id string) bool, fn func(id s
 	if err != nil {
 		return err
 	}
-	for _, id := range names {
-		if !ValidID(id) || !want(id) {
+	for _, name := range names {
+		id, err := ParseID(name)
+		if err != nil || !want(id) {
 			continue
 		}
 		v, err := readVolumeIn(all, id)
 		if err != nil {
-			if _, gone := all.Lstat(id); errors.Is(gone, fs.ErrNotExist) {
+			if _, gone := all.Lstat(id.dir()); errors.Is(gone, fs.ErrNotExist) {
 				continue // removed since its name was read
 			}
 		}
@@ -180,8 +188,8 @@ func eachVolumeIn(root dir, part string, want func(id string) bool, fn func(id s
 	return nil
 }
 
-func readVolumeIn(all dir, id string) (Volume, error) {
-	d, err := all.sub(id)
+func readVolumeIn(all dir, id ID) (Volume, error) {
+	d, err := all.sub(id.dir())
 	if err != nil {
 		return Volume{}, err
 	}
@@ -190,7 +198,7 @@ func readVolumeIn(all dir, id string) (Volume, error) {
 }
 
 // readVolume reads a volume.json. Errors name the file.
-func readVolume(d dir, id string) (Volume, error) {
+func readVolume(d dir, id ID) (Volume, error) {
 	var v Volume
 	data, err := d.readFile(volumeFile, volumeLimit)
 	if err != nil {
@@ -199,7 +207,7 @@ func readVolume(d dir, id string) (Volume, error) {
 	if err := json.Unmarshal(data, &v); err != nil {
 		return Volume{}, fmt.Errorf("%s/%s: %w", d.Name(), volumeFile, err)
 	}
-	if v.ID != id || v.Name == "" || v.Size < 0 {
+	if v.ID != id.text || v.Name == "" || v.Size < 0 {
 		return Volume{}, fmt.Errorf("%s/%s: ID %.80q, name %.80q, %d bytes: not what was written for this volume",
 			d.Name(), volumeFile, v.ID, v.Name, v.Size)
 	}
@@ -219,15 +227,21 @@ func writeVolume(d dir, v Volume) error {
 
 // openVolume opens a volume's directory. ErrNotFound, ErrBadID.
 func (p *Pool) openVolume(id string) (dir, error) {
-	if !ValidID(id) {
-		return dir{}, fmt.Errorf("%w: %.80q", ErrBadID, id)
+	parsed, err := ParseID(id)
+	if err != nil {
+		return dir{}, err
 	}
+	return p.openParsed(parsed)
+}
+
+// openParsed is openVolume for an ID that was parsed.
+func (p *Pool) openParsed(id ID) (dir, error) {
 	root, err := p.enter()
 	if err != nil {
 		return dir{}, err
 	}
 	defer root.Close()
-	d, err := root.sub(volumesDir + "/" + id)
+	d, err := root.sub(id.in(volumesDir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return dir{}, fmt.Errorf("%w: %s", ErrNotFound, id)
 	}
@@ -235,8 +249,8 @@ func (p *Pool) openVolume(id string) (dir, error) {
 }
 
 // holds tells whether there is anything under the ID, or no telling.
-func (p *Pool) holds(id string) bool {
-	d, err := p.openVolume(id)
+func (p *Pool) holds(id ID) bool {
+	d, err := p.openParsed(id)
 	if err != nil {
 		return !errors.Is(err, ErrNotFound)
 	}
