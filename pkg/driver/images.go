@@ -43,12 +43,12 @@ func (s *images) read(ctx context.Context, p *pool.Pool, id string, fn func(*qco
 	}
 	if first {
 		if err := use.open(p, id); err != nil {
-			s.leave(id, use)
+			s.release(id, use)
 			return err
 		}
 		s.share(use)
 	}
-	defer func() { err = errors.Join(err, s.leaveReader(id, use)) }()
+	defer func() { err = errors.Join(err, s.releaseReader(id, use)) }()
 	return fn(use.image)
 }
 
@@ -73,7 +73,7 @@ func (s *images) claim(ctx context.Context, id string) (release func(), err erro
 	if err != nil {
 		return nil, err
 	}
-	return func() { s.leave(id, use) }, nil
+	return func() { s.release(id, use) }, nil
 }
 
 // enter waits until the image is free, or, for a reader, until others have it open for reading. first is
@@ -116,8 +116,8 @@ func (s *images) share(use *imageUse) {
 	use.changed = make(chan struct{})
 }
 
-// leaveReader closes the image behind its last reader.
-func (s *images) leaveReader(id string, use *imageUse) error {
+// releaseReader closes the image behind its last reader.
+func (s *images) releaseReader(id string, use *imageUse) error {
 	s.mu.Lock()
 	use.readers--
 	last := use.readers == 0
@@ -125,12 +125,12 @@ func (s *images) leaveReader(id string, use *imageUse) error {
 	if !last {
 		return nil
 	}
-	defer s.leave(id, use)
+	defer s.release(id, use)
 	return use.close()
 }
 
-// leave gives the image back.
-func (s *images) leave(id string, use *imageUse) {
+// release gives the image back.
+func (s *images) release(id string, use *imageUse) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.use, id)

@@ -69,7 +69,7 @@ func (s *service) joinClone(ctx context.Context, r *api.CloneRequest) (*cloneCal
 		return c.matching(r)
 	}
 	c := &cloneCall{request: r, done: make(chan struct{})}
-	s.makeRoom()
+	s.forgetEnded()
 	s.clones[r.GetTarget()] = c
 	s.tasks.Go(func() {
 		ctx, cancel := s.outlive(ctx)
@@ -132,8 +132,8 @@ func (c *cloneCall) vanished() bool {
 	return errors.Is(err, os.ErrNotExist)
 }
 
-// makeRoom forgets clones that nobody asked for again, if there are too many. mu is held.
-func (s *service) makeRoom() {
+// forgetEnded forgets clones that nobody asked for again, if there are too many. mu is held.
+func (s *service) forgetEnded() {
 	if len(s.clones) >= maxUncollected {
 		maps.DeleteFunc(s.clones, func(_ string, c *cloneCall) bool { return c.ended() })
 	}

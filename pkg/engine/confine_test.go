@@ -19,7 +19,7 @@ func TestConfined(t *testing.T) {
 	wantCapabilities(t, r.find(id).WorkerPID)
 	h, err := helper.Start(nil)
 	must(t, err)
-	defer h.Leave()
+	defer h.End()
 	wantCapabilities(t, h.PID)
 }
 

@@ -104,7 +104,7 @@ func (s *fdStore) put(token string, h *helper.Helper) error {
 // drop ends the helper of a token that nobody has taken.
 func (s *fdStore) drop(token string) {
 	if unused, err := s.take(token); err == nil {
-		unused.Leave()
+		unused.End()
 	}
 }
 
@@ -129,7 +129,7 @@ func (s *fdStore) closeAll() {
 	s.mu.Unlock()
 	for _, h := range held {
 		h.expiry.Stop()
-		h.helper.Leave()
+		h.helper.End()
 	}
 }
 
@@ -184,7 +184,7 @@ func (s *fdStore) receive(conn *net.UnixConn) error {
 		return err
 	}
 	if err := s.put(string(token[:n]), h); err != nil {
-		h.Leave()
+		h.End()
 		return err
 	}
 	return nil

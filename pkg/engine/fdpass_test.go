@@ -49,7 +49,7 @@ func TestPassFD(t *testing.T) {
 
 	got, err := s.take("token")
 	must(t, err)
-	defer got.Leave()
+	defer got.End()
 	at, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", got.PID, helper.DirFD))
 	must(t, err)
 	if at != dir.Name() {
@@ -113,7 +113,7 @@ func startTestHelper(t *testing.T) *helper.Helper {
 	h, err := helper.Start(openDir(t))
 	must(t, err)
 	t.Cleanup(func() {
-		h.Leave()
+		h.End()
 		<-h.Done
 	})
 	return h

@@ -62,16 +62,16 @@ func (s *supervisor) freezeFS(ctx context.Context, volume, device string, h *hel
 		err = s.beginFreeze(volume, device, f)
 	}
 	if err != nil {
-		h.Leave()
+		h.End()
 		return nil, fmt.Errorf("%w: %w", ErrFreeze, err)
 	}
 	reply, err := h.Call(freezing, helper.Request{Op: helper.Freeze, Limit: limit})
 	if err != nil {
-		f.leave(freezing)
+		f.end(freezing)
 		return nil, fmt.Errorf("%w: %w", ErrFreeze, err)
 	}
 	if f.foreign = reply.Foreign; f.foreign {
-		f.leave(freezing)
+		f.end(freezing)
 		klog.InfoS("File system is frozen by somebody else, who will thaw it", "volume", volume)
 	}
 	f.since = time.Now()
@@ -90,15 +90,15 @@ func (f *freeze) thaw() error {
 			f.lost = fmt.Errorf("%w until the snapshot: %w", ErrFreeze, err)
 		}
 		f.lasted = time.Since(f.since)
-		f.leave(f.ctx)
+		f.end(f.ctx)
 		klog.InfoS("File system was frozen", "volume", f.volume, "duration", f.lasted, "err", f.lost)
 	})
 	return f.lost
 }
 
-// leave ends the helper, and waits for that until ctx ends.
-func (f *freeze) leave(ctx context.Context) {
-	f.helper.Leave()
+// end ends the helper, and waits for that until ctx ends.
+func (f *freeze) end(ctx context.Context) {
+	f.helper.End()
 	select {
 	case <-f.over:
 	case <-ctx.Done():

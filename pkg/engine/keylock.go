@@ -35,10 +35,10 @@ func (k *keyLock) lock(ctx context.Context, key string) (unlock func(), err erro
 	case <-slot.token:
 		return func() {
 			slot.token <- struct{}{}
-			k.leave(key, slot)
+			k.drop(key, slot)
 		}, nil
 	case <-ctx.Done():
-		k.leave(key, slot)
+		k.drop(key, slot)
 		return nil, ctx.Err()
 	}
 }
@@ -50,7 +50,7 @@ func (k *keyLock) idle() bool {
 	return len(k.slots) == 0
 }
 
-func (k *keyLock) leave(key string, slot *lockSlot) {
+func (k *keyLock) drop(key string, slot *lockSlot) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	slot.users--

@@ -122,7 +122,7 @@ func (s *service) createSnapshot(
 	var takeErr error
 	if freezeToken != "" {
 		if h, takeErr = s.fds.take(freezeToken); takeErr == nil {
-			defer h.Leave()
+			defer h.End()
 		}
 	}
 	existing, err := w.snapshot(ctx, c.name)

@@ -66,10 +66,10 @@ type Helper struct {
 	idle bool // it has answered all that it was asked
 }
 
-// leavePatience is how long Leave waits for a helper that has nothing to do any more.
-const leavePatience = time.Second
+// endPatience is how long End waits for a helper that has nothing to do any more.
+const endPatience = time.Second
 
-// Start starts a helper, which gets a copy of dir, if that is not nil. The caller ends it with Leave.
+// Start starts a helper, which gets a copy of dir, if that is not nil. The caller ends it with End.
 func Start(dir *os.File) (*Helper, error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -100,7 +100,7 @@ func Start(dir *os.File) (*Helper, error) {
 	return h, nil
 }
 
-// Call has the helper do something. When ctx ends before it is done, nothing but Leave may follow.
+// Call has the helper do something. When ctx ends before it is done, nothing but End may follow.
 func (h *Helper) Call(ctx context.Context, r Request) (Reply, error) {
 	stop := context.AfterFunc(ctx, func() { _ = h.conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -131,16 +131,16 @@ func (h *Helper) Call(ctx context.Context, r Request) (Reply, error) {
 	return reply, nil
 }
 
-// Leave tells the helper that nothing more will come: it thaws what it has frozen, and ends. An idle one is waited for, since
+// End tells the helper that nothing more will come: it thaws what it has frozen, and ends. An idle one is waited for, since
 // nobody can unmount the file system while it has its directory; one that still waits for a volume is not.
-func (h *Helper) Leave() {
+func (h *Helper) End() {
 	_ = h.conn.CloseWrite()
 	if !h.idle {
 		return
 	}
 	select {
 	case <-h.Done:
-	case <-time.After(leavePatience):
+	case <-time.After(endPatience):
 	}
 }
 
@@ -150,7 +150,7 @@ func Ask(ctx context.Context, r Request) error {
 	if err != nil {
 		return err
 	}
-	defer h.Leave()
+	defer h.End()
 	_, err = h.Call(ctx, r)
 	return err
 }

@@ -108,7 +108,7 @@ func (r *restorer) restore(ctx context.Context, fd int, want []byte) error {
 	if err != nil {
 		return err
 	}
-	defer h.Leave()
+	defer h.End()
 	r.last = h
 	ctx, cancel := context.WithTimeout(ctx, restorePatience)
 	defer cancel()
