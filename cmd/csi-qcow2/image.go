@@ -69,10 +69,10 @@ func (c *createFlags) register(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&c.extendedL2, "extended-l2", false, "divide clusters (of 16K or more) into 32 subclusters")
 }
 
-// options returns what the flags say. stop ends a preallocation early.
-func (c *createFlags) options(stop func() error) (qcow2.CreateOptions, error) {
+// options returns what the flags say.
+func (c *createFlags) options() (qcow2.CreateOptions, error) {
 	o := qcow2.CreateOptions{
-		ClusterSize: int64(c.clusterSize), Version: c.version, RefcountBits: c.refcountBits, ExtendedL2: c.extendedL2, Stop: stop,
+		ClusterSize: int64(c.clusterSize), Version: c.version, RefcountBits: c.refcountBits, ExtendedL2: c.extendedL2,
 	}
 	if c.preallocation == "" {
 		return o, nil
@@ -84,7 +84,7 @@ func (c *createFlags) options(stop func() error) (qcow2.CreateOptions, error) {
 
 // create makes an image of size bytes and lets fill write it. It is at path when it is whole, and only then.
 func (c *createFlags) create(ctx context.Context, path string, size int64, fill func(*qcow2.Image) error) (err error) {
-	options, err := c.options(ctx.Err)
+	options, err := c.options()
 	if err != nil {
 		return err
 	}
@@ -93,7 +93,7 @@ func (c *createFlags) create(ctx context.Context, path string, size int64, fill 
 		return err
 	}
 	defer func() { err = errors.Join(err, whole.close()) }()
-	if err := writeImage(whole, roundUp(size, 512), options, fill); err != nil {
+	if err := writeImage(ctx, whole, roundUp(size, 512), options, fill); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -103,12 +103,12 @@ func (c *createFlags) create(ctx context.Context, path string, size int64, fill 
 }
 
 // writeImage makes an image in a new file, which stays open.
-func writeImage(whole *newFile, size int64, options qcow2.CreateOptions, fill func(*qcow2.Image) error) error {
+func writeImage(ctx context.Context, whole *newFile, size int64, options qcow2.CreateOptions, fill func(*qcow2.Image) error) error {
 	f, err := whole.file()
 	if err != nil {
 		return err
 	}
-	err = qcow2.Create(f, size, options)
+	err = qcow2.Create(ctx, f, size, options)
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}

@@ -75,7 +75,7 @@ func (n *node) volume(name string, size int64) string {
 		if err != nil {
 			return err
 		}
-		if err := qcow2.Create(f, size, qcow2.CreateOptions{}); err != nil {
+		if err := qcow2.Create(n.t.Context(), f, size, qcow2.CreateOptions{}); err != nil {
 			return err
 		}
 		return f.Close()

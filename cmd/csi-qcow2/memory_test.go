@@ -87,7 +87,7 @@ func attachWith(t *testing.T, size int64) attached {
 		if err != nil {
 			return err
 		}
-		return errors.Join(qcow2.Create(f, size, qcow2.CreateOptions{}), f.Close())
+		return errors.Join(qcow2.Create(t.Context(), f, size, qcow2.CreateOptions{}), f.Close())
 	}))
 
 	cmd := program(t, "engine", "--listen", endpoint, "--pool", home)

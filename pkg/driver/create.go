@@ -163,7 +163,5 @@ func createImage(ctx context.Context, path string, size int64, p volumeParameter
 	if err != nil {
 		return err
 	}
-	return errors.Join(qcow2.Create(file, size, qcow2.CreateOptions{
-		ClusterSize: p.clusterSize, Preallocation: p.preallocation, Stop: ctx.Err,
-	}), file.Close())
+	return errors.Join(qcow2.Create(ctx, file, size, qcow2.CreateOptions{ClusterSize: p.clusterSize, Preallocation: p.preallocation}), file.Close())
 }

@@ -60,7 +60,7 @@ func TestWriteToNewClusterHoldsUpNobody(t *testing.T) {
 
 	f, err := qcow2.CreateFile(path)
 	must(t, err)
-	must(t, qcow2.Create(f, 16*mib, qcow2.CreateOptions{}))
+	must(t, qcow2.Create(t.Context(), f, 16*mib, qcow2.CreateOptions{}))
 	must(t, f.Close())
 	f, err = qcow2.OpenDirectFile(path)
 	must(t, err)

@@ -273,7 +273,7 @@ func (r *rig) newVolume(name string, size int64) string {
 		if err != nil {
 			return err
 		}
-		return errors.Join(qcow2.Create(f, size, qcow2.CreateOptions{}), f.Close())
+		return errors.Join(qcow2.Create(r.t.Context(), f, size, qcow2.CreateOptions{}), f.Close())
 	})
 	must(r.t, err)
 	return id

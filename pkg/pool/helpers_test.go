@@ -31,12 +31,12 @@ func poolIn(t *testing.T, path string) *Pool {
 }
 
 // fillQCOW2 is what Create is given by a caller.
-func fillQCOW2(_ context.Context, path string) error {
+func fillQCOW2(ctx context.Context, path string) error {
 	f, err := qcow2.CreateFile(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(qcow2.Create(f, testSize, qcow2.CreateOptions{}), f.Close())
+	return errors.Join(qcow2.Create(ctx, f, testSize, qcow2.CreateOptions{}), f.Close())
 }
 
 func newVolume(p *Pool, name string) Volume {

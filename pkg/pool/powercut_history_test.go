@@ -204,12 +204,12 @@ func (w *world) with(name string, fn func(l *Lease)) {
 const powerSize = 64 << 10
 
 // fillSmall writes a small image, and leaves it to the pool to sync that.
-func fillSmall(_ context.Context, path string) error {
+func fillSmall(ctx context.Context, path string) error {
 	f, err := qcow2.CreateFile(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(qcow2.Create(unsynced{f}, powerSize, qcow2.CreateOptions{ClusterSize: 4096}), f.Close())
+	return errors.Join(qcow2.Create(ctx, unsynced{f}, powerSize, qcow2.CreateOptions{ClusterSize: 4096}), f.Close())
 }
 
 // unsynced is a file of a fill that does not care.

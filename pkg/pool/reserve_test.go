@@ -33,7 +33,7 @@ func TestReserve(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				return errors.Join(qcow2.Create(f, diskSize, qcow2.CreateOptions{}), f.Close())
+				return errors.Join(qcow2.Create(t.Context(), f, diskSize, qcow2.CreateOptions{}), f.Close())
 			}))
 			must(t, p.KeepReserve(), p.KeepReserve())
 			image, err := os.Open(p.ImagePath(v.ID))

@@ -26,7 +26,7 @@ func TestBlank(t *testing.T) {
 		"ours": {func(t *testing.T, path string) {
 			f, err := CreateFile(path)
 			must(t, err)
-			must(t, Create(f, 64<<30, CreateOptions{ClusterSize: 4096}))
+			must(t, Create(t.Context(), f, 64<<30, CreateOptions{ClusterSize: 4096}))
 			must(t, f.Close())
 		}, true},
 		"snapshots of nothing": {func(t *testing.T, path string) {

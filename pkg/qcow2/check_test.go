@@ -205,7 +205,7 @@ func TestCheckSharedTables(t *testing.T) {
 	for _, refcountBits := range []int{16, 64} {
 		f := newMemFile("shared")
 		const entries = 1 << 20
-		must(t, Create(f, entries*64*512, CreateOptions{ClusterSize: 512, RefcountBits: refcountBits}))
+		must(t, Create(t.Context(), f, entries*64*512, CreateOptions{ClusterSize: 512, RefcountBits: refcountBits}))
 		end := f.content.size
 		data, l2 := end, end+512
 		for i := range int64(64) {

@@ -61,7 +61,7 @@ func sameClone(t *testing.T, img *Image, size int64) (calls int) {
 func TestCloneOfScatteredWrites(t *testing.T) {
 	for _, extended := range []bool{false, true} {
 		f := newMemFile("scattered")
-		must(t, Create(f, 64<<20, CreateOptions{ExtendedL2: extended}))
+		must(t, Create(t.Context(), f, 64<<20, CreateOptions{ExtendedL2: extended}))
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
 		const writes = 300
@@ -81,7 +81,7 @@ func TestCloneOfScatteredWrites(t *testing.T) {
 func TestCloneOfOddClusters(t *testing.T) {
 	const size = 4<<16 + format.SectorSize
 	f := newMemFile("odd")
-	must(t, Create(f, size, CreateOptions{}))
+	must(t, Create(t.Context(), f, size, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	for _, off := range []int64{4 << 16, 0} { // so that what the disk's end cuts is not what the file's end cuts

@@ -61,7 +61,7 @@ func TestOperationBesideCommit(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newHeldFile(name)
-			must(t, Create(f, 64<<20, CreateOptions{}))
+			must(t, Create(t.Context(), f, 64<<20, CreateOptions{}))
 			img, err := Open(f, OpenOptions{})
 			must(t, err)
 			write := func(seed byte, off int64) {
@@ -109,7 +109,7 @@ func freeMany(t *testing.T) (*heldFile, *Image) {
 	t.Helper()
 	const cluster = 64 << 10
 	f := newHeldFile("flush")
-	must(t, Create(f, 64<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 64<<20, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	img.alloc.ahead = true // nothing is reserved in the background
@@ -194,7 +194,7 @@ func TestReleaseCannotWriteCounts(t *testing.T) {
 
 func TestDropCacheOfReadOnlyImage(t *testing.T) {
 	f := newMemFile("read-only")
-	must(t, Create(f, 1<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{}))
 	img, err := Open(f, OpenOptions{ReadOnly: true})
 	must(t, err)
 	img.DropCache()

@@ -55,7 +55,7 @@ func whenSpace(do func() error) error {
 func testConcurrency(t *testing.T, o CreateOptions, requests int, full bool) {
 	const workers, region = 8, 50_000 // no multiple of any cluster or sector
 	f := newMemFile("concurrency")
-	must(t, Create(f, workers*region, o))
+	must(t, Create(t.Context(), f, workers*region, o))
 	img, err := Open(f, OpenOptions{L2CacheSize: 2048})
 	must(t, err)
 	if full {

@@ -110,7 +110,7 @@ func newCrashHistory(t testing.TB, seed uint64, p crashParams) *crashHistory {
 	if p.compressed {
 		h.file, h.state.durable = compressedImage(t, p.modelParams)
 	} else {
-		must(t, Create(h.file, p.size, p.CreateOptions))
+		must(t, Create(t.Context(), h.file, p.size, p.CreateOptions))
 	}
 	h.state.durable.size = p.size
 	h.log = h.file.record()

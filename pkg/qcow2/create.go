@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -23,8 +24,6 @@ type CreateOptions struct {
 	// version 3 with clusters of 16 KiB or more.
 	ExtendedL2    bool
 	Preallocation Preallocation
-	// Stop, if not nil, is asked now and then while preallocation goes on, which may take long; its error ends it.
-	Stop func() error
 }
 
 // geometry fills in what is not given and checks the rest.
@@ -59,8 +58,8 @@ func MaxSize(clusterSize int64) int64 {
 }
 
 // Create writes an image of size virtual bytes, rounded up to sectors, that reads as zeros into f, which must be empty, and syncs
-// it. It does not close f, which is empty again when it fails.
-func Create(f File, size int64, o CreateOptions) error {
+// it. It does not close f, which is empty again when it fails or is cancelled: preallocation may take long.
+func Create(ctx context.Context, f File, size int64, o CreateOptions) error {
 	g, err := o.geometry()
 	if err != nil {
 		return err
@@ -72,7 +71,7 @@ func Create(f File, size int64, o CreateOptions) error {
 		return err
 	}
 	size = format.RoundToSectors(size)
-	if err := create(f, g, size, o); err != nil {
+	if err := create(ctx, f, g, size, o); err != nil {
 		// Nothing half-made is left, and no space taken.
 		return errors.Join(fmt.Errorf("create %s: %w", f.Name(), err), f.Truncate(0))
 	}
@@ -80,7 +79,7 @@ func Create(f File, size int64, o CreateOptions) error {
 	return nil
 }
 
-func create(f File, g format.Geometry, size int64, o CreateOptions) error {
+func create(ctx context.Context, f File, g format.Geometry, size int64, o CreateOptions) error {
 	var l2, data int64
 	if o.Preallocation != PreallocationOff {
 		l2, data = g.L1Entries(size), g.Clusters(size)
@@ -93,7 +92,7 @@ func create(f File, g format.Geometry, size int64, o CreateOptions) error {
 		return err
 	}
 	if l2 > 0 {
-		if err := l.preallocate(f, o.Preallocation, o.Stop); err != nil {
+		if err := l.preallocate(ctx, f, o.Preallocation); err != nil {
 			return err
 		}
 		if err := l.writeMapping(f); err != nil {

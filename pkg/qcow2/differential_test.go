@@ -159,7 +159,7 @@ func (d *duet) create() {
 		must(d.t, err)
 		prealloc, err := ParsePreallocation(k.preallocation)
 		must(d.t, err)
-		must(d.t, Create(f, size, CreateOptions{
+		must(d.t, Create(d.t.Context(), f, size, CreateOptions{
 			ClusterSize: k.cluster, Version: k.version, RefcountBits: k.refcountBits, ExtendedL2: k.extended, Preallocation: prealloc,
 		}))
 		must(d.t, f.Close())

@@ -33,7 +33,7 @@ func openDirectFile(t *testing.T, block int64) *host.DirectFile {
 func TestPartsOfBlocks(t *testing.T) {
 	const block, sector, blocks, rounds = 4096, 512, 8, 200
 	f := openDirectFile(t, block)
-	must(t, Create(f, 1<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	defer checkSound(t, f.Name())
@@ -92,7 +92,7 @@ func writeDirect(img *Image, p []byte, off int64) error {
 func TestBlocksLargerThanClusters(t *testing.T) {
 	f := openDirectFile(t, 4096)
 	defer f.Close()
-	must(t, Create(f, 1<<20, CreateOptions{ClusterSize: 2048}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{ClusterSize: 2048}))
 	if _, err := Open(f, OpenOptions{}); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("opened: %v", err)
 	}
@@ -110,7 +110,7 @@ func diskDir(t *testing.T) string {
 func TestStartDirect(t *testing.T) {
 	f := newMemFile("direct")
 	const size, cluster = 1 << 20, 64 << 10
-	must(t, Create(f, size, CreateOptions{}))
+	must(t, Create(t.Context(), f, size, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	data := stamp(1, 0, 4*cluster)

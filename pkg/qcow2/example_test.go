@@ -11,7 +11,7 @@ import (
 )
 
 // newImage creates an image of 1 GiB in a directory of its own, and opens it. done closes it and removes the directory.
-func newImage() (img *qcow2.Image, path string, done func() error, err error) {
+func newImage(ctx context.Context) (img *qcow2.Image, path string, done func() error, err error) {
 	dir, err := os.MkdirTemp("", "example")
 	if err != nil {
 		return nil, "", nil, err
@@ -21,7 +21,7 @@ func newImage() (img *qcow2.Image, path string, done func() error, err error) {
 	if err != nil {
 		return nil, "", nil, err
 	}
-	if err := qcow2.Create(f, 1<<30, qcow2.CreateOptions{}); err != nil {
+	if err := qcow2.Create(ctx, f, 1<<30, qcow2.CreateOptions{}); err != nil {
 		return nil, "", nil, errors.Join(err, f.Close())
 	}
 	img, err = qcow2.Open(f, qcow2.OpenOptions{})
@@ -41,7 +41,7 @@ func ExampleCreate() {
 		fmt.Println(err)
 		return
 	}
-	if err := qcow2.Create(f, 1<<30, qcow2.CreateOptions{}); err != nil {
+	if err := qcow2.Create(context.Background(), f, 1<<30, qcow2.CreateOptions{}); err != nil {
 		fmt.Println(err, f.Close())
 		return
 	}
@@ -57,7 +57,7 @@ func ExampleCreate() {
 
 // A snapshot keeps what the disk holds when it is taken, whatever is written afterwards.
 func ExampleImage_CreateSnapshot() {
-	img, _, done, err := newImage()
+	img, _, done, err := newImage(context.Background())
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -86,7 +86,7 @@ func ExampleImage_CreateSnapshot() {
 
 // Snapshots are listed in the order in which they were taken. One that is deleted gives back what nothing else needs.
 func ExampleImage_DeleteSnapshot() {
-	img, _, done, err := newImage()
+	img, _, done, err := newImage(context.Background())
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -110,7 +110,7 @@ func ExampleImage_DeleteSnapshot() {
 
 // A check reads all metadata of an image that nobody has open for writing, and says what it finds.
 func ExampleCheck() {
-	img, path, done, err := newImage()
+	img, path, done, err := newImage(context.Background())
 	if err != nil {
 		fmt.Println(err)
 		return

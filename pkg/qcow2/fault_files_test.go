@@ -17,7 +17,7 @@ func TestFaultsOfNewImages(t *testing.T) {
 	base := faultBases(t)[2]
 	create := func(p Preallocation) func(*memFile) error {
 		return func(f *memFile) error {
-			return Create(f, 100*format.SectorSize, CreateOptions{ClusterSize: 512, Preallocation: p})
+			return Create(t.Context(), f, 100*format.SectorSize, CreateOptions{ClusterSize: 512, Preallocation: p})
 		}
 	}
 	for name, write := range map[string]func(dst *memFile) error{

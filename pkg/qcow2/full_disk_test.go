@@ -21,7 +21,7 @@ func TestFullDiskForGuest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newMemFile("full")
-			must(t, Create(f, 4<<20, CreateOptions{ClusterSize: 512}))
+			must(t, Create(t.Context(), f, 4<<20, CreateOptions{ClusterSize: 512}))
 			img, err := Open(f, OpenOptions{})
 			must(t, err)
 			img.alloc.ahead = true // no reservation in the background meets the full disk instead of the guest
@@ -98,7 +98,7 @@ func TestDeleteInRoom(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := &fullFile{memFile: newMemFile("full")}
-			must(t, Create(f, 256<<10, CreateOptions{ClusterSize: 512}))
+			must(t, Create(t.Context(), f, 256<<10, CreateOptions{ClusterSize: 512}))
 			img, err := Open(f, OpenOptions{MakeRoom: c.makeRoom(f)})
 			must(t, err)
 			_, err = img.WriteAt(stamp(1, 0, 128<<10), 0)

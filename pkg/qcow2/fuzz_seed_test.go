@@ -38,7 +38,7 @@ func fuzzSeeds(t testing.TB) []fuzzSeed {
 	add := func(name string, f *memFile) { seeds = append(seeds, newFuzzSeed(t, name, f)) }
 	ours := func(o CreateOptions, size int64) *memFile {
 		f := newMemFile("ours")
-		must(t, Create(f, size, o))
+		must(t, Create(t.Context(), f, size, o))
 		fillFuzzSeed(t, f, o.RefcountBits != 1)
 		return f
 	}

@@ -122,7 +122,7 @@ func TestHazards(t *testing.T) {
 func TestHazardSharedTables(t *testing.T) {
 	f := newMemFile("shared")
 	const entries = 1 << 16
-	must(t, Create(f, entries*64*512, CreateOptions{ClusterSize: 512}))
+	must(t, Create(t.Context(), f, entries*64*512, CreateOptions{ClusterSize: 512}))
 	l2 := f.content.size
 	f.content.truncate(l2 + 512)
 	f.content.writeAt(bytes.Repeat(binary.BigEndian.AppendUint64(nil, uint64(l2)), entries), l1At(f))
@@ -133,7 +133,7 @@ func TestHazardSharedTables(t *testing.T) {
 func TestHazardHugeEmptyDisk(t *testing.T) {
 	f := newMemFile("huge")
 	const disk = 1 << 60
-	must(t, Create(f, disk, CreateOptions{ClusterSize: 2 << 20}))
+	must(t, Create(t.Context(), f, disk, CreateOptions{ClusterSize: 2 << 20}))
 	img := openHazard(t, f)
 	n := 0
 	must(t, img.Active().Extents(0, func(Extent) error { n++; return nil }))
@@ -154,7 +154,7 @@ func TestHazardProbing(t *testing.T) {
 	b := make([]byte, 8192)
 	inner.content.readAt(b, 0)
 	f := newMemFile("outer")
-	must(t, Create(f, 1<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{}))
 	img := openHazard(t, f)
 	_, err := img.WriteAt(b, 0)
 	must(t, err)
@@ -245,7 +245,7 @@ func TestHazardOldTable(t *testing.T) {
 func TestHazardStalePunch(t *testing.T) {
 	f := newMemFile("punch")
 	const queues, share = 4, 64 << 10
-	must(t, Create(f, queues*share, CreateOptions{ClusterSize: 512}))
+	must(t, Create(t.Context(), f, queues*share, CreateOptions{ClusterSize: 512}))
 	img := openHazard(t, f)
 	var all sync.WaitGroup
 	for q := range int64(queues) {
@@ -317,7 +317,7 @@ func TestHazardDiscardShowsOldData(t *testing.T) {
 // TestHazardNarrowCounts: what does not fit a narrow refcount is refused, nothing has changed, and the error says what to do.
 func TestHazardNarrowCounts(t *testing.T) {
 	f := newMemFile("narrow")
-	must(t, Create(f, 64<<10, CreateOptions{ClusterSize: 512, RefcountBits: 2}))
+	must(t, Create(t.Context(), f, 64<<10, CreateOptions{ClusterSize: 512, RefcountBits: 2}))
 	img := openHazard(t, f)
 	_, err := img.WriteAt(stamp(1, 0, 4096), 0)
 	must(t, err)

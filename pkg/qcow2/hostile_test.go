@@ -21,7 +21,7 @@ const hostileDisk = 64 << 10
 func hostileImage(t testing.TB, version int) *memFile {
 	t.Helper()
 	f := newMemFile("hostile")
-	must(t, Create(f, hostileDisk, CreateOptions{ClusterSize: 512, Version: version}))
+	must(t, Create(t.Context(), f, hostileDisk, CreateOptions{ClusterSize: 512, Version: version}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	_, err = img.WriteAt(stamp(1, 0, 8<<10), 0)

@@ -55,7 +55,7 @@ func TestUncounted(t *testing.T) {
 				} else {
 					f, err := CreateFile(path)
 					must(t, err)
-					must(t, Create(f, 64<<20, CreateOptions{}))
+					must(t, Create(t.Context(), f, 64<<20, CreateOptions{}))
 					img, err := Open(f, OpenOptions{})
 					must(t, err)
 					_, err = img.WriteAt(bytes.Repeat([]byte{1}, 8<<20), 0)
@@ -135,7 +135,7 @@ func TestMark(t *testing.T) {
 	path := tempImage(t)
 	f, err := CreateFile(path)
 	must(t, err)
-	must(t, Create(f, 16<<20, CreateOptions{ClusterSize: 4096}))
+	must(t, Create(t.Context(), f, 16<<20, CreateOptions{ClusterSize: 4096}))
 	use := func(f File) {
 		t.Helper()
 		img, err := Open(f, OpenOptions{})
@@ -212,7 +212,7 @@ func TestMarkOfTheDead(t *testing.T) {
 			l, err := NewRedoLog(words)
 			must(t, err)
 			f := newMemFile("dead")
-			must(t, Create(f, 1<<20, CreateOptions{ClusterSize: 4096}))
+			must(t, Create(t.Context(), f, 1<<20, CreateOptions{ClusterSize: 4096}))
 			img, err := Open(f, OpenOptions{Redo: l})
 			must(t, err)
 			_, err = img.WriteAt(stamp(1, 0, 8192), 0)
@@ -236,7 +236,7 @@ func TestMarkOfTheDead(t *testing.T) {
 // TestLease: the mark of an image that is written to for long is renewed, also when all writes are direct.
 func TestLease(t *testing.T) {
 	f := newMemFile("leased")
-	must(t, Create(f, 1<<20, CreateOptions{ClusterSize: 4096}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{ClusterSize: 4096}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	_, err = img.WriteAt(stamp(1, 0, 8192), 0)

@@ -117,7 +117,7 @@ func newHistory(t testing.TB, seed uint64) *history {
 	if p.compressed {
 		h.file, h.model.active = compressedImage(t, p)
 	} else {
-		must(t, Create(h.file, p.size, p.CreateOptions))
+		must(t, Create(t.Context(), h.file, p.size, p.CreateOptions))
 	}
 	h.model.active.size = wholeSectors(p.size)
 	h.open()

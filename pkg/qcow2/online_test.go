@@ -354,7 +354,7 @@ func TestUncommittedAtSwitch(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newMemFile("uncommitted")
-			must(t, Create(f, 4*format.SectorSize, CreateOptions{ClusterSize: 512}))
+			must(t, Create(t.Context(), f, 4*format.SectorSize, CreateOptions{ClusterSize: 512}))
 			img, err := Open(f, OpenOptions{})
 			must(t, err)
 			write := func(count int) {
@@ -392,7 +392,7 @@ func TestTableGivenUpEarly(t *testing.T) {
 	gaveUp := 0
 	for call := range 8 {
 		f := newMemFile("early")
-		must(t, Create(f, 4*format.SectorSize, CreateOptions{ClusterSize: 512}))
+		must(t, Create(t.Context(), f, 4*format.SectorSize, CreateOptions{ClusterSize: 512}))
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
 		write := func(count int) {

@@ -11,7 +11,7 @@ func TestOpenShared(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.qcow2")
 	f, err := CreateFile(path)
 	must(t, err)
-	must(t, Create(f, 1<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{}))
 	writer, err := Open(f, OpenOptions{})
 	must(t, err)
 	defer writer.Close()

@@ -154,7 +154,7 @@ func (o *orderRun) orderBase(kind string) {
 	if strings.Contains(kind, "many blocks") {
 		bits = 64
 	}
-	must(o.t, Create(f, orderSize, CreateOptions{ClusterSize: orderCluster, RefcountBits: bits}))
+	must(o.t, Create(o.t.Context(), f, orderSize, CreateOptions{ClusterSize: orderCluster, RefcountBits: bits}))
 	img, err := Open(f, OpenOptions{})
 	must(o.t, err)
 	img.alloc.batch = 1 // the image that is opened again makes new refcount blocks

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"errors"
 	"fmt"
 
@@ -35,16 +36,16 @@ func ParsePreallocation(name string) (Preallocation, error) {
 // String returns the name.
 func (p Preallocation) String() string { return preallocationNames()[p] }
 
-// preallocatePiece is how much is filled between two looks at stop, in bytes.
+// preallocatePiece is how much is filled between two looks at the context, in bytes.
 const preallocatePiece = 1 << 30
 
 // preallocate fills the data clusters of a file that has its length already. A full disk is met before anything is
 // written, where the file system can tell.
-func (l layout) preallocate(f File, kind Preallocation, stop func() error) error {
+func (l layout) preallocate(ctx context.Context, f File, kind Preallocation) error {
 	if kind < PreallocationFalloc {
 		return nil
 	}
-	err := l.eachPiece(stop, func(off, n int64) error {
+	err := l.eachPiece(ctx, func(off, n int64) error {
 		a, ok := f.(Allocator)
 		if !ok {
 			return errors.ErrUnsupported
@@ -55,7 +56,7 @@ func (l layout) preallocate(f File, kind Preallocation, stop func() error) error
 		return err
 	}
 	zeros := make([]byte, host.ZeroChunk)
-	return l.eachPiece(stop, func(off, n int64) error {
+	return l.eachPiece(ctx, func(off, n int64) error {
 		for end := off + n; off < end; off += host.ZeroChunk {
 			if _, err := f.WriteAt(zeros[:min(host.ZeroChunk, end-off)], off); err != nil {
 				return err
@@ -66,12 +67,10 @@ func (l layout) preallocate(f File, kind Preallocation, stop func() error) error
 }
 
 // eachPiece calls fn for the data clusters piece by piece.
-func (l layout) eachPiece(stop func() error, fn func(off, n int64) error) error {
+func (l layout) eachPiece(ctx context.Context, fn func(off, n int64) error) error {
 	for off, end := l.dataAt(), l.g.Bytes(l.clusters()); off < end; off += preallocatePiece {
-		if stop != nil {
-			if err := stop(); err != nil {
-				return err
-			}
+		if err := ctx.Err(); err != nil {
+			return err
 		}
 		if err := fn(off, min(preallocatePiece, end-off)); err != nil {
 			return err

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -107,7 +108,7 @@ func createFile(t *testing.T, path string, size int64, o CreateOptions) {
 	t.Helper()
 	f, err := CreateFile(path)
 	must(t, err)
-	must(t, Create(f, size, o))
+	must(t, Create(t.Context(), f, size, o))
 	must(t, f.Close())
 }
 
@@ -117,15 +118,16 @@ func TestPreallocationFails(t *testing.T) {
 	for kind := PreallocationFalloc; kind <= PreallocationFull; kind++ {
 		f, err := CreateFile(filepath.Join(dir, kind.String()))
 		must(t, err)
-		if err := Create(f, 16<<20, CreateOptions{Preallocation: kind}); !errors.Is(err, ErrNoSpace) {
+		if err := Create(t.Context(), f, 16<<20, CreateOptions{Preallocation: kind}); !errors.Is(err, ErrNoSpace) {
 			t.Errorf("%s on a full disk: %v", kind, err)
 		}
 		if n, err := f.Size(); err != nil || n != 0 {
 			t.Errorf("%s leaves %d bytes, %v", kind, n, err)
 		}
-		stopped := errors.New("stopped")
-		err = Create(f, 1<<20, CreateOptions{Preallocation: kind, Stop: func() error { return stopped }})
-		if n, _ := f.Size(); !errors.Is(err, stopped) || n != 0 {
+		stopped, stop := context.WithCancel(t.Context())
+		stop()
+		err = Create(stopped, f, 1<<20, CreateOptions{Preallocation: kind})
+		if n, _ := f.Size(); !errors.Is(err, context.Canceled) || n != 0 {
 			t.Errorf("%s stopped: %v, %d bytes left", kind, err, n)
 		}
 		must(t, f.Close())
@@ -135,7 +137,7 @@ func TestPreallocationFails(t *testing.T) {
 		for n := 0; ; n++ {
 			f := newMemFile("preallocated")
 			happened := f.failOnce(n, func(k callKind) bool { return k != callTruncate }, syscall.EIO)
-			err := Create(f, 64<<10, o)
+			err := Create(t.Context(), f, 64<<10, o)
 			if !happened() {
 				must(t, err)
 				break

@@ -18,7 +18,7 @@ func TestProbe(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			const size = 8 << 20
 			f := newMemFile("probed")
-			must(t, Create(f, size, o))
+			must(t, Create(t.Context(), f, size, o))
 			h, err := Probe(f)
 			must(t, err)
 			if h.Size() != size || h.HasSnapshots() {
@@ -66,7 +66,7 @@ func checkDeletionRoom(t *testing.T, img *Image, h Header) {
 
 func TestProbeOfHostileImages(t *testing.T) {
 	f := newMemFile("sound")
-	must(t, Create(f, 1<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{}))
 	sound := make([]byte, 512)
 	_, err := f.ReadAt(sound, 0)
 	must(t, err)

@@ -12,7 +12,7 @@ import (
 // block behind the end of the file, not far away in the next one; and those are not punched.
 func TestTakeWhilePunching(t *testing.T) {
 	f := newMemFile("punching")
-	must(t, Create(f, 64<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 64<<20, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	a := img.alloc

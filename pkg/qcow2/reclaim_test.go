@@ -19,7 +19,7 @@ import (
 func leakyImage(t *testing.T, o CreateOptions, size int64) *memFile {
 	t.Helper()
 	f := newMemFile("leaky")
-	must(t, Create(f, size, o))
+	must(t, Create(t.Context(), f, size, o))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	for off := int64(0); off < size; off += 8 * img.ClusterSize() {

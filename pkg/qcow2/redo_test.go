@@ -351,7 +351,7 @@ func TestRedoOnce(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f, words := newMemFile("once"), make([]uint64, MinRedoLog)
 			p := modelParams{CreateOptions: CreateOptions{ClusterSize: 4096}}
-			must(t, Create(f, 1<<20, p.CreateOptions))
+			must(t, Create(t.Context(), f, 1<<20, p.CreateOptions))
 			img := openRedo(t, f, p, words)
 			put := func(b byte) {
 				_, err := img.WriteAt(bytes.Repeat([]byte{b}, 3*4096), 4096)
@@ -385,7 +385,7 @@ func TestRedoOnce(t *testing.T) {
 func TestRedoOfSharedCluster(t *testing.T) {
 	f, words := newMemFile("shared"), make([]uint64, MinRedoLog)
 	p := modelParams{CreateOptions: CreateOptions{ClusterSize: 16 << 10, ExtendedL2: true}}
-	must(t, Create(f, 1<<20, p.CreateOptions))
+	must(t, Create(t.Context(), f, 1<<20, p.CreateOptions))
 	img := openRedo(t, f, p, words)
 	_, err := img.WriteAt(pattern(1, 512), 0)
 	must(t, err)
@@ -452,7 +452,7 @@ func TestBadRedoLog(t *testing.T) {
 		"compressed": func(w []uint64) { w[redoEnd] = 1; w[redoHeader+1] = 1; w[redoHeader+2] = format.FlagCompressed },
 	} {
 		f := newMemFile("bad")
-		must(t, Create(f, 1<<20, CreateOptions{}))
+		must(t, Create(t.Context(), f, 1<<20, CreateOptions{}))
 		words := make([]uint64, MinRedoLog)
 		words[0] = redoMagic
 		damage(words)

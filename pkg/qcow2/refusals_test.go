@@ -14,7 +14,7 @@ func TestRefusals(t *testing.T) {
 	create := func(size int64, o CreateOptions) func(*Image) error {
 		return func(*Image) error {
 			f := newMemFile("new")
-			err := Create(f, size, o)
+			err := Create(t.Context(), f, size, o)
 			if f.content.size != 0 {
 				t.Error("something is left")
 			}
@@ -46,7 +46,7 @@ func TestRefusals(t *testing.T) {
 		"an image over another": {ErrExists, "512 bytes", func(*Image) error {
 			f := newMemFile("other")
 			must(t, f.Truncate(512))
-			return Create(f, 1<<20, CreateOptions{})
+			return Create(t.Context(), f, 1<<20, CreateOptions{})
 		}},
 		"a snapshot without a name":       {ErrLimit, "1 to", snapshot("")},
 		"a snapshot with a long name":     {ErrLimit, "65536", snapshot(strings.Repeat("x", 65536))},
@@ -82,7 +82,7 @@ func TestRefusals(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newMemFile("refuses")
-			must(t, Create(f, 64<<10, CreateOptions{ClusterSize: 512}))
+			must(t, Create(t.Context(), f, 64<<10, CreateOptions{ClusterSize: 512}))
 			img, err := Open(f, OpenOptions{})
 			must(t, err)
 			_, err = img.WriteAt(stamp(1, 0, 4096), 0)

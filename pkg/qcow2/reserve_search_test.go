@@ -12,7 +12,7 @@ func scatteredImage(t *testing.T) (*memFile, *Image) {
 	t.Helper()
 	const size, cluster = 16 << 20, 4096
 	f := newMemFile("scattered")
-	must(t, Create(f, size, CreateOptions{ClusterSize: cluster}))
+	must(t, Create(t.Context(), f, size, CreateOptions{ClusterSize: cluster}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	_, err = img.WriteAt(pattern(1, size), 0)
@@ -109,7 +109,7 @@ func TestClaimSkipsUnsafe(t *testing.T) {
 // no other count suffers.
 func TestFailedReservationBesideOperation(t *testing.T) {
 	f := newMemFile("reservation")
-	must(t, Create(f, 64<<20, CreateOptions{ClusterSize: 4096}))
+	must(t, Create(t.Context(), f, 64<<20, CreateOptions{ClusterSize: 4096}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	a := img.alloc

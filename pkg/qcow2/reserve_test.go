@@ -26,7 +26,7 @@ func (f *slowSizeFile) Size() (int64, error) {
 // A reservation makes the file longer while an operation writes behind its end: none of that is cut off.
 func TestReserveBesideOperation(t *testing.T) {
 	f := &slowSizeFile{memFile: newMemFile("disk"), held: make(chan struct{}), tell: make(chan struct{})}
-	must(t, Create(f, 64<<20, CreateOptions{}))
+	must(t, Create(t.Context(), f, 64<<20, CreateOptions{}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	_, err = img.WriteAt(pattern(1, 4096), 0)

@@ -74,7 +74,7 @@ func (d *fullDisk) Truncate(size int64) error {
 // overwrite makes an image with snapshots, and returns what it holds. Each has some of it for itself.
 func overwrite(t *testing.T, f File, cluster int64, snapshots ...string) *observation {
 	t.Helper()
-	must(t, Create(f, 64*cluster, CreateOptions{ClusterSize: cluster}))
+	must(t, Create(t.Context(), f, 64*cluster, CreateOptions{ClusterSize: cluster}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	put := func(i int) {
@@ -174,7 +174,7 @@ func TestDeleteOnFullDiskFails(t *testing.T) {
 // active disk's new tables; nothing else is wrong.
 func TestDeleteOnFullDiskFreesNothing(t *testing.T) {
 	f := newMemFile("full")
-	must(t, Create(f, 1<<20, CreateOptions{ClusterSize: 16 << 10}))
+	must(t, Create(t.Context(), f, 1<<20, CreateOptions{ClusterSize: 16 << 10}))
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	_, err = img.WriteAt(stamp(1, 0, 512<<10), 0)

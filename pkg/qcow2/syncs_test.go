@@ -17,7 +17,7 @@ func syncsOf(f *memFile, fn func()) (n int) {
 // What an operation costs is, above all, its syncs (C6).
 func TestSyncs(t *testing.T) {
 	f := newMemFile("syncs")
-	must(t, Create(f, 1<<30, CreateOptions{}))
+	must(t, Create(t.Context(), f, 1<<30, CreateOptions{}))
 	const cluster = 1 << 16
 	var img *Image
 	open := func() {

@@ -40,7 +40,7 @@ func TestCleanIfClosed(t *testing.T) {
 				if err != nil {
 					return err
 				}
-				return errors.Join(qcow2.Create(f, v.Size, qcow2.CreateOptions{}), f.Close())
+				return errors.Join(qcow2.Create(t.Context(), f, v.Size, qcow2.CreateOptions{}), f.Close())
 			}))
 			lease, err := p.Lock(v.ID)
 			must(t, err)
