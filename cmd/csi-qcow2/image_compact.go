@@ -66,7 +66,7 @@ func compact(ctx context.Context, img *qcow2.Image, p *progress) error {
 	if _, err := img.ReclaimLeaks(ctx); err != nil {
 		return err
 	}
-	return img.PunchFree()
+	return img.PunchFree(ctx)
 }
 
 // discardZeros discards the clusters of the active disk that are data, and zeros.

@@ -11,6 +11,9 @@
 //	err = img.GotoSnapshot(qcow2.ByID(s.ID))
 //	err = img.Close()
 //
+// What takes long ends early with its context; an operation on snapshots or on the size has none, and ends early when the image is
+// closed.
+//
 // What a guest has written since the last Flush may be lost in a power cut. Clone copies a disk or a snapshot to an image of its own, Check and Repair look at files that cannot be opened
 // any more, Probe at a file whoever uses it. Offsets and lengths are bytes.
 //

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -76,8 +77,8 @@ func (a *allocator) reopen(k int64, free format.Runs) {
 }
 
 // PunchFree gives the blocks of all free clusters back to the file system, also of those that others have freed without doing
-// so, and commits first. Guests wait.
-func (img *Image) PunchFree() (err error) {
+// so, and commits first. Guests wait. It ends early with ctx.
+func (img *Image) PunchFree(ctx context.Context) error {
 	img.changeMu.Lock()
 	defer img.changeMu.Unlock()
 	img.gate.Lock()
@@ -89,17 +90,20 @@ func (img *Image) PunchFree() (err error) {
 	if err := img.commit(); err != nil {
 		return err
 	}
-	if err := img.alloc.punchAll(); err != nil {
+	if err := img.alloc.punchAll(ctx); err != nil {
 		return fmt.Errorf("%s: give back free clusters: %w", img.f.Name(), err)
 	}
 	return nil
 }
 
 // punchAll punches all free clusters.
-func (a *allocator) punchAll() error {
+func (a *allocator) punchAll(ctx context.Context) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for k := range a.g.Blocks(a.g.Clusters(a.length.Load())) {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		b, err := a.rc.block(k)
 		if err != nil {
 			return err
