@@ -66,7 +66,7 @@ func (c *controller) createVolume(ctx context.Context, p *pool.Pool, r volumeReq
 	if err != nil {
 		return pool.Volume{}, err
 	}
-	if r.parameters, err = origin.inherit(r.parameters); err != nil {
+	if r.parameters, err = r.parameters.inherit(origin.volume); err != nil {
 		return pool.Volume{}, err
 	}
 	size, err := r.chooseSize(origin)
@@ -148,13 +148,6 @@ func (r volumeRequest) match(v pool.Volume) error {
 		return fmt.Errorf("volume %q %w: its parameters are %v", r.name, errExists, v.Parameters)
 	}
 	return nil
-}
-
-// match tells whether a volume has these parameters. What is not given matches anything.
-func (p volumeParameters) match(v pool.Volume) bool {
-	has := recordedParameters(v.Parameters)
-	return (p.clusterSize == 0 || p.clusterSize == has.clusterSize) && (p.fsType == "" || p.fsType == has.fsType) &&
-		(p.snapshotLimit == "" || p.snapshotLimit == has.snapshotLimit) && p.preallocation == has.preallocation
 }
 
 // createImage writes an empty image at path, which must not exist.

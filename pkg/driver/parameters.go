@@ -19,16 +19,10 @@ const (
 	paramFSFreeze      = "fsFreeze"
 )
 
-const (
-	// minClusterSize is the largest block of direct I/O of today's disks: where it is that, the engine attaches nothing smaller.
-	minClusterSize = 4 << 10
-	maxClusterSize = 2 << 20
-)
-
-// volumeParameters are those of a StorageClass.
+// volumeParameters are those of a StorageClass. All that is known of them is in this file: a new one is a key, a field, a case of
+// parseVolumeParameters, a line each of record, recordedParameters and match, and one of inherit if a copy keeps it unasked.
 type volumeParameters struct {
-	clusterSize int64 // bytes; 0: not given
-	// preallocation of a new volume; a restored or cloned one is as thin as its origin.
+	clusterSize   int64 // bytes; 0: not given
 	preallocation qcow2.Preallocation
 	fsType        string // what a capability without a file system gets; "": not given
 	snapshotLimit string // a number with a percent sign, of the volume's size; "": not given
@@ -61,15 +55,6 @@ func parseVolumeParameters(in map[string]string) (volumeParameters, error) {
 		}
 	}
 	return out, nil
-}
-
-// claimOf returns what the provisioner says of the claim, with --extra-create-metadata.
-func claimOf(in map[string]string) pool.Claim {
-	return pool.Claim{
-		Namespace:        in["csi.storage.k8s.io/pvc/namespace"],
-		Name:             in["csi.storage.k8s.io/pvc/name"],
-		PersistentVolume: in["csi.storage.k8s.io/pv/name"],
-	}
 }
 
 func (p volumeParameters) clusterSizeOrDefault() int64 {
@@ -107,54 +92,27 @@ func recordedParameters(in map[string]string) volumeParameters {
 	return volumeParameters{clusterSize: size, preallocation: preallocation, fsType: in[paramFSType], snapshotLimit: in[paramSnapshotLimit]}
 }
 
-// parsePercent reads a snapshotLimit.
-func parsePercent(s string) (int64, error) {
-	digits, ok := strings.CutSuffix(s, "%")
-	n, err := strconv.ParseUint(digits, 10, 31)
-	if err != nil || !ok {
-		return 0, invalid("parameter %s is %q; it takes a percentage of the volume's size, as in 200%%", paramSnapshotLimit, s)
-	}
-	return int64(n), nil
+// match tells whether a volume has these parameters. What is not given matches anything.
+func (p volumeParameters) match(v pool.Volume) bool {
+	has := recordedParameters(v.Parameters)
+	return (p.clusterSize == 0 || p.clusterSize == has.clusterSize) && (p.fsType == "" || p.fsType == has.fsType) &&
+		(p.snapshotLimit == "" || p.snapshotLimit == has.snapshotLimit) && p.preallocation == has.preallocation
 }
 
-// parseSnapshotParameters returns whether a mounted file system is to be frozen.
-func parseSnapshotParameters(in map[string]string) (freeze bool, err error) {
-	freeze = true
-	for _, key := range slices.Sorted(maps.Keys(in)) {
-		switch value := in[key]; {
-		case key == paramFSFreeze && (value == "true" || value == "false"):
-			freeze = value == "true"
-		case key == paramFSFreeze:
-			return false, invalid(`parameter %s is %q; it can be "true" or "false"`, paramFSFreeze, value)
-		case fromSidecar(key):
-		default:
-			return false, invalid("unknown parameter %q", key)
-		}
+// inherit completes the parameters of a new volume. A copy has its origin's cluster size, because clusters are shared with the
+// origin's file, and its file system. It is as thin as its origin, and limited in its snapshots as its own class says.
+func (p volumeParameters) inherit(from pool.Volume) (volumeParameters, error) {
+	if from.ID == "" {
+		p.clusterSize = p.clusterSizeOrDefault()
+		return p, nil
 	}
-	return freeze, nil
-}
-
-// fromSidecar tells whether a key is one that the sidecars use or add: names of the PVC, the PV, the
-// snapshot, of secrets.
-func fromSidecar(key string) bool { return strings.HasPrefix(key, "csi.storage.k8s.io/") }
-
-// parseClusterSize reads bytes, or a number with a suffix: 64K, 64Ki and 64KiB are the same.
-func parseClusterSize(s string) (int64, error) {
-	number, unit := s, int64(1)
-	upper := strings.TrimSuffix(strings.TrimSuffix(strings.ToUpper(s), "B"), "I")
-	switch {
-	case strings.HasSuffix(upper, "K"):
-		number, unit = strings.TrimSuffix(upper, "K"), 1<<10
-	case strings.HasSuffix(upper, "M"):
-		number, unit = strings.TrimSuffix(upper, "M"), 1<<20
+	has := recordedParameters(from.Parameters)
+	if p.clusterSize != 0 && p.clusterSize != has.clusterSize {
+		return p, invalid("parameter %s is %d, the source has %d; a copy keeps it", paramClusterSize, p.clusterSize, has.clusterSize)
 	}
-	n, err := strconv.ParseInt(number, 10, 32)
-	if err != nil {
-		return 0, invalid("parameter %s is %q; it takes bytes, or a number with K or M", paramClusterSize, s)
+	p.clusterSize = has.clusterSize
+	if p.fsType == "" {
+		p.fsType = has.fsType
 	}
-	size := n * unit
-	if size < minClusterSize || size > maxClusterSize || size&(size-1) != 0 {
-		return 0, invalid("parameter %s is %q; it can be a power of two from 4K to 2M", paramClusterSize, s)
-	}
-	return size, nil
+	return p, nil
 }

@@ -1,11 +1,13 @@
 package driver
 
 import (
+	"reflect"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/pool"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
@@ -43,10 +45,28 @@ func TestVolumeParameters(t *testing.T) {
 	}
 }
 
-func TestParametersSurviveTheirRecord(t *testing.T) {
-	for _, p := range []volumeParameters{{clusterSize: 4096}, {clusterSize: 2 * mib, fsType: "xfs"}, {clusterSize: 4096, preallocation: qcow2.PreallocationFull}} {
-		if got := recordedParameters(p.record()); got != p {
-			t.Errorf("%+v became %+v", p, got)
+// Each parameter of a class is kept with the volume, and tells it from one with another.
+func TestEachParameter(t *testing.T) {
+	values := map[string][2]string{
+		paramClusterSize: {"4K", "2M"}, paramPreallocation: {"off", "full"}, paramFSType: {"ext4", "xfs"}, paramSnapshotLimit: {"0%", "200%"},
+	}
+	if fields := reflect.TypeFor[volumeParameters]().NumField(); len(values) != fields {
+		t.Errorf("%d of %d parameters are tried", len(values), fields)
+	}
+	for key, pair := range values {
+		var parsed [2]volumeParameters
+		for i, value := range pair {
+			p, err := parseVolumeParameters(map[string]string{key: value})
+			must(t, err)
+			parsed[i], err = p.inherit(pool.Volume{})
+			must(t, err)
+			if got := recordedParameters(parsed[i].record()); got != parsed[i] {
+				t.Errorf("%+v became %+v", parsed[i], got)
+			}
+		}
+		first := pool.Volume{Parameters: parsed[0].record()}
+		if !parsed[0].match(first) || parsed[1].match(first) {
+			t.Errorf("%s: %+v and %+v are not told from each other", key, parsed[0], parsed[1])
 		}
 	}
 	if got := recordedParameters(nil); got.clusterSize != 65536 {

@@ -100,25 +100,6 @@ func (c *controller) resolve(ctx context.Context, p *pool.Pool, s contentSource)
 	return origin{}, err
 }
 
-// inherit completes the parameters of a copy: it has its origin's cluster size, because clusters are
-// shared with the origin's file.
-func (o origin) inherit(params volumeParameters) (volumeParameters, error) {
-	if o.volume.ID == "" {
-		params.clusterSize = params.clusterSizeOrDefault()
-		return params, nil
-	}
-	has := recordedParameters(o.volume.Parameters)
-	if params.clusterSize != 0 && params.clusterSize != has.clusterSize {
-		return params, invalid("parameter %s is %d, the source has %d; a copy keeps it",
-			paramClusterSize, params.clusterSize, has.clusterSize)
-	}
-	params.clusterSize = has.clusterSize
-	if params.fsType == "" {
-		params.fsType = has.fsType
-	}
-	return params, nil
-}
-
 // copyImage writes a copy of the origin at path: by the volume's worker, or here if it is not attached.
 func (c *controller) copyImage(ctx context.Context, p *pool.Pool, o origin, path string, size int64) error {
 	err := wherever(func() error {
