@@ -100,7 +100,7 @@ func (h *besideHistory) between() {
 	}
 }
 
-// idle tells whether a guest's request would not have to wait for an operation on snapshots.
+// idle tells whether a guest's request would not have to wait for an operation on snapshots, nor for a table that a search reads.
 func (img *Image) idle() bool {
 	if !img.gate.TryRLock() {
 		return false
@@ -112,7 +112,9 @@ func (img *Image) idle() bool {
 		}
 		mu.Unlock()
 	}
-	return !img.f.Syncing()
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return len(img.loading) == 0 && !img.f.Syncing()
 }
 
 func (h *besideHistory) create() {
