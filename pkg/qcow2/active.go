@@ -73,7 +73,7 @@ func (img *Image) readTable(index int64, e format.L1Entry, t format.L2Table) (cu
 }
 
 // owns tells whether a host cluster that is marked COPIED may be written in place. Called with mu held.
-func (img *Image) owns(host int64) bool {
+func (img *Image) owns(host format.HostOffset) bool {
 	if img.build == nil || !img.build.frozen {
 		return true
 	}
@@ -144,7 +144,7 @@ func (img *Image) ownTable(index int64) error {
 			return err
 		}
 		off := img.g.Offset(got[0].First)
-		if _, err := img.f.WriteAt(content.B, off); err != nil {
+		if _, err := img.f.WriteAt(content.B, int64(off)); err != nil {
 			return img.giveBack(got, fmt.Errorf("write a new L2 table: %w", err))
 		}
 		if img.replaceTable(index, old, &l2Table{index: index, offset: off, data: content}) {

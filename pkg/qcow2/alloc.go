@@ -50,7 +50,7 @@ type nextGeneration interface {
 	// mirror makes a change of live counts in the next ones too.
 	mirror(r format.Run, delta int) error
 	// unmake forgets live refcount block k at off, which the table on disk has never had, with the count of its cluster.
-	unmake(k, off int64)
+	unmake(k int64, off format.HostOffset)
 	// searchFrom is the cluster from which on it takes more.
 	searchFrom() format.Cluster
 	// ended is closed when the operation has ended.
@@ -76,8 +76,9 @@ func newAllocator(f File, g format.Geometry, h *format.Header) (*allocator, erro
 // changes them meanwhile, but not mu. A few more than rc.limit may be dropped again before they are used.
 func (a *allocator) fetch(ks []int64) error {
 	type read struct {
-		k, off int64
-		b      *refBlock
+		k   int64
+		off format.HostOffset
+		b   *refBlock
 	}
 	var reads []read
 	a.mu.Lock()
@@ -104,6 +105,9 @@ func (a *allocator) fetch(ks []int64) error {
 	return nil
 }
 
+// end returns where the file ends.
+func (a *allocator) end() format.HostOffset { return format.HostOffset(a.length.Load()) }
+
 // free tells that no running operation holds a cluster whose count is 0.
 func (a *allocator) free(c format.Cluster) bool {
 	return a.build == nil || !a.build.holds(c)
@@ -126,7 +130,7 @@ const maxGap = 1 << 30
 // refuse returns ErrCorrupt for what is known to be metadata although its count is 0, and for what lies so far behind the
 // end of the file that the counts before it must be wrong: the file would become many times larger.
 func (a *allocator) refuse(r format.Run) error {
-	if length := a.length.Load(); a.g.Offset(r.End()) > 2*length+maxGap {
+	if length := a.end(); a.g.Offset(r.End()) > 2*length+maxGap {
 		return fmt.Errorf("%s: %w: all clusters are in use, up to %d, but the file has only %d bytes", a.f.Name(), ErrCorrupt, r.First, length)
 	}
 	if err := a.metadata.refuse(r); err != nil {

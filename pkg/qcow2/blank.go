@@ -46,7 +46,7 @@ func hasTable(l1 []format.L1Entry) bool {
 func (img *Image) holdsNothing() (bool, error) {
 	h, g := img.hdr.Load(), img.g
 	length, err := img.f.Size()
-	if err != nil || h.L1Offset+h.L1Size*8 > length { // a table that was cut off says nothing
+	if err != nil || int64(h.L1Offset)+h.L1Size*8 > length { // a table that was cut off says nothing
 		return false, err
 	}
 	rc, err := loadRefcounts(img.f, g, h)
@@ -54,7 +54,7 @@ func (img *Image) holdsNothing() (bool, error) {
 		return false, err
 	}
 	metadata := map[format.Cluster]bool{0: true}
-	note := func(off, length int64) {
+	note := func(off format.HostOffset, length int64) {
 		r := g.RunOf(off, length)
 		for c := r.First; c < r.End(); c++ {
 			metadata[c] = true
@@ -65,7 +65,7 @@ func (img *Image) holdsNothing() (bool, error) {
 	note(h.SnapshotsOffset, img.rowBytes)
 	for _, row := range img.rows {
 		l1, err := format.ReadL1(img.f, g, row.L1Offset, row.L1Size, false)
-		if err != nil || hasTable(l1) || row.L1Offset+row.L1Size*8 > length {
+		if err != nil || hasTable(l1) || int64(row.L1Offset)+row.L1Size*8 > length {
 			return false, err
 		}
 		note(row.L1Offset, row.L1Size*8)

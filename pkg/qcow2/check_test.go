@@ -138,13 +138,13 @@ func damage(t testing.TB, f *memFile, rng *rand.Rand) string {
 	g := h.Geometry()
 
 	// Choose a table.
-	table, entries, kind := h.L1Offset, h.L1Size, "L1"
+	table, entries, kind := int64(h.L1Offset), h.L1Size, "L1"
 	if h.L1Size == 0 {
-		table, entries, kind = h.RefTableOffset, 1, "refcount table"
+		table, entries, kind = int64(h.RefTableOffset), 1, "refcount table"
 	}
 	l2 := int64(0)
 	for i := range h.L1Size {
-		if off := int64(get(h.L1Offset+8*i) & format.OffsetMask); off != 0 && (l2 == 0 || rng.IntN(2) == 0) {
+		if off := int64(get(int64(h.L1Offset)+8*i) & format.OffsetMask); off != 0 && (l2 == 0 || rng.IntN(2) == 0) {
 			l2 = off
 		}
 	}
@@ -152,11 +152,11 @@ func damage(t testing.TB, f *memFile, rng *rand.Rand) string {
 	case n <= 1 && l2 != 0:
 		table, entries, kind = l2, g.L2Entries, "L2"
 	case n == 2:
-		table, entries, kind = h.RefTableOffset, 1, "refcount table"
+		table, entries, kind = int64(h.RefTableOffset), 1, "refcount table"
 	case n == 3:
-		table, entries, kind = int64(get(h.RefTableOffset)), g.ClusterSize/8, "refcount block"
+		table, entries, kind = int64(get(int64(h.RefTableOffset))), g.ClusterSize/8, "refcount block"
 	case n == 4 && h.Snapshots > 0:
-		table, entries, kind = h.SnapshotsOffset, 5, "snapshot table"
+		table, entries, kind = int64(h.SnapshotsOffset), 5, "snapshot table"
 	}
 	// In it an entry that is in use, if one is soon found.
 	at := table + 8*rng.Int64N(max(entries, 1))

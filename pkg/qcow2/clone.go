@@ -55,7 +55,7 @@ type clonePlan struct {
 	v      *View
 	whole  *clusterSet // of the source's file: taken over as they are
 	wholes int64
-	end    format.Cluster // of the whole clusters in the source's file
+	source format.Cluster // end of the whole clusters in the source's file
 }
 
 // maxCloneClusters bounds the memory for a clone's plan, a bit for each cluster of the source's file, to 256 MiB.
@@ -68,11 +68,11 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &clonePlan{v: v, end: g.Cluster(length)}
-	if p.end > maxCloneClusters {
+	p := &clonePlan{v: v, source: g.Cluster(format.HostOffset(length))}
+	if p.source > maxCloneClusters {
 		return nil, fmt.Errorf("%w: the file has more than %d clusters", ErrLimit, int64(maxCloneClusters))
 	}
-	p.whole = newClusterSet(int64(p.end))
+	p.whole = newClusterSet(int64(p.source))
 	var twice *clusterSet // mapped more than once: not taken over, for each cluster of a clone is counted once
 	var tables, anew int64
 	err = p.eachTable(ctx, func(index int64, es []format.L2Entry) error {
@@ -87,7 +87,7 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 				p.whole.add(c)
 			default:
 				if twice == nil {
-					twice = newClusterSet(int64(p.end))
+					twice = newClusterSet(int64(p.source))
 				}
 				twice.add(c)
 				anew++
@@ -138,7 +138,7 @@ func (p *clonePlan) host(index, i int64, e format.L2Entry) (format.Cluster, bool
 		return 0, false
 	}
 	c := p.v.img.g.Cluster(e.Offset())
-	return c, c < p.end && p.guest(index, i)+p.v.img.g.ClusterSize <= p.v.Size()
+	return c, c < p.source && p.guest(index, i)+p.v.img.g.ClusterSize <= p.v.Size()
 }
 
 // guest returns the offset on the disk of entry i of a table.
@@ -167,7 +167,7 @@ func (p *clonePlan) takeOver(c *copier) error {
 		if err := c.takeOver(p.v.img.g.Offset(r.First), n, at); err != nil {
 			return err
 		}
-		at += n
+		at = at.Plus(n)
 	}
 	return nil
 }
@@ -178,7 +178,7 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 	l1 := make([]format.L1Entry, p.l1Size)
 	l2 := newMetadataWriter(dst, p.l2At())
 	t := g.NewTable()
-	nextTable, nextAnew := p.l2At(), p.dataAt()+g.Bytes(p.wholes)
+	nextTable, nextAnew := p.l2At(), p.dataAt().Plus(g.Bytes(p.wholes))
 	changed := fmt.Errorf("%w: the source changed while it was cloned", ErrInUse)
 	err := p.eachTable(c.ctx, func(index int64, es []format.L2Entry) error {
 		if nextTable >= p.dataAt() {
@@ -191,10 +191,10 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 			}
 			i := int64(i)
 			if c, ok := p.host(index, i, e); ok && p.whole.has(c) {
-				t.Set(i, format.OwnEntry(p.dataAt()+g.Bytes(p.whole.place(c)), e.Sub))
+				t.Set(i, format.OwnEntry(p.dataAt().Plus(g.Bytes(p.whole.place(c))), e.Sub))
 				continue
 			}
-			if nextAnew >= g.Bytes(p.clusters()) {
+			if nextAnew >= p.end() {
 				return changed
 			}
 			off := p.guest(index, i)
@@ -202,10 +202,10 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 				return err
 			}
 			t.Set(i, format.OwnEntry(nextAnew, format.SubAllocated))
-			nextAnew += g.ClusterSize
+			nextAnew = nextAnew.Plus(g.ClusterSize)
 		}
 		l1[index] = format.L1Entry(nextTable) | format.FlagCopied
-		nextTable += g.ClusterSize
+		nextTable = nextTable.Plus(g.ClusterSize)
 		_, err := l2.Write(t.B)
 		return err
 	})
@@ -215,6 +215,6 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 	if err != nil {
 		return err
 	}
-	_, err = dst.WriteAt(format.EncodeL1(l1), p.l1At())
+	_, err = dst.WriteAt(format.EncodeL1(l1), int64(p.l1At()))
 	return err
 }

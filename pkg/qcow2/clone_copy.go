@@ -47,8 +47,9 @@ type copier struct {
 
 // copyPiece is at most a chunk of data and the place it goes to.
 type copyPiece struct {
-	n, to int64
-	read  func(p []byte) error
+	n    int64
+	to   format.HostOffset
+	read func(p []byte) error
 }
 
 func startCopier(ctx context.Context, dst File, v *View, total int64, progress func(done, total int64)) *copier {
@@ -62,7 +63,7 @@ func startCopier(ctx context.Context, dst File, v *View, total int64, progress f
 }
 
 // takeOver takes over n bytes, whole clusters, that lie at off in the source's file.
-func (c *copier) takeOver(off, n, to int64) error {
+func (c *copier) takeOver(off format.HostOffset, n int64, to format.HostOffset) error {
 	for n > 0 && c.cloner != nil {
 		k := min(n, c.slice)
 		err := c.share(off, k, to)
@@ -73,14 +74,14 @@ func (c *copier) takeOver(off, n, to int64) error {
 		if err != nil {
 			return err
 		}
-		off, n, to = off+k, n-k, to+k
+		off, n, to = off.Plus(k), n-k, to.Plus(k)
 	}
 	for n > 0 {
 		k, from := min(n, copyChunk), off
 		if err := c.send(copyPiece{k, to, func(p []byte) error { return format.ReadPadded(c.v.img.f, p, from) }}); err != nil {
 			return err
 		}
-		off, n, to = off+k, n-k, to+k
+		off, n, to = off.Plus(k), n-k, to.Plus(k)
 	}
 	return nil
 }
@@ -95,12 +96,12 @@ func (c *copier) settle() error {
 
 // share shares blocks, and looks how long that takes. If there are guests their requests are given as much time then, for the
 // next share may be faster than they are to get at the file.
-func (c *copier) share(off, n, to int64) error {
+func (c *copier) share(off format.HostOffset, n int64, to format.HostOffset) error {
 	if err := c.ctx.Err(); err != nil {
 		return context.Cause(c.ctx)
 	}
 	start := time.Now()
-	if err := c.cloner.CloneRange(c.v.img.f.File, off, to, n); err != nil {
+	if err := c.cloner.CloneRange(c.v.img.f.File, int64(off), int64(to), n); err != nil {
 		return err
 	}
 	took := time.Since(start)
@@ -126,13 +127,13 @@ func (c *copier) share(off, n, to int64) error {
 }
 
 // copy copies n bytes of the disk, at most a cluster.
-func (c *copier) copy(off, n, to int64) error {
+func (c *copier) copy(off, n int64, to format.HostOffset) error {
 	for n > 0 {
 		k, from := min(n, copyChunk), off
 		if err := c.send(copyPiece{k, to, func(p []byte) error { _, err := c.v.ReadAt(p, from); return err }}); err != nil {
 			return err
 		}
-		off, n, to = off+k, n-k, to+k
+		off, n, to = off+k, n-k, to.Plus(k)
 	}
 	return nil
 }
@@ -179,7 +180,7 @@ func (c *copier) copyPiece(buf, zeros []byte, p copyPiece) error {
 			n = min(zeroPiece, len(buf)-at)
 		}
 		if from < at {
-			if _, err := c.dst.WriteAt(buf[from:at], p.to+int64(from)); err != nil {
+			if _, err := c.dst.WriteAt(buf[from:at], int64(p.to)+int64(from)); err != nil {
 				return err
 			}
 		}

@@ -21,7 +21,7 @@ func (f *sharingFile) CloneRange(src File, srcOff, dstOff, n int64) error {
 		return errors.Join(err, ErrOutOfRange)
 	}
 	b := make([]byte, n)
-	if err := format.ReadPadded(src, b, srcOff); err != nil {
+	if err := format.ReadPadded(src, b, format.HostOffset(srcOff)); err != nil {
 		return err
 	}
 	_, err := f.WriteAt(b, dstOff)

@@ -166,7 +166,7 @@ func (img *Image) takeDirty() *commitWork {
 	w.l1Dirty.Each(func(first, n int64) {
 		const perSector = format.SectorSize / 8
 		from, to := first*perSector, min((first+n)*perSector, int64(len(img.l1)))
-		w.writes = append(w.writes, format.MetaWrite{Off: img.hdr.Load().L1Offset + from*8, B: format.EncodeL1(img.l1[from:to])})
+		w.writes = append(w.writes, format.MetaWrite{Off: img.hdr.Load().L1Offset.Plus(from * 8), B: format.EncodeL1(img.l1[from:to])})
 	})
 	return w
 }

@@ -177,7 +177,7 @@ func TestReleaseCannotWriteCounts(t *testing.T) {
 	full := true
 	f.setFault(func(c fileCall) error {
 		for _, off := range img.alloc.rc.table {
-			if full && c.kind == callWrite && off != 0 && c.off >= off && c.off < off+img.g.ClusterSize {
+			if full && c.kind == callWrite && off != 0 && c.off >= int64(off) && c.off < int64(off)+img.g.ClusterSize {
 				return ErrNoSpace
 			}
 		}

@@ -43,7 +43,7 @@ func (o *owners) contest(off, n int64, tables bool) {
 	if off < 0 || off >= o.f.content.size {
 		return
 	}
-	r := o.g.RunOf(off, n)
+	r := o.g.RunOf(format.HostOffset(off), n)
 	for c := r.First; c < r.End(); c++ {
 		o.contested[c] = true
 	}
@@ -51,7 +51,7 @@ func (o *owners) contest(off, n int64, tables bool) {
 		return
 	}
 	t := o.g.NewTable()
-	if format.ReadPadded(o.f, t.B, off&^(o.g.ClusterSize-1)) != nil {
+	if format.ReadPadded(o.f, t.B, o.g.Offset(o.g.Cluster(format.HostOffset(off)))) != nil {
 		return
 	}
 	for i := range t.Len() {
@@ -62,7 +62,7 @@ func (o *owners) contest(off, n int64, tables bool) {
 func (o *owners) contestEntry(e format.L2Entry) {
 	if e.Kind() == format.KindCompressed {
 		off, n := e.Compressed(o.g)
-		o.contest(off, n, false)
+		o.contest(int64(off), n, false)
 	} else if off := int64(e.Desc & format.OffsetMask); off != 0 {
 		o.contest(off, o.g.ClusterSize, false)
 	}
@@ -73,13 +73,13 @@ func (o *owners) contestEntry(e format.L2Entry) {
 func (o *owners) undoubted(sound *memFile, h *format.Header, snapshots bool) content {
 	o.t.Helper()
 	all := readable(o.t, sound)
-	roots := map[string]rootTable{"": {offset: h.L1Offset, entries: h.L1Size}}
+	roots := map[string]rootTable{"": {offset: int64(h.L1Offset), entries: h.L1Size}}
 	if snapshots {
 		rows, _, err := format.ScanSnapshotTable(sound, h)
 		must(o.t, err)
 		for _, r := range rows {
 			if _, ok := all["snapshot "+r.ID]; ok {
-				roots["snapshot "+r.ID] = rootTable{offset: r.L1Offset, entries: r.L1Size}
+				roots["snapshot "+r.ID] = rootTable{offset: int64(r.L1Offset), entries: r.L1Size}
 			}
 		}
 	}
@@ -99,7 +99,7 @@ func (o *owners) undoubted(sound *memFile, h *format.Header, snapshots bool) con
 		left[name] = maps.Clone(all[name])
 		sure := map[int64]bool{}
 		o.walk(sound, root, func(guest, l1At, l2At int64, e format.L2Entry) {
-			hosts, table := e.HostClusters(o.g), o.g.Cluster(l2At)
+			hosts, table := e.HostClusters(o.g), o.g.Cluster(format.HostOffset(l2At))
 			doubt := o.changed[l1At] || o.changed[l2At] || o.g.Extended && o.changed[l2At+8] || o.contested[table] ||
 				slices.ContainsFunc(slices.Collect(maps.Keys(o.contested)), hosts.Has)
 			sure[guest] = !doubt
@@ -123,14 +123,14 @@ func (o *owners) walk(f *memFile, root rootTable, fn func(guest, l1At, l2At int6
 	for i := range root.entries {
 		l1At := root.offset + 8*i
 		off := int64(get64(f, l1At) & format.OffsetMask)
-		if off == 0 || off >= f.content.size || !o.g.Aligned(off) {
+		if off == 0 || off >= f.content.size || !o.g.Aligned(format.HostOffset(off)) {
 			for guest := i * o.g.L2Coverage; guest < (i+1)*o.g.L2Coverage; guest += o.g.ClusterSize {
 				fn(guest, l1At, l1At, format.L2Entry{})
 			}
 			continue
 		}
 		t := o.g.NewTable()
-		must(o.t, format.ReadPadded(f, t.B, off))
+		must(o.t, format.ReadPadded(f, t.B, format.HostOffset(off)))
 		size := int64(len(t.B)) / t.Len()
 		for j := range t.Len() {
 			fn(i*o.g.L2Coverage+j<<o.g.ClusterBits, l1At, off+j*size, t.Entry(j))

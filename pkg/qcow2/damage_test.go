@@ -157,8 +157,8 @@ func places(t *testing.T, f *memFile, h *format.Header) []place {
 	t.Helper()
 	g := h.Geometry()
 	all := []place{
-		{"refcount table", h.RefTableOffset, 2},
-		{"refcount block", int64(get64(f, h.RefTableOffset)), g.ClusterSize / 8},
+		{"refcount table", int64(h.RefTableOffset), 2},
+		{"refcount block", int64(get64(f, int64(h.RefTableOffset))), g.ClusterSize / 8},
 	}
 	l1Table := func(whose string, off, entries int64) {
 		if entries == 0 {
@@ -172,13 +172,13 @@ func places(t *testing.T, f *memFile, h *format.Header) []place {
 			}
 		}
 	}
-	l1Table("active", h.L1Offset, h.L1Size)
+	l1Table("active", int64(h.L1Offset), h.L1Size)
 	rows, size, err := format.ScanSnapshotTable(f, h)
 	must(t, err)
 	if len(rows) > 0 {
-		all = append(all, place{"snapshot table", h.SnapshotsOffset, size / 8})
+		all = append(all, place{"snapshot table", int64(h.SnapshotsOffset), size / 8})
 		row := rows[len(rows)-1]
-		l1Table("snapshot's", row.L1Offset, row.L1Size)
+		l1Table("snapshot's", int64(row.L1Offset), row.L1Size)
 	}
 	if h.Bitmaps != nil {
 		all = append(all, place{"bitmap directory", int64(binary.BigEndian.Uint64(h.Bitmaps[16:])), 6})

@@ -91,12 +91,12 @@ func (d *usedDamage) damageCounts(t *testing.T, h *format.Header, rng *rand.Rand
 	g := h.Geometry()
 	last := (g.Clusters(d.broken.content.size) - 1) >> g.BlockBits
 	k := rng.Int64N(last + 1)
-	at := int64(get64(d.broken, h.RefTableOffset+8*k))
+	at := int64(get64(d.broken, int64(h.RefTableOffset)+8*k))
 	if at == 0 {
 		return
 	}
 	b := format.Counts{B: make([]byte, g.ClusterSize), Order: h.RefcountOrder}
-	must(t, format.ReadPadded(d.broken, b.B, at))
+	must(t, format.ReadPadded(d.broken, b.B, format.HostOffset(at)))
 	n := min(g.BlockCounts, g.Clusters(d.broken.content.size)-k<<g.BlockBits)
 	first := rng.Int64N(n)
 	switch rng.IntN(4) {

@@ -18,10 +18,10 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 	if n > 0 && off >= 0 && off <= size && n <= size-off && img.usable(true) == nil {
 		d.lock = guestRange{img.g.GuestCluster(off), img.g.GuestCluster(off+n-1) + 1, false}
 		if img.guests.tryLock(&d.lock) {
-			if host, ok = img.mapDirect(off, n, write); ok {
+			if at, ok := img.mapDirect(off, n, write); ok {
 				img.requests.Add(1)
 				img.inHand(1)
-				return host, true
+				return int64(at), true
 			}
 			img.guests.unlock(&d.lock)
 		}
@@ -45,7 +45,7 @@ const hostOfZeros = -1
 
 // mapDirect returns where in the file n bytes at off are, if that is one run of whole data clusters, or if they are zeros that
 // are to be read.
-func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
+func (img *Image) mapDirect(off, n int64, write bool) (host format.HostOffset, ok bool) {
 	g := &img.g
 	index, first, last := g.L1Index(off), g.L2Index(off), g.L2Index(off+n-1)
 	if g.L1Index(off+n-1) != index || !img.mu.TryLock() { // it may be held for I/O
@@ -63,14 +63,14 @@ func (img *Image) mapDirect(off, n int64, write bool) (host int64, ok bool) {
 	for i := first; i <= last; i++ {
 		e := t.data.Entry(i)
 		switch {
-		case e.Kind() != format.KindData, e.Offset() != start+g.Bytes(i-first), e.Check(*g, img.version) != nil:
+		case e.Kind() != format.KindData, e.Offset() != start.Plus(g.Bytes(i-first)), e.Check(*g, img.version) != nil:
 			return 0, false
 		case write && (!e.Own() || !img.owns(e.Offset())):
 			return 0, false
 		}
 	}
-	host = start + g.InCluster(off)
-	if !img.wholeBlocks(host, n) || host+n > img.alloc.length.Load() {
+	host = start.Plus(g.InCluster(off))
+	if !img.wholeBlocks(int64(host), n) || host.Plus(n) > img.alloc.end() {
 		return 0, false
 	}
 	if write && img.alloc.metadata.refuse(format.Run{First: g.Cluster(start), N: last - first + 1}) != nil {

@@ -84,7 +84,7 @@ func (v *View) Extents(off int64, fn func(Extent) error) error {
 func newExtent(g format.Geometry, e format.L2Entry, off, n int64) Extent {
 	x := Extent{Offset: off, Length: n, Host: -1}
 	if e.Kind() != format.KindCompressed && e.Offset() != 0 {
-		x.Host = e.Offset() + g.InCluster(off)
+		x.Host = int64(e.Offset()) + g.InCluster(off)
 	}
 	switch e.Kind() {
 	case format.KindUnallocated:
@@ -94,7 +94,8 @@ func newExtent(g format.Geometry, e format.L2Entry, off, n int64) Extent {
 		x.Kind = Data
 	case format.KindCompressed:
 		x.Kind = Compressed
-		x.Host, _ = e.Compressed(g)
+		host, _ := e.Compressed(g)
+		x.Host = int64(host)
 	case format.KindMixed:
 		part, allocated := e.SubRun(g, g.InCluster(off))
 		x.Length = min(n, part)

@@ -48,7 +48,7 @@ func TestMissingL1(t *testing.T) {
 	f := loadMemFile(t, path)
 	h, err := format.ReadHeader(f, format.DecodeHeader)
 	must(t, err)
-	f.content.truncate(h.L1Offset)
+	f.content.truncate(int64(h.L1Offset))
 	f.save(t, path)
 	qemuIO(t, path, "read -q -P 0 0 1M")
 	img, err := Open(f.clone(), OpenOptions{ReadOnly: true})
@@ -63,7 +63,7 @@ func TestMissingL1(t *testing.T) {
 	}
 
 	lost := f.clone() // something was there
-	lost.content.writeAt([]byte("data"), h.L1Offset)
+	lost.content.writeAt([]byte("data"), int64(h.L1Offset))
 	if _, err := Repair(t.Context(), lost, RepairAll, nil); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("repaired although nothing tells what leads to the data: %v", err)
 	}

@@ -126,15 +126,15 @@ func newFuzzSeed(t testing.TB, name string, f *memFile) fuzzSeed {
 		}
 	}
 	add(0, 256)
-	tables(h.RefTableOffset, min(h.RefTableClusters<<h.ClusterBits/8, 8))
-	tables(h.L1Offset, h.L1Size)
+	tables(int64(h.RefTableOffset), min(h.RefTableClusters<<h.ClusterBits/8, 8))
+	tables(int64(h.L1Offset), h.L1Size)
 	rows, size, err := format.ReadSnapshotTable(f, &h)
 	must(t, err)
 	if size > 0 {
-		add(h.SnapshotsOffset, size)
+		add(int64(h.SnapshotsOffset), size)
 	}
 	for _, row := range rows {
-		tables(row.L1Offset, row.L1Size)
+		tables(int64(row.L1Offset), row.L1Size)
 	}
 	add(0, f.content.size)
 	return s

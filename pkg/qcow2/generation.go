@@ -55,8 +55,8 @@ type generation struct {
 	late     []lateTable                 // tables that guests made since then
 
 	// Only the operation's goroutine uses these.
-	tables  map[int64]*nextTable // tables that the next generation has to itself, by L1 index
-	copied  map[int64]int64      // L1 indexes whose entry gains COPIED, and the table's offset
+	tables  map[int64]*nextTable        // tables that the next generation has to itself, by L1 index
+	copied  map[int64]format.HostOffset // L1 indexes whose entry gains COPIED, and the table's offset
 	out     metaWriter
 	buffer  []byte            // of the tables that are read
 	idle    int64             // guest requests when pace looked last
@@ -68,14 +68,14 @@ type generation struct {
 
 // nextTable is an L2 table of the next generation that takes the place of an active one.
 type nextTable struct {
-	at  int64
-	old int64 // offset of the live table whose reference has been taken away for it, 0 if there was none
+	at  format.HostOffset
+	old format.HostOffset // of the live table whose reference has been taken away for it, 0 if there was none
 }
 
 // lateTable is a live table that came into being after the next generation had its mapping.
 type lateTable struct {
 	index     int64
-	old, made int64 // offsets; old is 0 if there was none
+	old, made format.HostOffset // old is 0 if there was none
 }
 
 // newGeneration starts with what is live.
@@ -89,7 +89,7 @@ func (img *Image) newGeneration() *generation {
 		done: make(chan struct{}), next: img.alloc.next, out: metaWriter{f: img.f, growth: &img.alloc.growth}, idle: img.requests.Load(),
 		blocks: make(map[int64]*shadowBlock), loading: make(map[int64]bool), zeroed: make(map[int64]struct{}),
 		ahead: make(map[format.Cluster]int), own: make(map[format.Cluster]struct{}), dirty: make(map[int64]*format.SectorSet),
-		tables: make(map[int64]*nextTable), copied: make(map[int64]int64),
+		tables: make(map[int64]*nextTable), copied: make(map[int64]format.HostOffset),
 	}
 }
 

@@ -95,7 +95,7 @@ func (n *generation) writeBlock(k int64) error {
 	dirty.Each(func(first, m int64) {
 		at, end := first*format.SectorSize, min((first+m)*format.SectorSize, n.g.ClusterSize)
 		if err == nil {
-			err = n.out.room(b.at+at, end-at)
+			err = n.out.room(b.at.Plus(at), end-at)
 		}
 		if err == nil {
 			err = n.locked(func() error { n.out.b = append(n.out.b, b.counts.B[at:end]...); return nil })
@@ -178,7 +178,7 @@ func (n *generation) giveUpRun(r format.Run) error {
 }
 
 // place takes clusters for b, has it written and returns its offset.
-func (n *generation) place(b []byte) (int64, error) {
+func (n *generation) place(b []byte) (format.HostOffset, error) {
 	var r format.Run
 	k := max(n.g.Clusters(int64(len(b))), 1)
 	err := n.seek(k)

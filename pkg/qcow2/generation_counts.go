@@ -11,9 +11,9 @@ import (
 // shadowBlock is a refcount block of the next generation: live counts, plus what the operation changes. One that has no
 // place yet and has not changed is only a copy of the live one.
 type shadowBlock struct {
-	refBlock       // without counts if it was written and put out of memory
-	at       int64 // its offset, 0 as long as it has none
-	old      int64 // offset of the live block whose count has been taken away for it, 0 if there was none
+	refBlock                   // without counts if it was written and put out of memory
+	at       format.HostOffset // 0 as long as it has none
+	old      format.HostOffset // of the live block whose count has been taken away for it, 0 if there was none
 }
 
 // clean tells that the block is no more than a copy of the live one.
@@ -94,7 +94,7 @@ func (n *generation) stock() error {
 }
 
 // source returns where the counts of block i are, in memory or on disk; nowhere if it does not exist.
-func (n *generation) source(i int64) (off int64, live *refBlock) {
+func (n *generation) source(i int64) (off format.HostOffset, live *refBlock) {
 	if b := n.blocks[i]; b != nil && b.at != 0 {
 		return b.at, nil
 	}
@@ -184,12 +184,12 @@ func (n *generation) holds(c format.Cluster) bool {
 func (n *generation) searchFrom() format.Cluster { return n.next }
 
 // drop gives up the clusters of a structure of length bytes.
-func (n *generation) drop(off, length int64) error {
+func (n *generation) drop(off format.HostOffset, length int64) error {
 	return n.add(n.g.RunOf(off, length), -1)
 }
 
 // unmake forgets live block k at off, which the table on disk has never had, with the count of its cluster.
-func (n *generation) unmake(k, off int64) {
+func (n *generation) unmake(k int64, off format.HostOffset) {
 	if b := n.blocks[k]; b != nil && b.at != 0 && b.old == off {
 		b.old = 0 // dropBlock has taken the count away
 		return

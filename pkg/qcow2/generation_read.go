@@ -25,7 +25,7 @@ type tableBatch struct {
 // eachTable calls fn for each L2 table of an L1 table with its index, its offset and its content, in order. fn may change
 // the content, which is valid until it returns. Several reads are under way at a time, and tables that lie one after
 // the other are read together.
-func (n *generation) eachTable(l1 []format.L1Entry, fn func(index, off int64, t format.L2Table) error) error {
+func (n *generation) eachTable(l1 []format.L1Entry, fn func(index int64, off format.HostOffset, t format.L2Table) error) error {
 	img := n.img
 	length, err := img.f.Size()
 	if err != nil {
@@ -117,14 +117,14 @@ func (img *Image) readBatch(l1 []format.L1Entry, b *tableBatch, length int64) er
 			continue
 		}
 		k := int64(0) // tables that lie one after the other
-		for ; i < b.end && (l1[i].Offset() == off+k*size || l1[i].Offset() == 0); i++ {
+		for ; i < b.end && (l1[i].Offset() == off.Plus(k*size) || l1[i].Offset() == 0); i++ {
 			if l1[i].Offset() == 0 {
 				continue
 			}
 			if err := img.checkL1Entry(l1[i]); err != nil {
 				return fmt.Errorf("L1 entry %d: %w", i, err)
 			}
-			if l1[i].Offset() >= length {
+			if int64(l1[i].Offset()) >= length {
 				return fmt.Errorf("%w: L1 entry %d points at %#x, beyond the end of the file", ErrCorrupt, i, l1[i].Offset())
 			}
 			k++

@@ -133,7 +133,8 @@ func (n *generation) take(k int64) (format.Run, error) {
 // preload reads refcount blocks that are not in memory. Called without the allocator's lock.
 func (n *generation) preload(ks iter.Seq[int64]) error {
 	type read struct {
-		k, off int64
+		k      int64
+		off    format.HostOffset
 		counts format.Counts
 	}
 	if err := n.stock(); err != nil {

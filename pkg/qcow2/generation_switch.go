@@ -181,7 +181,7 @@ func (n *generation) flagL1(i int) error {
 	})
 }
 
-func (n *generation) isOwn(off int64) bool {
+func (n *generation) isOwn(off format.HostOffset) bool {
 	n.img.mu.Lock()
 	defer n.img.mu.Unlock()
 	return n.img.owns(off)
@@ -272,8 +272,8 @@ func (n *generation) tableClusters() int64 {
 }
 
 // refTable returns the next refcount table.
-func (n *generation) refTable() []int64 {
-	table := make([]int64, n.g.Bytes(n.h.RefTableClusters)/8)
+func (n *generation) refTable() []format.HostOffset {
+	table := make([]format.HostOffset, n.g.Bytes(n.h.RefTableClusters)/8)
 	copy(table, n.img.alloc.rc.table)
 	for i, b := range n.blocks {
 		if b.at != 0 {
@@ -306,7 +306,7 @@ func (n *generation) adopt() error {
 		}
 	}
 	a.length.Store(max(a.length.Load(), length))
-	a.unsafe, a.unsafeEnd = n.zeroed, a.g.ClusterBehind(a.length.Load()) // behind the end there is nothing to punch
+	a.unsafe, a.unsafeEnd = n.zeroed, a.g.ClusterBehind(a.end()) // behind the end there is nothing to punch
 
 	img.mu.Lock()
 	defer img.mu.Unlock()

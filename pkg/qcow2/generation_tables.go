@@ -9,12 +9,12 @@ import (
 )
 
 // scan checks an L2 table, notes its runs and reads the refcount blocks that count them ahead of their use.
-func (n *generation) scan(off int64, t format.L2Table) error {
+func (n *generation) scan(off format.HostOffset, t format.L2Table) error {
 	var err error
 	if n.runs, err = t.EntryRuns(n.g, n.img.version, n.runs[:0]); err != nil {
 		return fmt.Errorf("L2 table at file offset %#x, %w", off, err)
 	}
-	end := n.g.ClusterBehind(n.img.alloc.length.Load())
+	end := n.g.ClusterBehind(n.img.alloc.end())
 	for _, r := range n.runs {
 		// Counts behind the end of the file would take memory that it does not justify.
 		if r.Hosts.End() > end {
@@ -40,7 +40,7 @@ func (n *generation) scan(off int64, t format.L2Table) error {
 
 // referenceRuns changes the counts of an L2 table and, as scan found them, of its clusters. Called with the allocator's lock
 // held.
-func (n *generation) referenceRuns(off int64, delta int) error {
+func (n *generation) referenceRuns(off format.HostOffset, delta int) error {
 	if err := n.add(n.g.Cluster(off).Alone(), delta); err != nil {
 		return err
 	}
@@ -59,7 +59,7 @@ func (n *generation) referenceRuns(off int64, delta int) error {
 
 // unreference takes away the references of all that an L1 table reaches: its L2 tables and their clusters, once per path.
 func (n *generation) unreference(l1 []format.L1Entry) error {
-	return n.eachTable(l1, func(_, off int64, t format.L2Table) error {
+	return n.eachTable(l1, func(_ int64, off format.HostOffset, t format.L2Table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}
@@ -70,7 +70,7 @@ func (n *generation) unreference(l1 []format.L1Entry) error {
 // flag gives the next generation a table of its own wherever COPIED flags of an active table do not agree with the
 // next counts (I2). The other one stays as it is, for a snapshot or for the old generation.
 func (n *generation) flag(l1 []format.L1Entry) error {
-	return n.eachTable(l1, func(i, off int64, t format.L2Table) error {
+	return n.eachTable(l1, func(i int64, off format.HostOffset, t format.L2Table) error {
 		if n.sawChange(i) {
 			return nil // catchUp looks at it
 		}
@@ -81,7 +81,7 @@ func (n *generation) flag(l1 []format.L1Entry) error {
 // flagTable is flag for the table that the live generation has at off, 0 for none. t becomes the next one. If that is not
 // what lies at off, both generations cannot have that: what guests have given up there would keep flags that only the
 // live one's counts agree with.
-func (n *generation) flagTable(i, off int64, t format.L2Table, differs bool) error {
+func (n *generation) flagTable(i int64, off format.HostOffset, t format.L2Table, differs bool) error {
 	if err := n.scan(off, t); err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func (n *generation) flagTable(i, off int64, t format.L2Table, differs bool) err
 }
 
 // replace gives the next generation a table of its own for an active one, which the live generation has at off.
-func (n *generation) replace(i, off int64, t format.L2Table) error {
+func (n *generation) replace(i int64, off format.HostOffset, t format.L2Table) error {
 	next := &nextTable{old: off}
 	if err := n.seek(1); err != nil {
 		return err
@@ -131,14 +131,14 @@ func (n *generation) replace(i, off int64, t format.L2Table) error {
 
 // dropTable takes away the active state's reference to a live table, ahead of any guest that may give it up. Called with
 // the allocator's lock held.
-func (n *generation) dropTable(off int64) error {
+func (n *generation) dropTable(off format.HostOffset) error {
 	n.ahead[n.g.Cluster(off)]++
 	return n.drop(off, n.g.ClusterSize)
 }
 
 // keepTable is for a table that a guest has replaced: unless it is given up already, that is still to come, and takes
 // away the reference. Called with the allocator's lock held.
-func (n *generation) keepTable(off int64) error {
+func (n *generation) keepTable(off format.HostOffset) error {
 	c := n.g.Cluster(off)
 	if n.ahead[c] == 0 {
 		return nil
@@ -207,10 +207,10 @@ func (n *generation) sawChange(i int64) bool {
 // tableChange is what guests have changed in an active table since the build saw it.
 type tableChange struct {
 	index   int64
-	live    int64            // offset of the table
-	set     format.SectorSet // the sectors that have changed
-	t       format.L2Table   // the content; without bytes if it is on disk as it is in memory
-	differs bool             // from what is on disk
+	live    format.HostOffset // of the table
+	set     format.SectorSet  // the sectors that have changed
+	t       format.L2Table    // the content; without bytes if it is on disk as it is in memory
+	differs bool              // from what is on disk
 }
 
 // changed returns the L1 indexes of the tables that guests have changed, in order. Called with the image's lock held.
@@ -271,7 +271,7 @@ func (n *generation) apply(c tableChange) error {
 			err = n.locked(func() error { _, err := n.setCopied(part, n.runs); return err })
 		}
 		if err == nil {
-			err = n.out.write(next.at+at, part.B)
+			err = n.out.write(next.at.Plus(at), part.B)
 		}
 	})
 	return err

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
 
@@ -12,7 +13,7 @@ import (
 type metaWriter struct {
 	f       File
 	growth  *sync.RWMutex // see allocator
-	off     int64
+	off     format.HostOffset
 	b       []byte // to be written at off
 	spare   []byte
 	writing chan error // of the write that is under way, nil if there is none
@@ -23,7 +24,7 @@ type metaWriter struct {
 const maxGathered = 1 << 20
 
 // write takes a copy of b.
-func (w *metaWriter) write(off int64, b []byte) error {
+func (w *metaWriter) write(off format.HostOffset, b []byte) error {
 	err := w.room(off, int64(len(b)))
 	if err == nil {
 		w.b = append(w.b, b...)
@@ -33,16 +34,16 @@ func (w *metaWriter) write(off int64, b []byte) error {
 
 // zeros writes n zeros behind what was written last.
 func (w *metaWriter) zeros(n int64) error {
-	return w.write(w.off+int64(len(w.b)), make([]byte, n))
+	return w.write(w.off.Plus(int64(len(w.b))), make([]byte, n))
 }
 
 // room sees to it that n bytes at off can be appended to b.
-func (w *metaWriter) room(off, n int64) error {
+func (w *metaWriter) room(off format.HostOffset, n int64) error {
 	if w.b == nil {
 		m := host.NewMemory(2 * maxGathered)
 		w.b, w.spare = m[:0:maxGathered], m[maxGathered:maxGathered]
 	}
-	if off != w.off+int64(len(w.b)) || int64(len(w.b))+n > maxGathered {
+	if off != w.off.Plus(int64(len(w.b))) || int64(len(w.b))+n > maxGathered {
 		if err := w.send(); err != nil {
 			return err
 		}
@@ -58,14 +59,14 @@ func (w *metaWriter) send() error {
 	}
 	b, off, done := w.b, w.off, make(chan error, 1)
 	w.b, w.spare, w.writing = w.spare[:0], b, done
-	w.off += int64(len(b))
+	w.off = off.Plus(int64(len(b)))
 	w.total += int64(len(b))
 	go func() {
 		w.growth.RLock()
-		_, err := w.f.WriteAt(b, off)
+		_, err := w.f.WriteAt(b, int64(off))
 		w.growth.RUnlock()
 		if f, ok := w.f.(host.Writebacker); ok && err == nil {
-			f.StartWriteback(off, int64(len(b))) // the disk works while we go on, and a sync has less to do
+			f.StartWriteback(int64(off), int64(len(b))) // the disk works while we go on, and a sync has less to do
 		}
 		done <- err
 	}()

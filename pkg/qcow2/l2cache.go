@@ -9,7 +9,7 @@ import (
 // l2Table is an L2 table of the active state in memory.
 type l2Table struct {
 	index   int64 // in the L1 table
-	offset  int64 // host offset of the table
+	offset  format.HostOffset
 	data    format.L2Table
 	dirty   format.SectorSet // changed since the last commit took them
 	writing format.SectorSet // taken by a commit that has not finished

@@ -39,26 +39,28 @@ func newLayout(g format.Geometry, version int, size, l2, data int64) (layout, er
 	return l, nil
 }
 
-// File offsets of the parts, in bytes.
+// Where the parts begin, and the image ends.
 
-func (l layout) refBlocksAt() int64 { return l.g.Bytes(1 + l.refTable) }
-func (l layout) l1At() int64        { return l.refBlocksAt() + l.g.Bytes(l.refBlocks) }
-func (l layout) l2At() int64        { return l.l1At() + l.g.Bytes(l.l1) }
-func (l layout) dataAt() int64      { return l.l2At() + l.g.Bytes(l.l2) }
+func (l layout) refTableAt() format.HostOffset  { return l.g.Offset(1) } // behind the header
+func (l layout) refBlocksAt() format.HostOffset { return l.refTableAt().Plus(l.g.Bytes(l.refTable)) }
+func (l layout) l1At() format.HostOffset        { return l.refBlocksAt().Plus(l.g.Bytes(l.refBlocks)) }
+func (l layout) l2At() format.HostOffset        { return l.l1At().Plus(l.g.Bytes(l.l1)) }
+func (l layout) dataAt() format.HostOffset      { return l.l2At().Plus(l.g.Bytes(l.l2)) }
+func (l layout) end() format.HostOffset         { return l.dataAt().Plus(l.g.Bytes(l.data)) }
 
 // clusters is the length of the image.
 func (l layout) clusters() int64 { return 1 + l.refTable + l.refBlocks + l.l1 + l.l2 + l.data }
 
 // writeRefcounts sets the length of f, an empty file, and writes the refcount table and its blocks.
 func (l layout) writeRefcounts(f File) error {
-	if err := f.Truncate(l.g.Bytes(l.clusters())); err != nil {
+	if err := f.Truncate(int64(l.end())); err != nil {
 		return err
 	}
 	table := make([]byte, l.g.Bytes(l.refTable))
 	for i := range l.refBlocks {
-		binary.BigEndian.PutUint64(table[i*8:], uint64(l.refBlocksAt()+l.g.Bytes(i)))
+		binary.BigEndian.PutUint64(table[i*8:], uint64(l.refBlocksAt().Plus(l.g.Bytes(i))))
 	}
-	w := newMetadataWriter(f, l.g.ClusterSize)
+	w := newMetadataWriter(f, l.refTableAt())
 	_, _ = w.Write(table) // Flush tells
 	for left := l.clusters(); left > 0; left -= l.g.BlockCounts {
 		block := l.g.NewCounts(1)
@@ -77,7 +79,7 @@ func (l layout) writeHeader(f File) error {
 	}
 	h := format.Header{
 		Version: l.version, ClusterBits: l.g.ClusterBits, Size: l.size,
-		L1Size: l.l1Size, L1Offset: l.l1At(), RefTableOffset: l.g.ClusterSize, RefTableClusters: l.refTable,
+		L1Size: l.l1Size, L1Offset: l.l1At(), RefTableOffset: l.refTableAt(), RefTableClusters: l.refTable,
 	}
 	be := binary.BigEndian
 	be.PutUint32(h.Sector[0:], format.Magic)
@@ -97,6 +99,6 @@ func (l layout) writeHeader(f File) error {
 }
 
 // newMetadataWriter writes to f in sequence, in large pieces, from off on.
-func newMetadataWriter(f File, off int64) *bufio.Writer {
-	return bufio.NewWriterSize(io.NewOffsetWriter(f, off), 1<<20)
+func newMetadataWriter(f File, off format.HostOffset) *bufio.Writer {
+	return bufio.NewWriterSize(io.NewOffsetWriter(f, int64(off)), 1<<20)
 }

@@ -133,7 +133,7 @@ func (img *Image) clearFeatures() error {
 // not overlap; an L2 table where something else is makes its use fail, not the opening.
 func (img *Image) noteMetadata() error {
 	h, g, m := img.hdr.Load(), img.g, img.alloc.metadata
-	note := func(what string, off, length int64) error {
+	note := func(what string, off format.HostOffset, length int64) error {
 		if err := m.add(g.RunOf(off, length), metadataSole); err != nil {
 			return fmt.Errorf("%s at file offset %#x: %w", what, off, err)
 		}

@@ -68,7 +68,7 @@ func (l layout) preallocate(ctx context.Context, f File, kind Preallocation) err
 
 // eachPiece calls fn for the data clusters piece by piece.
 func (l layout) eachPiece(ctx context.Context, fn func(off, n int64) error) error {
-	for off, end := l.dataAt(), l.g.Bytes(l.clusters()); off < end; off += preallocatePiece {
+	for off, end := int64(l.dataAt()), int64(l.end()); off < end; off += preallocatePiece {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -87,15 +87,15 @@ func (l layout) writeMapping(f File) error {
 	for i := range l.l2 {
 		clear(t.B)
 		for k := range min(l.g.L2Entries, l.data-mapped) {
-			t.Set(k, format.OwnEntry(l.dataAt()+l.g.Bytes(mapped+k), format.SubAllocated))
+			t.Set(k, format.OwnEntry(l.dataAt().Plus(l.g.Bytes(mapped+k)), format.SubAllocated))
 		}
 		mapped += l.g.L2Entries
 		_, _ = w.Write(t.B) // Flush tells
-		l1[i] = format.L1Entry(l.l2At()+l.g.Bytes(i)) | format.FlagCopied
+		l1[i] = format.L1Entry(l.l2At().Plus(l.g.Bytes(i))) | format.FlagCopied
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	_, err := f.WriteAt(format.EncodeL1(l1), l.l1At())
+	_, err := f.WriteAt(format.EncodeL1(l1), int64(l.l1At()))
 	return err
 }

@@ -37,8 +37,8 @@ func (n *generation) punchZeroed() {
 			if !a.worthPunch(r) {
 				continue
 			}
-			at := n.g.Offset(r.First)
-			for end := min(n.g.Offset(r.End()), a.length.Load()); at < end; at += punchBytes {
+			at := int64(n.g.Offset(r.First))
+			for end := min(int64(n.g.Offset(r.End())), a.length.Load()); at < end; at += punchBytes {
 				_ = a.f.PunchHole(at, min(punchBytes, end-at))
 				n.pacePunch(min(punchBytes, end-at))
 			}

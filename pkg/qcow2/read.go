@@ -54,7 +54,7 @@ func follows(a, b format.L2Entry, g format.Geometry) bool {
 	case a.Kind().ReadsZero():
 		return b.Kind().ReadsZero()
 	case a.Kind() == format.KindData:
-		return b.Kind() == format.KindData && b.Offset() == a.Offset()+g.ClusterSize
+		return b.Kind() == format.KindData && b.Offset() == a.Offset().Plus(g.ClusterSize)
 	}
 	return false
 }
@@ -63,7 +63,7 @@ func follows(a, b format.L2Entry, g format.Geometry) bool {
 func (img *Image) readRun(p []byte, in int64, e format.L2Entry) error {
 	switch e.Kind() {
 	case format.KindData:
-		return img.readData(p, e.Offset()+in)
+		return img.readData(p, e.Offset().Plus(in))
 	case format.KindMixed:
 		return img.readMixed(p, in, e)
 	case format.KindCompressed:
@@ -80,8 +80,8 @@ func (img *Image) readRun(p []byte, in int64, e format.L2Entry) error {
 
 // readData reads data clusters. The file's last cluster may be cut, and the rest of it is zeros. One that lies behind the end was
 // lost: ErrCorrupt.
-func (img *Image) readData(p []byte, off int64) error {
-	n, err := img.f.ReadAt(p, off)
+func (img *Image) readData(p []byte, off format.HostOffset) error {
+	n, err := img.f.ReadAt(p, int64(off))
 	if err == nil || n == len(p) {
 		return nil
 	}
@@ -92,7 +92,7 @@ func (img *Image) readData(p []byte, off int64) error {
 	if err != nil {
 		return err
 	}
-	if last := (off + int64(len(p)) - 1) &^ (img.g.ClusterSize - 1); last >= format.RoundToSectors(length) {
+	if last := img.g.Offset(img.g.Cluster(off.Plus(int64(len(p)) - 1))); int64(last) >= format.RoundToSectors(length) {
 		return fmt.Errorf("%w: the data cluster at file offset %#x is behind the end of the file, which has %d bytes: it was cut short",
 			ErrCorrupt, last, length)
 	}
@@ -107,7 +107,7 @@ func (img *Image) readMixed(p []byte, in int64, e format.L2Entry) error {
 		n = min(n, int64(len(p)))
 		if !allocated {
 			clear(p[:n])
-		} else if err := img.readData(p[:n], e.Offset()+in); err != nil {
+		} else if err := img.readData(p[:n], e.Offset().Plus(in)); err != nil {
 			return err
 		}
 		p, in = p[n:], in+n

@@ -98,7 +98,7 @@ func (img *Image) tryStartSearch(first, end format.Cluster) (s *leakSearch, runn
 	if a.build != nil {
 		return nil, a.build.ended(), nil
 	}
-	all := a.g.ClusterBehind(a.length.Load()) + maxBatch // a crash may leave clusters counted behind the end
+	all := a.g.ClusterBehind(a.end()) + maxBatch // a crash may leave clusters counted behind the end
 	s = &leakSearch{first: first, seen: make([]uint8, max(0, min(end, all)-first)), last: end >= all}
 	a.search = s
 	return s, nil, nil
@@ -180,7 +180,10 @@ func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
 }
 
 // tableUse is an L2 table, and how many entries of snapshots' L1 tables point at it.
-type tableUse struct{ offset, times int64 }
+type tableUse struct {
+	offset format.HostOffset
+	times  int64
+}
 
 // mergeTables sorts tables, and adds up what leads to the same one.
 func mergeTables(all []tableUse) []tableUse {
@@ -217,7 +220,7 @@ func (img *Image) searchActive(ctx context.Context, s *leakSearch) error {
 
 // peekTable returns a copy of an active L2 table and its offset, 0 if there is none. Guests' tables stay in the cache. A guest that
 // wants the same table waits while it is read, as for another guest's read; all others go on.
-func (img *Image) peekTable(index int64) (t format.L2Table, off int64, end bool, err error) {
+func (img *Image) peekTable(index int64) (t format.L2Table, off format.HostOffset, end bool, err error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	for index < int64(len(img.l1)) {
@@ -240,7 +243,7 @@ func (img *Image) peekTable(index int64) (t format.L2Table, off int64, end bool,
 }
 
 // searchTable counts a table and what it maps.
-func (img *Image) searchTable(s *leakSearch, t format.L2Table, off, times int64, flag uint8) error {
+func (img *Image) searchTable(s *leakSearch, t format.L2Table, off format.HostOffset, times int64, flag uint8) error {
 	var rs format.Runs
 	for i := range t.Len() {
 		e := t.Entry(i)
@@ -270,7 +273,7 @@ func (img *Image) searchMetadata(s *leakSearch) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	h := img.hdr.Load()
-	one := func(off, n int64) { s.add(img.g.RunOf(off, n), 1, 0) }
+	one := func(off format.HostOffset, n int64) { s.add(img.g.RunOf(off, n), 1, 0) }
 	one(0, img.g.ClusterSize)
 	one(h.L1Offset, h.L1Size*8)
 	one(h.SnapshotsOffset, img.rowBytes)

@@ -192,7 +192,7 @@ func TestWritesPassASearch(t *testing.T) {
 				disk := contentOf(t, f.clone(), size)
 				img, err := Open(f, OpenOptions{})
 				must(t, err)
-				f.at = img.l1[table].Offset()
+				f.at = int64(img.l1[table].Offset())
 				f.reads.Store(1)
 				if !img.l1[table].Copied() { // the snapshot's table, which is read first
 					f.reads.Store(2)

@@ -14,8 +14,8 @@ import (
 type refcounts struct {
 	f       File
 	g       format.Geometry
-	table   []int64    // host offset of each refcount block, 0 = none; as many as the table has room for
-	tableAt format.Run // host clusters of the table
+	table   []format.HostOffset // of each refcount block, 0 = none; as many as the table has room for
+	tableAt format.Run          // host clusters of the table
 	blocks  map[int64]*refBlock
 	limit   int    // clean blocks kept in memory, and about as many dirty ones
 	tidyAt  int    // with so many blocks in memory clean ones are looked for
@@ -48,21 +48,22 @@ func loadRefcounts(f File, g format.Geometry, h *format.Header) (*refcounts, err
 		return nil, err
 	}
 	b := make([]byte, g.Bytes(h.RefTableClusters))
-	if h.RefTableOffset+int64(len(b)) > g.Bytes(g.Clusters(length)) {
+	end := g.Offset(g.ClusterBehind(format.HostOffset(length)))
+	if h.RefTableOffset.Plus(int64(len(b))) > end {
 		return nil, fmt.Errorf("%w: the refcount table, %d bytes at file offset %#x, reaches beyond the end of the file", ErrCorrupt, len(b), h.RefTableOffset)
 	}
 	if err := format.ReadPadded(f, b, h.RefTableOffset); err != nil {
 		return nil, fmt.Errorf("read the refcount table: %w", err)
 	}
 	rc := &refcounts{f: f, g: g, blocks: make(map[int64]*refBlock), limit: int(max(refBlockCacheBytes/g.ClusterSize, 4))}
-	table := make([]int64, len(b)/8)
+	table := make([]format.HostOffset, len(b)/8)
 	for i := range table {
 		e := binary.BigEndian.Uint64(b[i*8:])
-		if e >= format.MaxHostOffset || !g.Aligned(int64(e)) || int64(e) >= g.Bytes(g.Clusters(length)) {
+		if e >= format.MaxHostOffset || !g.Aligned(format.HostOffset(e)) || format.HostOffset(e) >= end {
 			return nil, fmt.Errorf("%s: %w: refcount table entry %d (file offset %#x) is %#x",
-				f.Name(), ErrCorrupt, i, h.RefTableOffset+int64(i)*8, e)
+				f.Name(), ErrCorrupt, i, h.RefTableOffset.Plus(int64(i)*8), e)
 		}
-		table[i] = int64(e)
+		table[i] = format.HostOffset(e)
 	}
 	rc.setTable(table, g.RunOf(h.RefTableOffset, int64(len(b))))
 	return rc, nil
@@ -86,7 +87,7 @@ func (rc *refcounts) block(i int64) (*refBlock, error) {
 }
 
 // absent tells whether there is a block i that is not in memory, and where it lies.
-func (rc *refcounts) absent(i int64) (off int64, ok bool) {
+func (rc *refcounts) absent(i int64) (off format.HostOffset, ok bool) {
 	if i >= int64(len(rc.table)) || rc.table[i] == 0 || rc.blocks[i] != nil {
 		return 0, false
 	}
@@ -94,7 +95,7 @@ func (rc *refcounts) absent(i int64) (off int64, ok bool) {
 }
 
 // read reads block i at off. It needs no lock.
-func (rc *refcounts) read(i, off int64) (*refBlock, error) {
+func (rc *refcounts) read(i int64, off format.HostOffset) (*refBlock, error) {
 	b := &refBlock{counts: rc.g.NewCounts(1)}
 	if err := format.ReadPadded(rc.f, b.counts.B, off); err != nil {
 		return nil, fmt.Errorf("read refcount block %d: %w", i, err)
@@ -221,7 +222,7 @@ func writeBlocks(f File, ws []blockWrite) error {
 }
 
 // setTable replaces the table.
-func (rc *refcounts) setTable(table []int64, at format.Run) {
+func (rc *refcounts) setTable(table []format.HostOffset, at format.Run) {
 	rc.table, rc.tableAt = table, at
 }
 

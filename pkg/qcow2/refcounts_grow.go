@@ -11,7 +11,7 @@ import (
 // go behind the end of the file, where the old table does not reach, so that they describe themselves; one header
 // write switches; then the old table is free. Called with mu held.
 func (a *allocator) growTable() error {
-	first := max(a.g.Counted(int64(len(a.rc.table)), 0), a.g.ClusterBehind(a.length.Load()))
+	first := max(a.g.Counted(int64(len(a.rc.table)), 0), a.g.ClusterBehind(a.end()))
 	if a.build != nil {
 		first = max(first, a.build.searchFrom())
 	}
@@ -34,7 +34,7 @@ func (a *allocator) growTable() error {
 		return err
 	}
 
-	table := make([]int64, entries)
+	table := make([]format.HostOffset, entries)
 	copy(table, a.rc.table)
 	all := a.g.NewCounts(newBlocks)
 	for i := range used.N {
@@ -47,7 +47,7 @@ func (a *allocator) growTable() error {
 	for i, off := range table {
 		binary.BigEndian.PutUint64(raw[i*8:], uint64(off))
 	}
-	if _, err := a.f.WriteAt(append(all.B, raw...), a.g.Offset(first)); err != nil {
+	if _, err := a.f.WriteAt(append(all.B, raw...), int64(a.g.Offset(first))); err != nil {
 		return err
 	}
 	// Blocks that claim has made and not yet linked must not appear in a durable table before their content.
@@ -75,7 +75,7 @@ func (a *allocator) growTable() error {
 	a.search.touch(used)
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)
-	a.length.Store(max(a.length.Load(), a.g.Offset(used.End())))
+	a.length.Store(int64(max(a.end(), a.g.Offset(used.End()))))
 	if err := a.releaseLocked(format.Runs{old}); err != nil {
 		return a.fail(err)
 	}

@@ -121,8 +121,8 @@ func (a *allocator) reuse(free format.Runs) {
 // punchHole punches clusters, as far as the file reaches.
 func (a *allocator) punchHole(r format.Run) error {
 	at := a.g.Offset(r.First)
-	if n := min(a.g.Bytes(r.N), a.length.Load()-at); n > 0 {
-		return a.f.PunchHole(at, n)
+	if n := min(a.g.Bytes(r.N), int64(a.end()-at)); n > 0 {
+		return a.f.PunchHole(int64(at), n)
 	}
 	return nil
 }
@@ -140,7 +140,7 @@ func (a *allocator) close() error {
 	if err := a.sync(); err != nil {
 		return err
 	}
-	last := a.g.ClusterBehind(a.length.Load()) - 1
+	last := a.g.ClusterBehind(a.end()) - 1
 	for last > 0 {
 		b, err := a.rc.block(a.g.BlockOf(last))
 		if err != nil {
@@ -156,7 +156,7 @@ func (a *allocator) close() error {
 		}
 		break
 	}
-	if end := a.g.Offset(last + 1); end < a.length.Load() {
+	if end := int64(a.g.Offset(last + 1)); end < a.length.Load() {
 		if err := a.f.Truncate(end); err != nil {
 			return err
 		}

@@ -110,10 +110,8 @@ func (a *allocator) reserveRound(n int64) (int64, error) {
 // prepare makes reserved clusters read as zeros and, with their counts, durable. Called with ledger held.
 func (a *allocator) prepare(got format.Runs) error {
 	for _, r := range got {
-		if at := a.g.Offset(r.First); at < a.length.Load() {
-			if err := a.f.PunchHole(at, min(a.g.Bytes(r.N), a.length.Load()-at)); err != nil {
-				return err
-			}
+		if err := a.punchHole(r); err != nil {
+			return err
 		}
 	}
 	if err := a.writeBack(); err != nil {
@@ -135,7 +133,7 @@ func (a *allocator) reach(rs format.Runs) error {
 	}
 	end := max(length, a.length.Load())
 	for _, r := range rs {
-		end = max(end, a.g.Offset(r.End()))
+		end = max(end, int64(a.g.Offset(r.End())))
 	}
 	if end > length {
 		if err := a.f.Truncate(end); err != nil {
@@ -153,7 +151,7 @@ func (a *allocator) link(blocks []int64) error {
 	for _, k := range blocks {
 		var e [8]byte
 		binary.BigEndian.PutUint64(e[:], uint64(a.rc.table[k]))
-		if _, err := a.f.WriteAt(e[:], a.g.Offset(a.rc.tableAt.First)+k*8); err != nil {
+		if _, err := a.f.WriteAt(e[:], int64(a.g.Offset(a.rc.tableAt.First))+k*8); err != nil {
 			// Whether the table on disk has the block is unknown now.
 			return a.fail(fmt.Errorf("write refcount table entry %d: %w", k, err))
 		}

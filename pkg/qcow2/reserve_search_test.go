@@ -95,7 +95,7 @@ func TestClaimSkipsUnsafe(t *testing.T) {
 	_, img := scatteredImage(t)
 	a := img.alloc
 	c := beginClaim(img, 4)
-	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.ClusterBehind(a.length.Load())
+	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.ClusterBehind(a.end())
 	must(t, c.step())
 	a.reopen(0, a.freeIn(0))
 	must(t, c.search())
@@ -177,9 +177,9 @@ func TestClaimBesidePunching(t *testing.T) {
 func TestRefcountBlocksInMemory(t *testing.T) {
 	const limit, many = 4, 10
 	g := format.NewGeometry(16, 4, false)
-	rc := &refcounts{g: g, table: make([]int64, many+1), blocks: map[int64]*refBlock{}, limit: limit}
+	rc := &refcounts{g: g, table: make([]format.HostOffset, many+1), blocks: map[int64]*refBlock{}, limit: limit}
 	for k := range int64(many) {
-		rc.table[k] = (k + 1) << 16
+		rc.table[k] = g.Offset(format.Cluster(k + 1))
 		b := &refBlock{counts: g.NewCounts(1)}
 		b.dirty.Add(0)
 		rc.keep(k, b)

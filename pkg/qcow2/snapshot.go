@@ -65,7 +65,7 @@ func (n *generation) create(row *format.SnapshotRow, l1 []format.L1Entry) (err e
 		return err
 	}
 	n.row = append(n.row, *row)
-	return n.eachTable(l1[:n.l1Keep], func(i, off int64, t format.L2Table) error {
+	return n.eachTable(l1[:n.l1Keep], func(i int64, off format.HostOffset, t format.L2Table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}

@@ -88,7 +88,7 @@ func (img *Image) strike(rows []format.SnapshotRow, at int) error {
 }
 
 // placeRows writes a snapshot table without a row, if need be to blocks that were zeros.
-func (img *Image) placeRows(rows []format.SnapshotRow, without int) (int64, error) {
+func (img *Image) placeRows(rows []format.SnapshotRow, without int) (format.HostOffset, error) {
 	b, err := format.EncodeSnapshotTable(slices.Delete(slices.Clone(rows), without, without+1))
 	if err != nil {
 		return 0, err
@@ -102,9 +102,9 @@ func (img *Image) placeRows(rows []format.SnapshotRow, without int) (int64, erro
 	}
 	img.alloc.metadata.put(got[0], metadataSole)
 	off := img.g.Offset(got[0].First)
-	if _, err = img.f.WriteAt(b, off); errors.Is(err, ErrNoSpace) {
+	if _, err = img.f.WriteAt(b, int64(off)); errors.Is(err, ErrNoSpace) {
 		if err = img.punchZeros(rows); err == nil {
-			_, err = img.f.WriteAt(b, off)
+			_, err = img.f.WriteAt(b, int64(off))
 		}
 	}
 	if err != nil {
@@ -134,7 +134,7 @@ func (img *Image) punchZeros(rows []format.SnapshotRow) error {
 			if img.g.ClusterSize < zeroBlock || !format.OnlyZeros(b) {
 				continue
 			}
-			if err := img.f.PunchHole(at, zeroBlock); err != nil {
+			if err := img.f.PunchHole(int64(at), zeroBlock); err != nil {
 				return err
 			}
 		}

@@ -30,7 +30,7 @@ func (n *generation) restore(old []format.L1Entry) error {
 	if err := n.unreference(gone); err != nil {
 		return err
 	}
-	return n.eachTable(come, func(i, off int64, t format.L2Table) error {
+	return n.eachTable(come, func(i int64, off format.HostOffset, t format.L2Table) error {
 		if err := n.scan(off, t); err != nil {
 			return err
 		}
@@ -53,7 +53,7 @@ func (n *generation) sameTables(a, b []format.L1Entry) ([]int64, error) {
 	}
 	var same []int64
 	first := n.g.NewTable()
-	err := n.eachTable(pairs, func(k, _ int64, t format.L2Table) error {
+	err := n.eachTable(pairs, func(k int64, _ format.HostOffset, t format.L2Table) error {
 		t.ClearCopied()
 		if k%2 == 0 {
 			copy(first.B, t.B)

@@ -236,17 +236,17 @@ func needsBarrier(old, es []format.L2Entry) bool {
 func (img *Image) writeHosts(data []byte, in int64, es []format.L2Entry) error {
 	for len(data) > 0 {
 		k := 1
-		for k < len(es) && es[k].Offset() == es[k-1].Offset()+img.g.ClusterSize {
+		for k < len(es) && es[k].Offset() == es[k-1].Offset().Plus(img.g.ClusterSize) {
 			k++
 		}
 		if err := img.alloc.metadata.refuse(format.Run{First: img.g.Cluster(es[0].Offset()), N: int64(k)}); err != nil {
 			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}
-		if last := es[k-1].Offset(); last >= img.alloc.length.Load() {
+		if last := es[k-1].Offset(); last >= img.alloc.end() {
 			return fmt.Errorf("%s: %w: data cluster at %#x, beyond the end of the file", img.f.Name(), ErrCorrupt, last)
 		}
 		n := min(img.g.Bytes(int64(k))-in, int64(len(data)))
-		if _, err := img.f.WriteAt(data[:n], es[0].Offset()+in); err != nil {
+		if _, err := img.f.WriteAt(data[:n], int64(es[0].Offset())+in); err != nil {
 			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}
 		data, es, in = data[n:], es[k:], 0

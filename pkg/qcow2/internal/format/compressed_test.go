@@ -111,14 +111,14 @@ func TestDecompressQEMU(t *testing.T) {
 			dst := make([]byte, clusterSize)
 			compressed := 0
 			for guest := int64(0); guest < int64(size); guest += int64(clusterSize) {
-				l2 := int64(binary.BigEndian.Uint64(f[h.L1Offset+8*g.L1Index(guest):]) & OffsetMask)
+				l2 := int64(binary.BigEndian.Uint64(f[h.L1Offset.Plus(8*g.L1Index(guest)):]) & OffsetMask)
 				e := g.Table(f[l2:]).Entry(g.L2Index(guest))
 				if e.Kind() != KindCompressed {
 					continue
 				}
 				compressed++
 				off, n := e.Compressed(g)
-				must(t, z.Decompress(dst, f[off:min(int64(len(f)), off+n)]))
+				must(t, z.Decompress(dst, f[off:min(int64(len(f)), int64(off)+n)]))
 				if !bytes.Equal(dst, content[guest:guest+int64(clusterSize)]) {
 					t.Fatalf("guest offset %#x: wrong content", guest)
 				}

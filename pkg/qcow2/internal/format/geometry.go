@@ -38,8 +38,8 @@ func NewGeometry(clusterBits, refcountOrder uint, extended bool) Geometry {
 // Clusters returns how many clusters n bytes need.
 func (g Geometry) Clusters(n int64) int64 { return n>>g.ClusterBits + min(g.InCluster(n), 1) }
 
-// Aligned tells whether a host or guest offset is the first byte of a cluster.
-func (g Geometry) Aligned(off int64) bool { return off&(g.ClusterSize-1) == 0 }
+// Aligned tells whether off is the first byte of a cluster.
+func (g Geometry) Aligned(off HostOffset) bool { return int64(off)&(g.ClusterSize-1) == 0 }
 
 // InCluster is the part of off below the cluster size.
 func (g Geometry) InCluster(off int64) int64 { return off & (g.ClusterSize - 1) }

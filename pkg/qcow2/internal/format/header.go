@@ -37,19 +37,19 @@ type Header struct {
 	Version     int
 	ClusterBits uint
 
-	Size             int64  // bytes 24-31: virtual disk size
-	L1Size           int64  // bytes 36-39: entries
-	L1Offset         int64  // bytes 40-47
-	RefTableOffset   int64  // bytes 48-55
-	RefTableClusters int64  // bytes 56-59
-	Snapshots        int64  // bytes 60-63: rows in the snapshot table
-	SnapshotsOffset  int64  // bytes 64-71
-	Incompatible     uint64 // bytes 72-79, version 3 and later as all below
-	Compatible       uint64 // bytes 80-87
-	Autoclear        uint64 // bytes 88-95; none in the header of an image that is open for writing
-	RefcountOrder    uint   // bytes 96-99
-	Length           int64  // bytes 100-103
-	CompressionType  uint8  // byte 104
+	Size             int64      // bytes 24-31: virtual disk size
+	L1Size           int64      // bytes 36-39: entries
+	L1Offset         HostOffset // bytes 40-47
+	RefTableOffset   HostOffset // bytes 48-55
+	RefTableClusters int64      // bytes 56-59
+	Snapshots        int64      // bytes 60-63: rows in the snapshot table
+	SnapshotsOffset  HostOffset // bytes 64-71
+	Incompatible     uint64     // bytes 72-79, version 3 and later as all below
+	Compatible       uint64     // bytes 80-87
+	Autoclear        uint64     // bytes 88-95; none in the header of an image that is open for writing
+	RefcountOrder    uint       // bytes 96-99
+	Length           int64      // bytes 100-103
+	CompressionType  uint8      // byte 104
 
 	Bitmaps []byte // data of the bitmaps extension, nil if there is none
 
@@ -197,9 +197,9 @@ func (h *Header) decodeGeneration() error {
 	g := h.Geometry()
 	be32 := func(at int) int64 { return int64(binary.BigEndian.Uint32(h.Sector[at:])) }
 	be64 := func(at int) int64 { return int64(binary.BigEndian.Uint64(h.Sector[at:])) }
-	h.L1Size, h.L1Offset = be32(36), be64(40)
-	h.RefTableOffset, h.RefTableClusters = be64(48), be32(56)
-	h.Snapshots, h.SnapshotsOffset = be32(60), be64(64)
+	h.L1Size, h.L1Offset = be32(36), HostOffset(be64(40))
+	h.RefTableOffset, h.RefTableClusters = HostOffset(be64(48)), be32(56)
+	h.Snapshots, h.SnapshotsOffset = be32(60), HostOffset(be64(64))
 
 	h.Size = be64(24)
 	switch {
@@ -219,7 +219,7 @@ func (h *Header) CheckL1Table() error {
 }
 
 // checkPointer refuses an offset that no cluster can have, at byte at of the header.
-func (h *Header) checkPointer(name string, at int, off int64) error {
+func (h *Header) checkPointer(name string, at int, off HostOffset) error {
 	if off >= MaxHostOffset {
 		return fmt.Errorf("%w: %s %#x at header offset %d", ErrCorrupt, name, off, at)
 	}
@@ -227,7 +227,7 @@ func (h *Header) checkPointer(name string, at int, off int64) error {
 }
 
 // checkAligned lets offsets pass that lie behind the end of any file: the checker judges them, as QEMU does.
-func (h *Header) checkAligned(name string, at int, off int64) error {
+func (h *Header) checkAligned(name string, at int, off HostOffset) error {
 	if off < 0 || off&(1<<h.ClusterBits-1) != 0 {
 		return fmt.Errorf("%w: %s %#x at header offset %d", ErrCorrupt, name, uint64(off), at)
 	}
@@ -247,7 +247,7 @@ func (h *Header) CheckSnapshotTable() error {
 }
 
 // checkTable refuses the offset of a table, at byte at of the header, unless the table is empty: nothing is read then.
-func (h *Header) checkTable(table string, entries int64, name string, at int, off int64) error {
+func (h *Header) checkTable(table string, entries int64, name string, at int, off HostOffset) error {
 	switch {
 	case entries == 0:
 		return h.checkAligned(name, at, off)

@@ -9,7 +9,7 @@ import (
 type L1Entry uint64
 
 // Offset returns the file offset of the L2 table, 0 if there is none.
-func (e L1Entry) Offset() int64 { return int64(e & OffsetMask) }
+func (e L1Entry) Offset() HostOffset { return HostOffset(e & OffsetMask) }
 
 // Copied tells whether no other L1 entry points at the L2 table, so that it may be changed in place.
 func (e L1Entry) Copied() bool { return e&FlagCopied != 0 }

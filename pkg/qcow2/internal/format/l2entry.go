@@ -74,7 +74,7 @@ func (e L2Entry) Kind() ClusterKind {
 }
 
 // Offset is the host cluster of an entry that is not compressed, 0 if it has none.
-func (e L2Entry) Offset() int64 { return int64(e.Desc & OffsetMask) }
+func (e L2Entry) Offset() HostOffset { return HostOffset(e.Desc & OffsetMask) }
 
 // Copied tells whether COPIED is set.
 func (e L2Entry) Copied() bool { return e.Desc&FlagCopied != 0 }
@@ -85,7 +85,7 @@ func (e L2Entry) Own() bool {
 }
 
 // OwnEntry maps to a host cluster of its own.
-func OwnEntry(host int64, sub SubBitmap) L2Entry { return L2Entry{uint64(host) | FlagCopied, sub} }
+func OwnEntry(host HostOffset, sub SubBitmap) L2Entry { return L2Entry{uint64(host) | FlagCopied, sub} }
 
 // WithCopied returns e with the flag set or cleared.
 func (e L2Entry) WithCopied(copied bool) L2Entry {
@@ -98,15 +98,15 @@ func (e L2Entry) WithCopied(copied bool) L2Entry {
 
 // Compressed returns where the compressed bytes lie. The length is rounded up to sectors: the
 // stream may end earlier.
-func (e L2Entry) Compressed(g Geometry) (off, length int64) {
+func (e L2Entry) Compressed(g Geometry) (off HostOffset, length int64) {
 	x := 62 - (g.ClusterBits - 8)
-	off = int64(e.Desc & (1<<x - 1))
+	off = HostOffset(e.Desc & (1<<x - 1))
 	sectors := int64(e.Desc & (FlagCompressed - 1) >> x)
-	return off, (sectors+1)*SectorSize - off&(SectorSize-1)
+	return off, (sectors+1)*SectorSize - int64(off)&(SectorSize-1)
 }
 
 // WithCompressed returns the compressed entry e with the bytes at off.
-func (e L2Entry) WithCompressed(g Geometry, off int64) L2Entry {
+func (e L2Entry) WithCompressed(g Geometry, off HostOffset) L2Entry {
 	x := 62 - (g.ClusterBits - 8)
 	e.Desc = e.Desc&^(1<<x-1) | uint64(off)
 	return e

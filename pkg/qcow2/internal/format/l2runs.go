@@ -43,7 +43,7 @@ func (t L2Table) EntryRuns(g Geometry, version int, rs []EntryRun) ([]EntryRun, 
 		if err != nil {
 			return rs, err
 		}
-		rs = append(rs, EntryRun{i, k, Run{g.Cluster(int64(w & OffsetMask)), k}, w&FlagCopied != 0, false})
+		rs = append(rs, EntryRun{i, k, Run{g.Cluster(HostOffset(w & OffsetMask)), k}, w&FlagCopied != 0, false})
 		at += k * stride
 	}
 	return rs, nil

@@ -15,11 +15,11 @@ type Source interface {
 }
 
 // ReadPadded fills p from off on; what lies beyond the end of the file is zeros, for the last cluster may be cut.
-func ReadPadded(f io.ReaderAt, p []byte, off int64) error {
+func ReadPadded(f io.ReaderAt, p []byte, off HostOffset) error {
 	if len(p) == 0 {
 		return nil // off may be anything: that of a table without entries
 	}
-	n, err := f.ReadAt(p, off)
+	n, err := f.ReadAt(p, int64(off))
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
@@ -45,12 +45,12 @@ func ReadHeader(f io.ReaderAt, decode func([]byte) (Header, error)) (Header, err
 // ReadL1 reads a table of entries L1 entries. What follows from it is bounded by the file, whatever the header claims. Some writers
 // leave the active table out at the end of the file if it is zeros. With missing set it may be so; else it is ErrCorrupt, for a file
 // that was cut short looks the same.
-func ReadL1(f Source, g Geometry, off, entries int64, missing bool) ([]L1Entry, error) {
+func ReadL1(f Source, g Geometry, off HostOffset, entries int64, missing bool) ([]L1Entry, error) {
 	length, err := f.Size()
 	if err != nil {
 		return nil, err
 	}
-	if !missing && entries > 0 && off+entries*8-length >= g.ClusterSize { // the file's last cluster may be cut, or missing if it is zeros
+	if !missing && entries > 0 && int64(off)+entries*8-length >= g.ClusterSize { // the file's last cluster may be cut, or missing if it is zeros
 		return nil, fmt.Errorf("%w: %d entries at file offset %#x reach beyond the end of the file", ErrCorrupt, entries, off)
 	}
 	b := make([]byte, entries*8)
@@ -73,17 +73,17 @@ func ReadL1(f Source, g Geometry, off, entries int64, missing bool) ([]L1Entry, 
 }
 
 // ReadL2 reads the L2 table at off.
-func ReadL2(f Source, g Geometry, off int64) (L2Table, error) {
+func ReadL2(f Source, g Geometry, off HostOffset) (L2Table, error) {
 	t := g.NewTable()
 	return t, t.Read(f, off)
 }
 
-func (t L2Table) Read(f Source, off int64) error {
+func (t L2Table) Read(f Source, off HostOffset) error {
 	length, err := f.Size()
 	if err != nil {
 		return err
 	}
-	if off >= length {
+	if int64(off) >= length {
 		return fmt.Errorf("%w: L2 table at file offset %#x, beyond the end of the file", ErrCorrupt, off)
 	}
 	if err := ReadPadded(f, t.B, off); err != nil {

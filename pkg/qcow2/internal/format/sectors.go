@@ -105,17 +105,17 @@ func (s SectorSet) Each(fn func(first, n int64)) {
 }
 
 // Parts returns copies of the sectors in the set of b, which lies at off.
-func (s SectorSet) Parts(b []byte, off int64) []MetaWrite {
+func (s SectorSet) Parts(b []byte, off HostOffset) []MetaWrite {
 	var ps []MetaWrite
 	s.Each(func(first, n int64) {
 		at, end := first*SectorSize, min((first+n)*SectorSize, int64(len(b)))
-		ps = append(ps, MetaWrite{off + at, append([]byte(nil), b[at:end]...)})
+		ps = append(ps, MetaWrite{off.Plus(at), append([]byte(nil), b[at:end]...)})
 	})
 	return ps
 }
 
 // MetaWrite is a part of the metadata on its way to the disk.
 type MetaWrite struct {
-	Off int64
+	Off HostOffset
 	B   []byte // a copy
 }

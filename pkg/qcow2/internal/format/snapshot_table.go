@@ -21,17 +21,17 @@ const (
 // SnapshotRow is one row of the snapshot table (specification: "Snapshots"). Fields that only pass
 // through are kept as they are on disk.
 type SnapshotRow struct {
-	L1Offset    int64  // bytes 0-7
-	L1Size      int64  // bytes 8-11: entries
-	ID          string // its length is in bytes 12-13
-	Name        string // its length is in bytes 14-15
-	DateSec     uint32 // bytes 16-19: since 1970
-	DateNsec    uint32 // bytes 20-23
-	VMClock     uint64 // bytes 24-31: nanoseconds
-	VMStateSize uint64 // bytes 32-35, or 64 bits in extra data 0-7
-	DiskSize    int64  // extra data 8-15: virtual bytes
-	Icount      uint64 // extra data 16-23
-	Extra       []byte // extra data from byte 24 on, meaning unknown, kept
+	L1Offset    HostOffset // bytes 0-7
+	L1Size      int64      // bytes 8-11: entries
+	ID          string     // its length is in bytes 12-13
+	Name        string     // its length is in bytes 14-15
+	DateSec     uint32     // bytes 16-19: since 1970
+	DateNsec    uint32     // bytes 20-23
+	VMClock     uint64     // bytes 24-31: nanoseconds
+	VMStateSize uint64     // bytes 32-35, or 64 bits in extra data 0-7
+	DiskSize    int64      // extra data 8-15: virtual bytes
+	Icount      uint64     // extra data 16-23
+	Extra       []byte     // extra data from byte 24 on, meaning unknown, kept
 
 	ExtraSize int64 // bytes 36-39: extra data as read, before EncodeSnapshotTable completes it
 }
@@ -88,7 +88,7 @@ type SnapshotReader struct {
 // NewSnapshotReader reads the table that h names.
 func NewSnapshotReader(f io.ReaderAt, h *Header) *SnapshotReader {
 	return &SnapshotReader{
-		r:        bufio.NewReaderSize(io.NewSectionReader(f, h.SnapshotsOffset, math.MaxInt64-h.SnapshotsOffset), 64<<10),
+		r:        bufio.NewReaderSize(io.NewSectionReader(f, int64(h.SnapshotsOffset), math.MaxInt64-int64(h.SnapshotsOffset)), 64<<10),
 		diskSize: h.Size,
 	}
 }
@@ -97,7 +97,7 @@ func NewSnapshotReader(f io.ReaderAt, h *Header) *SnapshotReader {
 func (t *SnapshotReader) Rows(h *Header) ([]SnapshotRow, int64, error) {
 	var rows []SnapshotRow
 	for i := range min(h.Snapshots, MaxSnapshots) {
-		start := h.SnapshotsOffset + Align8(t.at)
+		start := h.SnapshotsOffset.Plus(Align8(t.at))
 		row, err := t.next()
 		if err == nil && t.at > MaxSnapshotTableBytes {
 			err = fmt.Errorf("%w: the table is larger than %d MiB", ErrLimit, MaxSnapshotTableBytes>>20)
@@ -123,7 +123,7 @@ func (t *SnapshotReader) next() (SnapshotRow, error) {
 		return SnapshotRow{}, err
 	}
 	row := SnapshotRow{
-		L1Offset:    int64(binary.BigEndian.Uint64(b[0:])),
+		L1Offset:    HostOffset(binary.BigEndian.Uint64(b[0:])),
 		L1Size:      int64(binary.BigEndian.Uint32(b[8:])),
 		DateSec:     binary.BigEndian.Uint32(b[16:]),
 		DateNsec:    binary.BigEndian.Uint32(b[20:]),

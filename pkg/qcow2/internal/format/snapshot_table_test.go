@@ -248,7 +248,7 @@ func TestSnapshotTableQEMU(t *testing.T) {
 			b, err := EncodeSnapshotTable(rows)
 			must(t, err)
 			onDisk := make([]byte, size)
-			_, err = f.ReadAt(onDisk, h.SnapshotsOffset)
+			_, err = f.ReadAt(onDisk, int64(h.SnapshotsOffset))
 			must(t, err)
 			if !bytes.Equal(b, onDisk) {
 				t.Errorf("encoded %x\non disk %x", b, onDisk)

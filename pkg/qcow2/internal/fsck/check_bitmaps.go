@@ -39,15 +39,15 @@ func (c *checker) markBitmaps() error {
 	case count == 0 || count > maxBitmaps || size < bitmapRowBytes || size > maxBitmapDirectoryBytes:
 		c.unusable("the bitmaps extension has %d bitmaps in a directory of %d bytes", count, size)
 		return nil
-	case off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(int64(off)):
+	case off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(format.HostOffset(off)):
 		c.unusable("the bitmap directory is at offset %#x", off)
 		return nil
 	}
-	if !c.reference(origin{use: useBitmapDirectory}, int64(off), int64(size), 1) {
+	if !c.reference(origin{use: useBitmapDirectory}, format.HostOffset(off), int64(size), 1) {
 		return nil
 	}
 	directory := make([]byte, 0, min(size, readBytes))
-	err := c.scan(int64(off), int64(size), func(b []byte, _ int64) error {
+	err := c.scan(format.HostOffset(off), int64(size), func(b []byte, _ int64) error {
 		directory = append(directory, b...)
 		return nil
 	})
@@ -77,7 +77,8 @@ func (c *checker) unusable(text string, args ...any) {
 
 // bitmapRow is a row of the bitmap directory.
 type bitmapRow struct {
-	table, entries int64 // offset and length of the bitmap table
+	table   format.HostOffset // of the bitmap table
+	entries int64
 }
 
 // bitmapRows decodes the directory. It is good as a whole or not at all.
@@ -96,7 +97,7 @@ func (c *checker) bitmapRows(directory []byte, count int64) ([]bitmapRow, bool) 
 		}
 		directory = directory[length:]
 		off, entries := binary.BigEndian.Uint64(b), int64(binary.BigEndian.Uint32(b[8:]))
-		if off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(int64(off)) || entries == 0 || c.g.Bytes(entries) > maxBitmapBytes {
+		if off == 0 || off >= format.MaxHostOffset || !c.g.Aligned(format.HostOffset(off)) || entries == 0 || c.g.Bytes(entries) > maxBitmapBytes {
 			c.unusable("row %d of the bitmap directory names a table of %d entries at offset %#x", i, entries, off)
 			return nil, false
 		}
@@ -108,7 +109,7 @@ func (c *checker) bitmapRows(directory []byte, count int64) ([]bitmapRow, bool) 
 				i, flags, kind, granularity, name, extra)
 			return nil, false
 		}
-		rows = append(rows, bitmapRow{int64(off), entries})
+		rows = append(rows, bitmapRow{format.HostOffset(off), entries})
 	}
 	if len(directory) > 0 {
 		c.unusable("the bitmap directory goes on after row %d", count-1)
@@ -122,12 +123,12 @@ func covers(n int64, granularity uint8, size int64) bool {
 	return n*8 >= (size+1<<granularity-1)>>granularity
 }
 
-func (c *checker) markBitmapData(tableOffset, entries int64) error {
+func (c *checker) markBitmapData(tableOffset format.HostOffset, entries int64) error {
 	return c.scan(tableOffset, entries*8, func(b []byte, at int64) error {
 		for i := 0; i < len(b); i += 8 {
 			from := origin{use: useBitmapData, table: tableOffset, index: (at + int64(i)) / 8}
 			e := binary.BigEndian.Uint64(b[i:])
-			off := int64(e & format.OffsetMask)
+			off := format.HostOffset(e & format.OffsetMask)
 			switch {
 			case e&bitmapReserved != 0 || off != 0 && (e&bitmapAllOnes != 0 || !c.g.Aligned(off)):
 				c.corrupt(1, "%s: bitmap table entry %#x", from, e)

@@ -44,8 +44,9 @@ func (u clusterUse) mayShare(with clusterUse) bool {
 // origin is where a reference comes from: entry index of the table at offset table, or for useSnapshotL1 the
 // snapshot table's row.
 type origin struct {
-	use          clusterUse
-	table, index int64
+	use   clusterUse
+	table format.HostOffset
+	index int64
 }
 
 func (o origin) String() string {

@@ -10,13 +10,14 @@ import (
 
 // l1Region is an L1 table on disk.
 type l1Region struct {
-	offset, entries int64
-	from            origin
+	offset  format.HostOffset
+	entries int64
+	from    origin
 }
 
 // l2Region is an L2 table on disk and how many L1 entries, of the active table and of all, point at it.
 type l2Region struct {
-	offset        int64
+	offset        format.HostOffset
 	active, times int64
 }
 
@@ -86,7 +87,7 @@ func (c *checker) checkL1Entry(e format.L1Entry, from origin, active bool) {
 
 // checkCopied holds the COPIED flag of an active entry against the stored count (I2). The harm that a wrong one may do is undone
 // by clearCopied, or is that of a count that is too low.
-func (c *checker) checkCopied(from origin, off int64, copied bool, times int64) {
+func (c *checker) checkCopied(from origin, off format.HostOffset, copied bool, times int64) {
 	stored := c.stored(off)
 	if copied == (stored == 1) {
 		return
@@ -118,7 +119,7 @@ func (c *checker) eachL2Table(all []l2Region, fn func(t format.L2Table, l2 l2Reg
 	done := int64(0)
 	for rest := all; len(rest) > 0; {
 		n := 1
-		for n < len(rest) && rest[n].offset == rest[n-1].offset+size && int64(n+1)*size <= readBytes {
+		for n < len(rest) && rest[n].offset == rest[n-1].offset.Plus(size) && int64(n+1)*size <= readBytes {
 			n++
 		}
 		err := c.scan(rest[0].offset, int64(n)*size, func(b []byte, at int64) error {
@@ -188,7 +189,7 @@ func (c *checker) dataRun(t format.L2Table, i int64) int64 {
 	n := int64(1)
 	for ; i+n < t.Len() && n < most; n++ {
 		e := t.Entry(i + n)
-		if e.Desc&(format.FlagCompressed|format.L2Reserved|format.FlagZero) != 0 || e.Offset() != first.Offset()+c.g.Bytes(n) ||
+		if e.Desc&(format.FlagCompressed|format.L2Reserved|format.FlagZero) != 0 || e.Offset() != first.Offset().Plus(c.g.Bytes(n)) ||
 			e.Copied() != first.Copied() || e.Sub&format.SubZero != 0 && (c.h.Version < 3 || c.g.Extended) {
 			break
 		}
@@ -197,7 +198,7 @@ func (c *checker) dataRun(t format.L2Table, i int64) int64 {
 }
 
 // checkCopiedRun is checkCopied for n clusters from off on, which consecutive entries map, the first of which is from.
-func (c *checker) checkCopiedRun(from origin, off, n int64, copied bool, times int64) {
+func (c *checker) checkCopiedRun(from origin, off format.HostOffset, n int64, copied bool, times int64) {
 	for done := int64(0); done < n; {
 		cluster := c.g.Cluster(off) + format.Cluster(done)
 		if cluster >= c.end {
@@ -212,7 +213,7 @@ func (c *checker) checkCopiedRun(from origin, off, n int64, copied bool, times i
 			}
 			for ; m > 0; j, m = j+1, m-1 {
 				at := done + j - i
-				c.checkCopied(origin{from.use, from.table, from.index + at}, off+c.g.Bytes(at), copied, times)
+				c.checkCopied(origin{from.use, from.table, from.index + at}, off.Plus(c.g.Bytes(at)), copied, times)
 			}
 		})
 		done += m

@@ -7,7 +7,7 @@ import (
 )
 
 // stored returns the count that the image has for the cluster at off.
-func (c *checker) stored(off int64) uint64 {
+func (c *checker) stored(off format.HostOffset) uint64 {
 	if cluster := c.g.Cluster(off); cluster < c.end {
 		k, i := c.group(cluster)
 		return k.stored.get(i)
@@ -18,8 +18,8 @@ func (c *checker) stored(off int64) uint64 {
 // reference counts that times paths lead to the clusters of the n bytes at off. It returns false, and reports
 // it, if they lie behind the end of the file by a cluster or more (the last cluster may be a part only), or in
 // clusters that are in use for something that cannot share them.
-func (c *checker) reference(from origin, off, n, times int64) bool {
-	if off >= format.MaxHostOffset || off+n-c.length >= c.g.ClusterSize {
+func (c *checker) reference(from origin, off format.HostOffset, n, times int64) bool {
+	if off >= format.MaxHostOffset || int64(off.Plus(n)-c.length) >= c.g.ClusterSize {
 		c.corrupt(times, "%s: offset %#x, %#x bytes, is behind the end of the file", from, off, n)
 		return false
 	}
@@ -71,7 +71,7 @@ func (c *checker) loadRefcounts() error {
 // loadRefcountBlock reads the block that the table's entry number index points at.
 func (c *checker) loadRefcountBlock(index int64, entry uint64) error {
 	from := origin{use: useRefcountBlock, table: c.h.RefTableOffset, index: index}
-	off := int64(entry &^ format.RefTableReserved)
+	off := format.HostOffset(entry &^ format.RefTableReserved)
 	if off < 0 || !c.g.Aligned(off) {
 		// Like QEMU, which cannot read the counts.
 		c.result.Errors += max(0, min(c.g.BlockCounts, int64(c.end-c.g.Counted(index, 0))))
@@ -117,14 +117,14 @@ func (c *checker) compareRefcounts() {
 		n := min(groupClusters, max(0, int64(c.end-k.at(0))))
 		if last, yes := k.agree(n); yes {
 			if last >= 0 {
-				c.result.ImageEnd = c.g.Offset(k.at(last + 1))
+				c.result.ImageEnd = int64(c.g.Offset(k.at(last + 1)))
 			}
 			continue
 		}
 		for i := range n {
 			stored, refs, cluster := k.stored.get(i), k.refs.get(i), k.at(i)
 			if stored|refs != 0 {
-				c.result.ImageEnd = c.g.Offset(cluster + 1)
+				c.result.ImageEnd = int64(c.g.Offset(cluster + 1))
 			}
 			switch {
 			case stored < refs:

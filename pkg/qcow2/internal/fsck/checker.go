@@ -18,12 +18,12 @@ type checker struct {
 	file   host.File
 	h      *format.Header
 	g      format.Geometry
-	length int64 // of the file, rounded up to sectors
+	length format.HostOffset // of the file, rounded up to sectors
 
 	clusterMap
-	harmless  int64           // of the corruptions: whoever writes to the image destroys nothing for their sake
-	worst     string          // the first of the others
-	miscopied map[int64]int64 // offset and length of tables with COPIED on what is not counted once
+	harmless  int64                       // of the corruptions: whoever writes to the image destroys nothing for their sake
+	worst     string                      // the first of the others
+	miscopied map[format.HostOffset]int64 // offset and length of tables with COPIED on what is not counted once
 
 	end      format.Cluster      // of the host clusters: of the file, or behind the one that a reference ends in
 	l1       []l1Region          // L1 tables to walk, the active one first
@@ -42,8 +42,8 @@ func newChecker(stop func() error, f host.File, h format.Header, progress func(d
 	}
 	c := &checker{
 		stop: stop, file: f, h: &h, g: h.Geometry(), progress: progress, clusterMap: newClusterMap(),
-		miscopied: make(map[int64]int64),
-		length:    (size + format.SectorSize - 1) &^ (format.SectorSize - 1),
+		miscopied: make(map[format.HostOffset]int64),
+		length:    format.HostOffset(format.RoundToSectors(size)),
 	}
 	c.end = c.g.ClusterBehind(c.length)
 	c.result.Clusters = c.g.Clusters(h.Size)
@@ -83,16 +83,16 @@ const readBytes = 1 << 20
 
 // scan reads n bytes at off piece by piece and passes each piece, with its distance from off, to fn.
 // Bytes behind the end of the file are zeros.
-func (c *checker) scan(off, n int64, fn func(b []byte, at int64) error) error {
+func (c *checker) scan(off format.HostOffset, n int64, fn func(b []byte, at int64) error) error {
 	buf := make([]byte, min(n, max(readBytes, c.g.ClusterSize)))
 	for at := int64(0); at < n; at += int64(len(buf)) {
 		if err := c.stop(); err != nil {
 			return err
 		}
 		buf = buf[:min(int64(len(buf)), n-at)]
-		got, err := c.file.ReadAt(buf, off+at)
+		got, err := c.file.ReadAt(buf, int64(off)+at)
 		if err != nil && !errors.Is(err, io.EOF) {
-			return fmt.Errorf("read at offset %#x: %w", off+at, err)
+			return fmt.Errorf("read at offset %#x: %w", off.Plus(at), err)
 		}
 		clear(buf[got:])
 		if err := fn(buf, at); err != nil {

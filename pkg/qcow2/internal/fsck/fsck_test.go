@@ -35,15 +35,15 @@ func newImage(t *testing.T) (f host.File, count int64) {
 		t.Fatal(err)
 	}
 	g := h.Geometry()
-	at := func(off int64) int64 {
+	at := func(off format.HostOffset) format.HostOffset {
 		var b [8]byte
 		if err := format.ReadPadded(f, b[:], off); err != nil {
 			t.Fatal(err)
 		}
-		return int64(binary.BigEndian.Uint64(b[:]) & format.OffsetMask)
+		return format.HostOffset(binary.BigEndian.Uint64(b[:]) & format.OffsetMask)
 	}
-	data := at(at(h.L1Offset) + 8*g.L2Index(64<<10)) // the active disk alone has it
-	return f, at(h.RefTableOffset) + data>>g.ClusterBits*2
+	data := at(at(h.L1Offset).Plus(8 * g.L2Index(64<<10))) // the active disk alone has it
+	return f, int64(at(h.RefTableOffset)) + g.InBlock(g.Cluster(data))*2
 }
 
 func setCount(t *testing.T, f host.File, at int64, n uint16) {

@@ -27,7 +27,7 @@ func (r *repairer) lowerCounts(c *checker) error {
 	err := c.scan(c.h.RefTableOffset, c.g.Bytes(c.h.RefTableClusters), func(b []byte, at int64) error {
 		for i := 0; i < len(b); i += 8 {
 			e := binary.BigEndian.Uint64(b[i:])
-			off := int64(e &^ format.RefTableReserved)
+			off := format.HostOffset(e &^ format.RefTableReserved)
 			if e == 0 || e >= format.MaxHostOffset || !c.g.Aligned(off) || off >= c.length {
 				continue
 			}
@@ -49,8 +49,8 @@ func (r *repairer) lowerCounts(c *checker) error {
 	}
 	for _, run := range free {
 		at := c.g.Offset(run.First)
-		if n := min(c.g.Bytes(run.N), c.length-at); n > 0 {
-			if err := r.f.PunchHole(at, n); err != nil {
+		if n := min(c.g.Bytes(run.N), int64(c.length-at)); n > 0 {
+			if err := r.f.PunchHole(int64(at), n); err != nil {
 				return err
 			}
 		}
@@ -59,7 +59,7 @@ func (r *repairer) lowerCounts(c *checker) error {
 }
 
 // lowerBlock is lowerCounts for the refcount block with that index, at off.
-func (r *repairer) lowerBlock(c *checker, off, index int64, free *format.Runs) error {
+func (r *repairer) lowerBlock(c *checker, off format.HostOffset, index int64, free *format.Runs) error {
 	block := c.g.NewCounts(1)
 	if err := format.ReadPadded(r.f, block.B, off); err != nil {
 		return err
@@ -82,7 +82,7 @@ func (r *repairer) lowerBlock(c *checker, off, index int64, free *format.Runs) e
 	var err error
 	dirty.Each(func(first, n int64) {
 		at := first * format.SectorSize
-		if _, e := r.f.WriteAt(block.B[at:at+n*format.SectorSize], off+at); e != nil && err == nil {
+		if _, e := r.f.WriteAt(block.B[at:at+n*format.SectorSize], int64(off)+at); e != nil && err == nil {
 			err = fmt.Errorf("write refcount block %d: %w", index, e)
 		}
 	})

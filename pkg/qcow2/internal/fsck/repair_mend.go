@@ -28,7 +28,7 @@ func (b *rebuild) mendL1Tables() error {
 	return nil
 }
 
-func (b *rebuild) l2References(off int64) int64 {
+func (b *rebuild) l2References(off format.HostOffset) int64 {
 	k, i := b.group(b.g.Cluster(off))
 	return int64(k.refs.get(i))
 }
@@ -101,19 +101,19 @@ func (b *rebuild) mendL1Entry(e format.L1Entry) (mended format.L1Entry, why stri
 const tooMany = "a copy, for there were more references than a refcount can hold"
 
 // copy copies n bytes at off for one of too many references, as long as the copies do not outgrow the file.
-func (b *rebuild) copy(use clusterUse, off, n int64) (int64, error) {
+func (b *rebuild) copy(use clusterUse, off format.HostOffset, n int64) (format.HostOffset, error) {
 	from := b.g.RunOf(off, n)
-	if b.copied += b.g.Bytes(from.N); b.copied > b.length {
+	if b.copied += b.g.Bytes(from.N); b.copied > int64(b.length) {
 		return 0, fmt.Errorf("%w: more references than a refcount can hold, and too many to make copies", format.ErrLimit)
 	}
 	content := make([]byte, b.g.Bytes(from.N))
 	err := format.ReadPadded(b.file, content, b.g.Offset(from.First))
-	at := int64(0)
+	at := format.HostOffset(0)
 	if err == nil {
 		at, err = b.write(use, content)
 	}
 	b.failure = cmp.Or(b.failure, err)
-	return at + b.g.InCluster(off), err
+	return at + off - b.g.Offset(from.First), err
 }
 
 func (b *rebuild) maxCount() uint64 { return format.Counts{Order: b.g.RefcountOrder}.Max() }
@@ -157,9 +157,9 @@ func (b *rebuild) nextPhase() func(done, total int64) {
 }
 
 // move writes the L2 table that was at off to a new place, or again to the one that it has.
-func (b *rebuild) move(off int64, t format.L2Table) error {
+func (b *rebuild) move(off format.HostOffset, t format.L2Table) error {
 	if at, ok := b.moved[off]; ok {
-		_, err := b.file.WriteAt(t.B, at)
+		_, err := b.file.WriteAt(t.B, int64(at))
 		return err
 	}
 	at, err := b.write(useL2, t.B)
@@ -172,7 +172,7 @@ func (b *rebuild) move(off int64, t format.L2Table) error {
 func (b *rebuild) mendL2Entry(e format.L2Entry, times int64) (mended format.L2Entry, why string) {
 	if e.Kind() == format.KindCompressed {
 		off, n := e.Compressed(b.g)
-		if off < b.g.ClusterSize || off+n-b.length >= b.g.ClusterSize || off >= b.length {
+		if b.g.Cluster(off) == 0 || int64(off.Plus(n)-b.length) >= b.g.ClusterSize || off >= b.length {
 			return format.L2Entry{}, "not within the file"
 		}
 		mended, why = format.L2Entry{Desc: e.Desc &^ format.FlagCopied}, "compressed clusters have neither COPIED nor subclusters"
@@ -227,7 +227,7 @@ func (b *rebuild) mendStandard(e format.L2Entry) (mended format.L2Entry, why str
 }
 
 // count counts a reference from times paths to n bytes at off, if every count has room for it.
-func (b *rebuild) count(use clusterUse, off, n, times int64) bool {
+func (b *rebuild) count(use clusterUse, off format.HostOffset, n, times int64) bool {
 	r := b.g.RunOf(off, n)
 	for cluster := r.First; cluster < r.End(); cluster++ {
 		if k, i := b.group(cluster); b.maxCount()-k.refs.get(i) < uint64(times) {

@@ -14,19 +14,19 @@ type rebuild struct {
 	r           *repairer // to report to
 	rows        []format.SnapshotRow
 	rowsChanged bool
-	first, next format.Cluster  // clusters of the new structures: next begins the next one
-	moved       map[int64]int64 // where L2 tables have gone, by their old offset
-	copied      int64           // bytes
-	failure     error           // of a copy
+	first, next format.Cluster                          // clusters of the new structures: next begins the next one
+	moved       map[format.HostOffset]format.HostOffset // where L2 tables have gone, by their old offset
+	copied      int64                                   // bytes
+	failure     error                                   // of a copy
 }
 
 // behindEnd tells whether an L1 table reaches behind the last cluster of the file. As QEMU has it, what it says there is nothing.
 func (b *rebuild) behindEnd(l1 l1Region) bool {
-	return l1.offset+l1.entries*8 > b.g.Bytes(b.g.Clusters(b.length))
+	return l1.offset.Plus(l1.entries*8) > b.g.Offset(b.g.ClusterBehind(b.length))
 }
 
 // write puts content, padded to whole clusters, behind all else and returns its offset.
-func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
+func (b *rebuild) write(use clusterUse, content []byte) (format.HostOffset, error) {
 	if err := b.stop(); err != nil {
 		return 0, err
 	}
@@ -37,7 +37,7 @@ func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
 		copy(padded, content)
 	}
 	off := b.g.Offset(b.next)
-	if _, err := b.file.WriteAt(padded, off); err != nil {
+	if _, err := b.file.WriteAt(padded, int64(off)); err != nil {
 		return 0, fmt.Errorf("write %s: %w", use, err)
 	}
 	b.next += format.Cluster(n)
@@ -45,10 +45,10 @@ func (b *rebuild) write(use clusterUse, content []byte) (int64, error) {
 }
 
 // isNew tells whether the rebuild wrote what is at off: then it may be written again.
-func (b *rebuild) isNew(off int64) bool { return b.g.Cluster(off) >= b.first }
+func (b *rebuild) isNew(off format.HostOffset) bool { return b.g.Cluster(off) >= b.first }
 
 // occupy counts a structure of n bytes that is used times often. It returns false if something else is there.
-func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
+func (b *rebuild) occupy(use clusterUse, off format.HostOffset, n, times int64) bool {
 	r := b.g.RunOf(off, n)
 	for cluster := r.First; cluster < r.End(); cluster++ {
 		if k, i := b.group(cluster); k.refs.get(i) != 0 {
@@ -64,7 +64,7 @@ func (b *rebuild) occupy(use clusterUse, off, n, times int64) bool {
 }
 
 // vacate forgets the references to n bytes at off.
-func (c *checker) vacate(off, n int64) {
+func (c *checker) vacate(off format.HostOffset, n int64) {
 	r := c.g.RunOf(off, n)
 	for cluster := r.First; cluster < r.End(); cluster++ {
 		k, i := c.group(cluster)

@@ -16,7 +16,7 @@ func (r *repairer) rebuild(h format.Header, lossless bool) error {
 	if err != nil {
 		return err
 	}
-	b := &rebuild{checker: c, r: r, moved: make(map[int64]int64)}
+	b := &rebuild{checker: c, r: r, moved: make(map[format.HostOffset]format.HostOffset)}
 	b.first = c.end + 1 // a reference may begin in the last, partial cluster and end in the next
 	b.next = b.first
 	lost := r.result.Lost
@@ -140,7 +140,7 @@ func (b *rebuild) settleL1Tables() error {
 		var err error
 		switch fits := l1.entries == 0 || b.isNew(at) || b.occupy(l1.from.use, at, l1.entries*8, 1); {
 		case b.isNew(at):
-			_, err = b.file.WriteAt(format.EncodeL1(es), at)
+			_, err = b.file.WriteAt(format.EncodeL1(es), int64(at))
 			b.occupy(l1.from.use, at, l1.entries*8, 1)
 		case changed || !fits:
 			if fits {

@@ -43,7 +43,7 @@ func (c *checker) clearCopied() error {
 		var dirty format.SectorSet
 		for i := int64(0); i < size; i += stride {
 			e := binary.BigEndian.Uint64(b[i:])
-			if e&(format.FlagCopied|format.FlagCompressed) == format.FlagCopied && e&format.OffsetMask != 0 && c.stored(int64(e&format.OffsetMask)) != 1 {
+			if e&(format.FlagCopied|format.FlagCompressed) == format.FlagCopied && e&format.OffsetMask != 0 && c.stored(format.HostOffset(e&format.OffsetMask)) != 1 {
 				binary.BigEndian.PutUint64(b[i:], e&^format.FlagCopied)
 				dirty.Add(i / format.SectorSize)
 			}

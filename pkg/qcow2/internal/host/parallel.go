@@ -39,7 +39,7 @@ func Together(n int, do func(i int) error) error {
 // WriteAll makes writes that do not overlap; their order means nothing.
 func WriteAll(f File, ws []format.MetaWrite) error {
 	write := func(i int) error {
-		_, err := f.WriteAt(ws[i].B, ws[i].Off)
+		_, err := f.WriteAt(ws[i].B, int64(ws[i].Off))
 		return err
 	}
 	if len(ws) > CallsAtOnce {
