@@ -105,8 +105,8 @@ func (a *allocator) fetch(ks []int64) error {
 	return nil
 }
 
-// end returns where the file ends.
-func (a *allocator) end() format.HostOffset { return format.HostOffset(a.length.Load()) }
+// fileEnd returns where the file ends.
+func (a *allocator) fileEnd() format.HostOffset { return format.HostOffset(a.length.Load()) }
 
 // free tells that no running operation holds a cluster whose count is 0.
 func (a *allocator) free(c format.Cluster) bool {
@@ -130,7 +130,7 @@ const maxGap = 1 << 30
 // refuse returns ErrCorrupt for what is known to be metadata although its count is 0, and for what lies so far behind the
 // end of the file that the counts before it must be wrong: the file would become many times larger.
 func (a *allocator) refuse(r format.Run) error {
-	if length := a.end(); a.g.Offset(r.End()) > 2*length+maxGap {
+	if length := a.fileEnd(); a.g.Offset(r.End()) > 2*length+maxGap {
 		return fmt.Errorf("%s: %w: all clusters are in use, up to %d, but the file has only %d bytes", a.f.Name(), ErrCorrupt, r.First, length)
 	}
 	if err := a.metadata.refuse(r); err != nil {

@@ -52,10 +52,10 @@ func Clone(ctx context.Context, dst File, v *View, size int64, progress func(don
 // over together. What has to be read and written anew follows in guest order.
 type clonePlan struct {
 	layout
-	v      *View
-	whole  *clusterSet // of the source's file: taken over as they are
-	wholes int64
-	source format.Cluster // end of the whole clusters in the source's file
+	v         *View
+	whole     *clusterSet // of the source's file: taken over as they are
+	wholes    int64
+	sourceEnd format.Cluster // end of the whole clusters in the source's file
 }
 
 // maxCloneClusters bounds the memory for a clone's plan, a bit for each cluster of the source's file, to 256 MiB.
@@ -68,11 +68,11 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &clonePlan{v: v, source: g.Cluster(format.HostOffset(length))}
-	if p.source > maxCloneClusters {
+	p := &clonePlan{v: v, sourceEnd: g.Cluster(format.HostOffset(length))}
+	if p.sourceEnd > maxCloneClusters {
 		return nil, fmt.Errorf("%w: the file has more than %d clusters", ErrLimit, int64(maxCloneClusters))
 	}
-	p.whole = newClusterSet(int64(p.source))
+	p.whole = newClusterSet(int64(p.sourceEnd))
 	var twice *clusterSet // mapped more than once: not taken over, for each cluster of a clone is counted once
 	var tables, anew int64
 	err = p.eachTable(ctx, func(index int64, es []format.L2Entry) error {
@@ -87,7 +87,7 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 				p.whole.add(c)
 			default:
 				if twice == nil {
-					twice = newClusterSet(int64(p.source))
+					twice = newClusterSet(int64(p.sourceEnd))
 				}
 				twice.add(c)
 				anew++
@@ -115,14 +115,14 @@ func planClone(ctx context.Context, v *View, size int64) (*clonePlan, error) {
 // as the disk reaches.
 func (p *clonePlan) eachTable(ctx context.Context, fn func(index int64, es []format.L2Entry) error) error {
 	g, size := p.v.img.g, p.v.Size()
-	for off := int64(0); off < size; off += g.L2Coverage {
+	for off := format.GuestOffset(0); int64(off) < size; off = off.Plus(g.L2Coverage) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		n := min(size-off, g.L2Coverage)
-		es, err := p.v.mappedEntries(format.Chunk{Off: off, N: n, Table: g.L1Index(off), Last: g.L2Index(off + n - 1)})
+		c := g.Chunk(off, min(size-int64(off), g.L2Coverage))
+		es, err := p.v.mappedEntries(c)
 		if err == nil && slices.ContainsFunc(es, func(e format.L2Entry) bool { return !e.Kind().ReadsZero() }) {
-			err = fn(g.L1Index(off), es)
+			err = fn(c.Table, es)
 		}
 		if err != nil {
 			return err
@@ -138,12 +138,7 @@ func (p *clonePlan) host(index, i int64, e format.L2Entry) (format.Cluster, bool
 		return 0, false
 	}
 	c := p.v.img.g.Cluster(e.Offset())
-	return c, c < p.source && p.guest(index, i)+p.v.img.g.ClusterSize <= p.v.Size()
-}
-
-// guest returns the offset on the disk of entry i of a table.
-func (p *clonePlan) guest(index, i int64) int64 {
-	return index*p.v.img.g.L2Coverage + p.v.img.g.Bytes(i)
+	return c, c < p.sourceEnd && int64(p.v.img.g.Guest(index, i+1)) <= p.v.Size()
 }
 
 // writeContent writes L1 and L2 tables and takes over the data.
@@ -197,8 +192,8 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 			if nextAnew >= p.end() {
 				return changed
 			}
-			off := p.guest(index, i)
-			if err := c.copy(off, min(g.ClusterSize, p.v.Size()-off), nextAnew); err != nil {
+			off := g.Guest(index, i)
+			if err := c.copy(off, min(g.ClusterSize, p.v.Size()-int64(off)), nextAnew); err != nil {
 				return err
 			}
 			t.Set(i, format.OwnEntry(nextAnew, format.SubAllocated))

@@ -127,13 +127,13 @@ func (c *copier) share(off format.HostOffset, n int64, to format.HostOffset) err
 }
 
 // copy copies n bytes of the disk, at most a cluster.
-func (c *copier) copy(off, n int64, to format.HostOffset) error {
+func (c *copier) copy(off format.GuestOffset, n int64, to format.HostOffset) error {
 	for n > 0 {
 		k, from := min(n, copyChunk), off
-		if err := c.send(copyPiece{k, to, func(p []byte) error { _, err := c.v.ReadAt(p, from); return err }}); err != nil {
+		if err := c.send(copyPiece{k, to, func(p []byte) error { _, err := c.v.ReadAt(p, int64(from)); return err }}); err != nil {
 			return err
 		}
-		off, n, to = off+k, n-k, to.Plus(k)
+		off, n, to = off.Plus(k), n-k, to.Plus(k)
 	}
 	return nil
 }

@@ -133,7 +133,7 @@ func (o *owners) walk(f *memFile, root rootTable, fn func(guest, l1At, l2At int6
 		must(o.t, format.ReadPadded(f, t.B, format.HostOffset(off)))
 		size := int64(len(t.B)) / t.Len()
 		for j := range t.Len() {
-			fn(i*o.g.L2Coverage+j<<o.g.ClusterBits, l1At, off+j*size, t.Entry(j))
+			fn(int64(o.g.Guest(i, j)), l1At, off+j*size, t.Entry(j))
 		}
 	}
 }

@@ -13,7 +13,7 @@ type metadataParts struct {
 // room returns how many clusters the operation may take.
 func (p metadataParts) room(g format.Geometry) int64 {
 	n := p.l1 + p.l2 + p.snapshots + p.refTable + p.refBlocks
-	return n + n>>g.BlockBits + 4 // new refcount blocks, for what is new
+	return n + n/g.BlockCounts + 4 // new refcount blocks, for what is new
 }
 
 // deletionRoom returns the room that an operation needs now. Called with the allocator's lock held.
@@ -46,14 +46,14 @@ func (h Header) DeletionRoom(fileSize int64) int64 {
 	}
 	g := h.h.Geometry()
 	clusters := g.Clusters(max(fileSize, 0))
-	blocks := clusters>>g.BlockBits + 1
-	return metadataParts{
+	blocks := clusters/g.BlockCounts + 1
+	return g.Bytes(metadataParts{
 		l1:        g.Clusters(h.h.L1Size * 8),
 		l2:        h.h.L1Size,
 		snapshots: g.Clusters(min(h.h.Snapshots*snapshotRowBytes, format.MaxSnapshotTableBytes)),
 		refTable:  max(h.h.RefTableClusters, g.Clusters(blocks*8)),
 		refBlocks: blocks,
-	}.room(g) << g.ClusterBits
+	}.room(g))
 }
 
 // snapshotRowBytes is what a row of the snapshot table has at most, with a name of 255 bytes.

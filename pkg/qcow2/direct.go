@@ -16,9 +16,10 @@ func (img *Image) StartDirect(d *Direct, off, n int64, write bool) (host int64, 
 	}
 	size := img.Size()
 	if n > 0 && off >= 0 && off <= size && n <= size-off && img.usable(true) == nil {
-		d.lock = guestRange{img.g.GuestCluster(off), img.g.GuestCluster(off+n-1) + 1, false}
+		guest := format.GuestOffset(off)
+		d.lock = guestRange{img.g.GuestCluster(guest), img.g.GuestCluster(guest.Plus(n-1)) + 1, false}
 		if img.guests.tryLock(&d.lock) {
-			if at, ok := img.mapDirect(off, n, write); ok {
+			if at, ok := img.mapDirect(guest, n, write); ok {
 				img.requests.Add(1)
 				img.inHand(1)
 				return int64(at), true
@@ -45,10 +46,10 @@ const hostOfZeros = -1
 
 // mapDirect returns where in the file n bytes at off are, if that is one run of whole data clusters, or if they are zeros that
 // are to be read.
-func (img *Image) mapDirect(off, n int64, write bool) (host format.HostOffset, ok bool) {
+func (img *Image) mapDirect(off format.GuestOffset, n int64, write bool) (host format.HostOffset, ok bool) {
 	g := &img.g
-	index, first, last := g.L1Index(off), g.L2Index(off), g.L2Index(off+n-1)
-	if g.L1Index(off+n-1) != index || !img.mu.TryLock() { // it may be held for I/O
+	index, first, last := g.L1Index(off), g.L2Index(off), g.L2Index(off.Plus(n-1))
+	if g.L1Index(off.Plus(n-1)) != index || !img.mu.TryLock() { // it may be held for I/O
 		return 0, false
 	}
 	defer img.mu.Unlock()
@@ -70,7 +71,7 @@ func (img *Image) mapDirect(off, n int64, write bool) (host format.HostOffset, o
 		}
 	}
 	host = start.Plus(g.InCluster(off))
-	if !img.wholeBlocks(int64(host), n) || host.Plus(n) > img.alloc.end() {
+	if !img.wholeBlocks(int64(host), n) || host.Plus(n) > img.alloc.fileEnd() {
 		return 0, false
 	}
 	if write && img.alloc.metadata.refuse(format.Run{First: g.Cluster(start), N: last - first + 1}) != nil {

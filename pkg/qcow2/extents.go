@@ -49,28 +49,27 @@ func (v *View) Extents(off int64, fn func(Extent) error) error {
 		}
 		return fn(last)
 	}
-	size := v.Size()
-	for off < size {
-		c := format.Chunk{Off: off, N: min(size-off, g.L2Coverage-off%g.L2Coverage), Table: g.L1Index(off), First: g.L2Index(off)}
-		c.Last = g.L2Index(off + c.N - 1)
+	end := format.GuestOffset(v.Size())
+	for at := format.GuestOffset(off); at < end; {
+		c := g.Chunk(at, min(int64(end-at), g.UpToTable(at)))
 		es, err := v.mappedEntries(c)
 		if err != nil {
 			return err
 		}
 		if es == nil {
-			if err := emit(Extent{Offset: off, Length: c.N, Host: -1}); err != nil {
+			if err := emit(Extent{Offset: int64(at), Length: c.N, Host: -1}); err != nil {
 				return err
 			}
-			off += c.N
+			at = c.End()
 			continue
 		}
 		for _, e := range es {
-			for end := min(off-g.InCluster(off)+g.ClusterSize, size); off < end; {
-				x := newExtent(g, e, off, end-off)
+			for left := min(g.ClusterSize-g.InCluster(at), int64(end-at)); left > 0; {
+				x := newExtent(g, e, at, left)
 				if err := emit(x); err != nil {
 					return err
 				}
-				off += x.Length
+				at, left = at.Plus(x.Length), left-x.Length
 			}
 		}
 	}
@@ -81,8 +80,8 @@ func (v *View) Extents(off int64, fn func(Extent) error) error {
 }
 
 // newExtent describes n bytes at off of the cluster that e maps, or as many of them as are alike.
-func newExtent(g format.Geometry, e format.L2Entry, off, n int64) Extent {
-	x := Extent{Offset: off, Length: n, Host: -1}
+func newExtent(g format.Geometry, e format.L2Entry, off format.GuestOffset, n int64) Extent {
+	x := Extent{Offset: int64(off), Length: n, Host: -1}
 	if e.Kind() != format.KindCompressed && e.Offset() != 0 {
 		x.Host = int64(e.Offset()) + g.InCluster(off)
 	}

@@ -114,7 +114,7 @@ func TestDeleteInRoom(t *testing.T) {
 			})
 			// The holes in the file are taken, too.
 			img.alloc.mu.Lock()
-			img.alloc.next = img.g.ClusterBehind(img.alloc.end())
+			img.alloc.next = img.g.ClusterBehind(img.alloc.fileEnd())
 			img.alloc.mu.Unlock()
 			if err := img.DeleteSnapshot(ByName("one")); !errors.Is(err, c.want) {
 				t.Errorf("got %v, want %v", err, c.want)

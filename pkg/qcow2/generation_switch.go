@@ -306,7 +306,7 @@ func (n *generation) adopt() error {
 		}
 	}
 	a.length.Store(max(a.length.Load(), length))
-	a.unsafe, a.unsafeEnd = n.zeroed, a.g.ClusterBehind(a.end()) // behind the end there is nothing to punch
+	a.unsafe, a.unsafeEnd = n.zeroed, a.g.ClusterBehind(a.fileEnd()) // behind the end there is nothing to punch
 
 	img.mu.Lock()
 	defer img.mu.Unlock()

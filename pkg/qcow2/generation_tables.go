@@ -14,7 +14,7 @@ func (n *generation) scan(off format.HostOffset, t format.L2Table) error {
 	if n.runs, err = t.EntryRuns(n.g, n.img.version, n.runs[:0]); err != nil {
 		return fmt.Errorf("L2 table at file offset %#x, %w", off, err)
 	}
-	end := n.g.ClusterBehind(n.img.alloc.end())
+	end := n.g.ClusterBehind(n.img.alloc.fileEnd())
 	for _, r := range n.runs {
 		// Counts behind the end of the file would take memory that it does not justify.
 		if r.Hosts.End() > end {

@@ -181,7 +181,7 @@ func (img *Image) changeInRoom(op operation, cause error) error {
 		}
 		img.alloc.mu.Lock()
 		defer img.alloc.mu.Unlock()
-		room := format.Run{First: img.g.ClusterBehind(img.alloc.end()), N: img.deletionRoom()}
+		room := format.Run{First: img.g.ClusterBehind(img.alloc.fileEnd()), N: img.deletionRoom()}
 		return room, allocator.Allocate(int64(img.g.Offset(room.First)), img.g.Bytes(room.N))
 	}
 	err := img.attempt(op)

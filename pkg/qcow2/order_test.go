@@ -252,7 +252,7 @@ func (o *orderRun) start(what string) *event {
 
 // chunk writes as a part of a request that has begun.
 func (o *orderRun) chunk(off int64, p []byte) error {
-	return o.img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error { return o.img.writeChunk(c, p[c.Off-off:][:c.N]) })
+	return o.img.g.Chunks(format.GuestOffset(off), int64(len(p)), func(c format.Chunk) error { return o.img.writeChunk(c, p[int64(c.Off)-off:][:c.N]) })
 }
 
 // direct writes as the event loop does: to the file itself, if it may, and else as others do.

@@ -18,7 +18,7 @@ func TestTakeWhilePunching(t *testing.T) {
 	img, err := Open(f, OpenOptions{})
 	must(t, err)
 	a := img.alloc
-	end := a.g.ClusterBehind(a.end())
+	end := a.g.ClusterBehind(a.fileEnd())
 	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, end
 	got, err := a.take(3)
 	must(t, err)

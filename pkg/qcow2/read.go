@@ -15,7 +15,7 @@ func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 	}
 	defer img.end()
 	done := 0
-	err := img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error {
+	err := img.g.Chunks(format.GuestOffset(off), int64(len(p)), func(c format.Chunk) error {
 		unlock := img.lock(c, false)
 		defer unlock()
 		es, err := img.entries(c)
@@ -32,7 +32,7 @@ func (img *Image) ReadAt(p []byte, off int64) (int, error) {
 
 // readEntries fills p with guest bytes from off on, which entries es map. Neighbouring host clusters are read
 // together.
-func (img *Image) readEntries(p []byte, off int64, es []format.L2Entry) error {
+func (img *Image) readEntries(p []byte, off format.GuestOffset, es []format.L2Entry) error {
 	for len(p) > 0 {
 		in := img.g.InCluster(off)
 		k := 1
@@ -43,7 +43,7 @@ func (img *Image) readEntries(p []byte, off int64, es []format.L2Entry) error {
 		if err := img.readRun(p[:n], in, es[0]); err != nil {
 			return fmt.Errorf("%s: read guest offset %#x: %w", img.f.Name(), off, err)
 		}
-		p, off, es = p[n:], off+int64(n), es[k:]
+		p, off, es = p[n:], off.Plus(int64(n)), es[k:]
 	}
 	return nil
 }

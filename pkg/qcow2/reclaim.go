@@ -98,7 +98,7 @@ func (img *Image) tryStartSearch(first, end format.Cluster) (s *leakSearch, runn
 	if a.build != nil {
 		return nil, a.build.ended(), nil
 	}
-	all := a.g.ClusterBehind(a.end()) + maxBatch // a crash may leave clusters counted behind the end
+	all := a.g.ClusterBehind(a.fileEnd()) + maxBatch // a crash may leave clusters counted behind the end
 	s = &leakSearch{first: first, seen: make([]uint8, max(0, min(end, all)-first)), last: end >= all}
 	a.search = s
 	return s, nil, nil

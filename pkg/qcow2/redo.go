@@ -116,10 +116,11 @@ func (l *RedoLog) changes(g format.Geometry) (map[int64]map[int64]format.L2Entry
 		if guest < 0 || n <= 0 || n > g.L2Entries-first {
 			return nil, fmt.Errorf("%w: redo record of %d clusters from %d on", ErrCorrupt, n, guest)
 		}
-		t := tables[guest>>g.L2Bits]
+		index := guest / g.L2Entries
+		t := tables[index]
 		if t == nil {
 			t = map[int64]format.L2Entry{}
-			tables[guest>>g.L2Bits] = t
+			tables[index] = t
 		}
 		for k := range n {
 			t[first+k] = format.L2Entry{Desc: r[2], Sub: format.SubBitmap(r[3])}.Next(g, int(k))

@@ -41,7 +41,7 @@ func (img *Image) redoTable(index int64, changed map[int64]format.L2Entry) error
 	if index >= int64(len(img.l1)) {
 		return fmt.Errorf("%w: the L1 table has %d", ErrCorrupt, len(img.l1))
 	}
-	c.Off = index*img.g.L2Coverage + img.g.Bytes(c.First)
+	c.Off = img.g.Guest(index, c.First)
 	c.N = img.g.Bytes(c.Last - c.First + 1)
 	old, err := img.entries(c)
 	if err != nil {

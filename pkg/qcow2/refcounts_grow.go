@@ -11,7 +11,7 @@ import (
 // go behind the end of the file, where the old table does not reach, so that they describe themselves; one header
 // write switches; then the old table is free. Called with mu held.
 func (a *allocator) growTable() error {
-	first := max(a.g.Counted(int64(len(a.rc.table)), 0), a.g.ClusterBehind(a.end()))
+	first := max(a.g.Counted(int64(len(a.rc.table)), 0), a.g.ClusterBehind(a.fileEnd()))
 	if a.build != nil {
 		first = max(first, a.build.searchFrom())
 	}
@@ -75,7 +75,7 @@ func (a *allocator) growTable() error {
 	a.search.touch(used)
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)
-	a.length.Store(int64(max(a.end(), a.g.Offset(used.End()))))
+	a.length.Store(int64(max(a.fileEnd(), a.g.Offset(used.End()))))
 	if err := a.releaseLocked(format.Runs{old}); err != nil {
 		return a.fail(err)
 	}

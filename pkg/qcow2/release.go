@@ -121,7 +121,7 @@ func (a *allocator) reuse(free format.Runs) {
 // punchHole punches clusters, as far as the file reaches.
 func (a *allocator) punchHole(r format.Run) error {
 	at := a.g.Offset(r.First)
-	if n := min(a.g.Bytes(r.N), int64(a.end()-at)); n > 0 {
+	if n := min(a.g.Bytes(r.N), int64(a.fileEnd()-at)); n > 0 {
 		return a.f.PunchHole(int64(at), n)
 	}
 	return nil
@@ -140,7 +140,7 @@ func (a *allocator) close() error {
 	if err := a.sync(); err != nil {
 		return err
 	}
-	last := a.g.ClusterBehind(a.end()) - 1
+	last := a.g.ClusterBehind(a.fileEnd()) - 1
 	for last > 0 {
 		b, err := a.rc.block(a.g.BlockOf(last))
 		if err != nil {

@@ -95,7 +95,7 @@ func TestClaimSkipsUnsafe(t *testing.T) {
 	_, img := scatteredImage(t)
 	a := img.alloc
 	c := beginClaim(img, 4)
-	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.ClusterBehind(a.end())
+	a.unsafe, a.unsafeEnd = map[int64]struct{}{0: {}}, a.g.ClusterBehind(a.fileEnd())
 	must(t, c.step())
 	a.reopen(0, a.freeIn(0))
 	must(t, c.search())

@@ -89,7 +89,7 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 		return 0, fmt.Errorf("%s, snapshot %q: %w: %d bytes at %d of a disk of %d", v.img.f.Name(), v.row.Name, ErrOutOfRange, len(p), off, v.size)
 	}
 	done := 0
-	err := v.img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error {
+	err := v.img.g.Chunks(format.GuestOffset(off), int64(len(p)), func(c format.Chunk) error {
 		es, err := v.entries(c)
 		if err == nil {
 			err = v.img.readEntries(p[done:done+int(c.N)], c.Off, es)
@@ -114,7 +114,7 @@ func (v *View) entries(c format.Chunk) ([]format.L2Entry, error) {
 // mappedEntries is entries, or nil if there is no L2 table.
 func (v *View) mappedEntries(c format.Chunk) ([]format.L2Entry, error) {
 	if v.row == nil {
-		if err := v.img.begin(c.Off, c.N, false); err != nil {
+		if err := v.img.begin(int64(c.Off), c.N, false); err != nil {
 			return nil, err
 		}
 		defer v.img.end()

@@ -23,7 +23,7 @@ func (img *Image) write(p []byte, off int64) (int, error) {
 	}
 	defer img.end()
 	done := 0
-	err := img.g.Chunks(off, int64(len(p)), func(c format.Chunk) error {
+	err := img.g.Chunks(format.GuestOffset(off), int64(len(p)), func(c format.Chunk) error {
 		err := img.writeChunk(c, p[done:done+int(c.N)])
 		if err == nil {
 			done += int(c.N)
@@ -77,7 +77,7 @@ func (img *Image) running() (n *generation, releasing bool) {
 // writeInPlace writes to clusters that the active state owns: the mapping stays as it is. It does nothing if one
 // of them is not.
 func (img *Image) writeInPlace(c format.Chunk, p []byte) (bool, error) {
-	unlock := img.lock(c, !img.wholeBlocks(c.Off, c.N))
+	unlock := img.lock(c, !img.wholeBlocks(int64(c.Off), c.N))
 	defer unlock()
 	es, err := img.entries(c)
 	if err != nil {
@@ -164,7 +164,7 @@ func (img *Image) within(c format.Chunk, i int) (from, to int64) {
 		from = img.g.InCluster(c.Off)
 	}
 	if int64(i) == c.Last-c.First {
-		to = img.g.InCluster(c.Off+c.N-1) + 1
+		to = img.g.InCluster(c.End()-1) + 1
 	}
 	return from, to
 }
@@ -242,7 +242,7 @@ func (img *Image) writeHosts(data []byte, in int64, es []format.L2Entry) error {
 		if err := img.alloc.metadata.refuse(format.Run{First: img.g.Cluster(es[0].Offset()), N: int64(k)}); err != nil {
 			return fmt.Errorf("%s: write data: %w", img.f.Name(), err)
 		}
-		if last := es[k-1].Offset(); last >= img.alloc.end() {
+		if last := es[k-1].Offset(); last >= img.alloc.fileEnd() {
 			return fmt.Errorf("%s: %w: data cluster at %#x, beyond the end of the file", img.f.Name(), ErrCorrupt, last)
 		}
 		n := min(img.g.Bytes(int64(k))-in, int64(len(data)))

@@ -41,7 +41,7 @@ func (img *Image) toZero(off, n int64, replace func(format.L2Entry) format.L2Ent
 		return err
 	}
 	defer img.end()
-	return img.g.Parts(off, n, maxZeroed(img.g), func(c format.Chunk) error {
+	return img.g.Parts(format.GuestOffset(off), n, maxZeroed(img.g), func(c format.Chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.WholeClusters(c, img.Size()) {
@@ -59,7 +59,7 @@ func (img *Image) zeroPart(c format.Chunk, replace func(format.L2Entry) format.L
 	if err != nil || old == nil {
 		return err
 	}
-	whole := img.g.InCluster(c.Off) == 0 && (img.g.InCluster(c.Off+c.N) == 0 || c.Off+c.N == img.Size())
+	whole := img.g.InCluster(c.Off) == 0 && (img.g.InCluster(c.End()) == 0 || int64(c.End()) == img.Size())
 	es := make([]format.L2Entry, len(old))
 	changed := false
 	for i, e := range old {
@@ -90,7 +90,7 @@ func (img *Image) zeroBehindEnd() error {
 	defer img.end()
 	size := img.Size()
 	end := img.g.L1Entries(size) * img.g.L2Coverage
-	return img.g.Parts(size, end-size, maxZeroed(img.g), func(c format.Chunk) error {
+	return img.g.Parts(format.GuestOffset(size), end-size, maxZeroed(img.g), func(c format.Chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.WholeClusters(c, end) {

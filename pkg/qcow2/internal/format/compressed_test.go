@@ -110,7 +110,7 @@ func TestDecompressQEMU(t *testing.T) {
 			z := Decompressor{Kind: h.CompressionType}
 			dst := make([]byte, clusterSize)
 			compressed := 0
-			for guest := int64(0); guest < int64(size); guest += int64(clusterSize) {
+			for guest := GuestOffset(0); int(guest) < size; guest = guest.Plus(int64(clusterSize)) {
 				l2 := int64(binary.BigEndian.Uint64(f[h.L1Offset.Plus(8*g.L1Index(guest)):]) & OffsetMask)
 				e := g.Table(f[l2:]).Entry(g.L2Index(guest))
 				if e.Kind() != KindCompressed {
@@ -119,7 +119,7 @@ func TestDecompressQEMU(t *testing.T) {
 				compressed++
 				off, n := e.Compressed(g)
 				must(t, z.Decompress(dst, f[off:min(int64(len(f)), int64(off)+n)]))
-				if !bytes.Equal(dst, content[guest:guest+int64(clusterSize)]) {
+				if !bytes.Equal(dst, content[guest:guest.Plus(int64(clusterSize))]) {
 					t.Fatalf("guest offset %#x: wrong content", guest)
 				}
 			}

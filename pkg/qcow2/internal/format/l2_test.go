@@ -121,8 +121,9 @@ func TestChunks(t *testing.T) {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 	for _, c := range []struct {
-		off, n, size int64
-		lengths      []int64
+		off     GuestOffset
+		n, size int64
+		lengths []int64
 	}{
 		{0, 1024, 4096, []int64{1024}},
 		{100, 1024, 4096, []int64{412, 512, 100}},
@@ -131,7 +132,7 @@ func TestChunks(t *testing.T) {
 		{100, 512, 4096, []int64{512}},
 	} {
 		var lengths []int64
-		chunk := Chunk{Off: c.off, N: c.n, First: g.L2Index(c.off), Last: g.L2Index(c.off + c.n - 1)}
+		chunk := g.Chunk(c.off, c.n)
 		for _, p := range g.WholeClusters(chunk, c.size) {
 			lengths = append(lengths, p.N)
 		}

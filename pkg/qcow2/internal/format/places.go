@@ -7,12 +7,37 @@ type HostOffset int64
 // Plus returns the place n bytes behind o.
 func (o HostOffset) Plus(n int64) HostOffset { return o + HostOffset(n) }
 
+// GuestOffset is a place on the disk, as the guest sees it, in bytes from its start, up to its size. An L1 index, an L2 index and a
+// distance from the start of the cluster say the same, see L1Index, L2Index, InCluster and Guest.
+type GuestOffset int64
+
+// Plus returns the place n bytes behind o.
+func (o GuestOffset) Plus(n int64) GuestOffset { return o + GuestOffset(n) }
+
+// L1Index returns the index of the L1 entry that off is under.
+func (g Geometry) L1Index(off GuestOffset) int64 { return int64(off) / g.L2Coverage }
+
+// L2Index returns the index of the L2 entry, in its table, that maps off.
+func (g Geometry) L2Index(off GuestOffset) int64 { return g.GuestCluster(off) & (g.L2Entries - 1) }
+
+// InCluster returns how many bytes of off's cluster come before it.
+func (g Geometry) InCluster(off GuestOffset) int64 { return int64(off) & (g.ClusterSize - 1) }
+
+// GuestCluster returns the number of the guest cluster in which off lies: the first of the disk is 0.
+func (g Geometry) GuestCluster(off GuestOffset) int64 { return int64(off) >> g.ClusterBits }
+
+// Guest returns where the cluster begins that an entry of an L2 table maps.
+func (g Geometry) Guest(l1, l2 int64) GuestOffset { return GuestOffset(l1*g.L2Coverage + g.Bytes(l2)) }
+
 // Cluster is the number of a host cluster: the image's file is clusters, from its start on, and 0 is the header's. The first that
 // lies behind any file is MaxHostOffset >> ClusterBits. How many clusters there are of something is an int64.
 type Cluster int64
 
 // Alone returns the run of c and nothing else.
 func (c Cluster) Alone() Run { return Run{c, 1} }
+
+// Aligned tells whether a cluster begins at off.
+func (g Geometry) Aligned(off HostOffset) bool { return int64(off)&(g.ClusterSize-1) == 0 }
 
 // Cluster returns the host cluster in which off lies.
 func (g Geometry) Cluster(off HostOffset) Cluster { return Cluster(off >> g.ClusterBits) }
@@ -27,9 +52,6 @@ func (g Geometry) Offset(c Cluster) HostOffset { return HostOffset(c) << g.Clust
 func (g Geometry) RunOf(off HostOffset, n int64) Run {
 	return RunTo(g.Cluster(off), g.ClusterBehind(off.Plus(n)))
 }
-
-// GuestCluster returns the number of the guest cluster in which an offset on the disk lies.
-func (g Geometry) GuestCluster(off int64) int64 { return off >> g.ClusterBits }
 
 // Bytes returns how many bytes n clusters are.
 func (g Geometry) Bytes(n int64) int64 { return n << g.ClusterBits }
