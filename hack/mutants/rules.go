@@ -21,12 +21,12 @@ type rules struct {
 
 func newRules() rules {
 	return rules{
-		syncs: names(`sync fsync fdatasync syncDir syncFS syncParent fsyncDir settle settleFirst flush commit commitMapping writeBack
+		syncs: names(`sync fsync fdatasync syncDir syncFS syncParent fsyncDir settle endCommit fixMapping commitBeforehand flush commit commitMapping writeBack
 			completeRefcounts completeL1 endReservation giveBack mirror refuse punchHole abort`),
-		notes: names(`freeze touch forget note mapped unmake remove reuse setReleasing wait cancel undo delete store noteWrite`),
-		marks: names(`barrier frozen freed dirty disturbed settled unsafe unsafeEnd build deferred late l1Dirty growth failed broken
+		notes: names(`freeze preserve touch forget note mapped unmake remove reuse setReleasing wait cancel undo delete store noteWrite`),
+		marks: names(`barrier sharesAll preserved freed dirty disturbed settled fixed unsafe unsafeEnd build deferred late l1Dirty growth failed broken
 			closed closing leaving pending owner served journal`),
-		guards: regexp.MustCompile(`(?i)unsafe|busy|\.free\(|frozen|owns?\(|copied|settled|\.build\b|viewed|holds|barrier|disturbed|` +
+		guards: regexp.MustCompile(`(?i)unsafe|busy|\.free\(|frozen|sharesAll|preserved|owns?\(|copied|settled|n\.fixed|\.build\b|viewed|holds|barrier|disturbed|` +
 			`failed\(|closing|closed|dirty|pending|writing|lease|locked|guard|stale|marked|l1\[`),
 		ordered: names(`sync fsync fdatasync syncDir syncFS syncParent rename renameAt renameAt2 renameNoReplace exchange link unlink remove removeAll
 			writeAt writeAll writeBlocks truncate punchHole switchHeader publish hide mark unmark replaceFile overwrite writeBack prepare

@@ -74,7 +74,7 @@ func (img *Image) readTable(index int64, e format.L1Entry, t format.L2Table) (cu
 
 // owns tells whether a host cluster that is marked COPIED may be written in place. Called with mu held.
 func (img *Image) owns(host format.HostOffset) bool {
-	if img.build == nil || !img.build.frozen {
+	if img.build == nil || !img.build.sharesAll {
 		return true
 	}
 	_, ok := img.build.own[img.g.Cluster(host)]
@@ -191,7 +191,7 @@ func (img *Image) replaceTable(index int64, old format.L1Entry, t *l2Table) bool
 	if n := img.build; n != nil {
 		n.own[img.g.Cluster(t.offset)] = struct{}{}
 		n.note(index)
-		if n.settled {
+		if n.fixed {
 			n.late = append(n.late, lateTable{index, old.Offset(), t.offset})
 			return true
 		}
@@ -249,7 +249,7 @@ func (img *Image) lockTable(index int64, n int) (*l2Table, error) {
 	for {
 		img.mu.Lock()
 		t, err := img.activeTable(index)
-		if err != nil || img.redo.room(n) {
+		if err != nil || img.redo.fits(n) {
 			return t, err
 		}
 		img.mu.Unlock()

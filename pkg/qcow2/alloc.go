@@ -28,10 +28,10 @@ type allocator struct {
 	// ledger, and before mu.
 	growth sync.RWMutex
 
-	mu     sync.Mutex // guards all below
-	rc     *refcounts
-	search *leakSearch    // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
-	build  nextGeneration // of a running operation, nil if there is none
+	mu         sync.Mutex // guards all below
+	rc         *refcounts
+	leakSearch *leakSearch    // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
+	build      nextGeneration // of a running operation, nil if there is none
 	// unsafe: refcount blocks whose free clusters are being punched, those before unsafeEnd. Nothing is taken of these.
 	unsafe    map[int64]struct{}
 	unsafeEnd format.Cluster
@@ -115,7 +115,7 @@ func (a *allocator) free(c format.Cluster) bool {
 
 // add changes live counts, and with them those of a generation that is being built.
 func (a *allocator) add(r format.Run, delta int) (zero format.Runs, err error) {
-	a.search.touch(r)
+	a.leakSearch.touch(r)
 	zero, err = a.rc.add(r, delta)
 	if err == nil && a.build != nil {
 		err = a.build.mirror(r, delta)
@@ -162,11 +162,11 @@ func (a *allocator) count(cluster format.Cluster) (uint64, error) {
 	return b.counts.Get(a.g.InBlock(cluster)), nil
 }
 
-// searching tells whether ReclaimLeaks counts references.
-func (a *allocator) searching() bool {
+// searchingLeaks tells whether ReclaimLeaks counts references.
+func (a *allocator) searchingLeaks() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.search != nil
+	return a.leakSearch != nil
 }
 
 // A reservation starts small, so that a short visit leaks little when it crashes, and doubles while it is

@@ -186,7 +186,7 @@ func (p *clonePlan) writeTables(c *copier, dst File) error {
 			}
 			i := int64(i)
 			if c, ok := p.host(index, i, e); ok && p.whole.has(c) {
-				t.Set(i, format.OwnEntry(p.dataAt().Plus(g.Bytes(p.whole.place(c))), e.Sub))
+				t.Set(i, format.OwnEntry(p.dataAt().Plus(g.Bytes(p.whole.before(c))), e.Sub))
 				continue
 			}
 			if nextAnew >= p.end() {

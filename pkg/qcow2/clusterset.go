@@ -36,8 +36,8 @@ func (s *clusterSet) seal() (clusters int64) {
 	return clusters
 }
 
-// place returns how many clusters of the set come before c.
-func (s *clusterSet) place(c format.Cluster) int64 {
+// before returns how many clusters of the set come before c.
+func (s *clusterSet) before(c format.Cluster) int64 {
 	i := int64(c / 64)
 	n := s.rank[i/rankWords] + int64(bits.OnesCount64(s.words[i]&(1<<(uint(c)%64)-1)))
 	for k := i / rankWords * rankWords; k < i; k++ {

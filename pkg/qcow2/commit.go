@@ -14,7 +14,7 @@ func (img *Image) Flush() error {
 	if err := img.begin(0, 0, false); err != nil {
 		return err
 	}
-	img.end() // a snapshot's freeze does not wait for syncs
+	img.end() // the instant of a snapshot does not wait for syncs
 	if img.readOnly {
 		return nil
 	}
@@ -68,7 +68,7 @@ func (img *Image) commitAll() (freed format.Runs, err error) {
 	}
 	w := img.takeDirty()
 	err = w.write(img)
-	img.settle(w, err)
+	img.endCommit(w, err)
 	if err != nil {
 		return nil, fmt.Errorf("%s: flush: %w", img.f.Name(), err)
 	}
@@ -102,7 +102,7 @@ func (img *Image) retire(rs format.Runs) error {
 func (img *Image) commitMapping() error {
 	img.commitMu.Lock()
 	img.mu.Lock()
-	clean := img.dirty == 0 && len(img.frozen) == 0 && img.l1Dirty.Empty() && len(img.freed) == 0
+	clean := img.dirty == 0 && len(img.preserved) == 0 && img.l1Dirty.Empty() && len(img.freed) == 0
 	img.mu.Unlock()
 	img.commitMu.Unlock()
 	if clean {
@@ -136,14 +136,14 @@ func (img *Image) relieve() error {
 
 // commitWork is what one commit writes.
 type commitWork struct {
-	number  uint64
-	barrier bool
-	freed   format.Runs
-	tables  []*l2Table
-	l1Dirty format.SectorSet
-	frozen  []format.MetaWrite // see Image.frozen: they come first
-	writes  []format.MetaWrite
-	redo    uint64 // end of the redo log: what was noted before is in the above
+	number    uint64
+	barrier   bool
+	freed     format.Runs
+	tables    []*l2Table
+	l1Dirty   format.SectorSet
+	preserved []format.MetaWrite // see Image.preserved: they come first
+	writes    []format.MetaWrite
+	redo      uint64 // end of the redo log: what was noted before is in the above
 }
 
 // takeDirty collects what has changed; what changes from now on is the next commit's.
@@ -151,9 +151,9 @@ func (img *Image) takeDirty() *commitWork {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	img.started++
-	w := &commitWork{number: img.started, barrier: img.barrier, freed: img.freed, l1Dirty: img.l1Dirty, frozen: img.frozen}
+	w := &commitWork{number: img.started, barrier: img.barrier, freed: img.freed, l1Dirty: img.l1Dirty, preserved: img.preserved}
 	w.redo = img.redo.end()
-	img.barrier, img.freed, img.l1Dirty, img.dirty, img.frozen = false, nil, nil, 0, nil
+	img.barrier, img.freed, img.l1Dirty, img.dirty, img.preserved = false, nil, nil, 0, nil
 	for _, e := range img.l2.tables {
 		t := e.Value.(*l2Table)
 		if t.dirty.Empty() {
@@ -171,15 +171,15 @@ func (img *Image) takeDirty() *commitWork {
 	return w
 }
 
-// freeze notes what tables hold that is not yet on disk, for the next commit: guests will change copies of them, and the
+// preserve notes what tables hold that is not yet on disk, for the next commit: guests will change copies of them, and the
 // tables themselves are a snapshot's. Called with mu held, while guests are stopped.
-func (img *Image) freeze() {
+func (img *Image) preserve() {
 	for _, e := range img.l2.tables {
 		t := e.Value.(*l2Table)
 		var pending format.SectorSet
 		pending.AddAll(t.dirty)
 		pending.AddAll(t.writing) // the commit under way may fail
-		img.frozen = append(img.frozen, pending.Parts(t.data.B, t.offset)...)
+		img.preserved = append(img.preserved, pending.Parts(t.data.B, t.offset)...)
 	}
 }
 
@@ -189,7 +189,7 @@ func (w *commitWork) write(img *Image) error {
 			return err
 		}
 	}
-	for _, ws := range [][]format.MetaWrite{w.frozen, w.writes} {
+	for _, ws := range [][]format.MetaWrite{w.preserved, w.writes} {
 		if err := host.WriteAll(img.f, ws); err != nil {
 			return fmt.Errorf("write metadata: %w", err)
 		}
@@ -197,9 +197,9 @@ func (w *commitWork) write(img *Image) error {
 	return img.sync()
 }
 
-// settle ends the commit in memory. What a failed one took is dirty again: nothing is lost, and a later flush
+// endCommit ends the commit in memory. What a failed one took is dirty again: nothing is lost, and a later flush
 // may succeed where a full disk has been relieved. It owes its barrier, too: that may be what has failed.
-func (img *Image) settle(w *commitWork, err error) {
+func (img *Image) endCommit(w *commitWork, err error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	if err == nil {
@@ -208,7 +208,7 @@ func (img *Image) settle(w *commitWork, err error) {
 	} else {
 		img.barrier = true
 		img.freed = append(w.freed, img.freed...)
-		img.frozen = append(w.frozen, img.frozen...)
+		img.preserved = append(w.preserved, img.preserved...)
 		img.l1Dirty.AddAll(w.l1Dirty)
 	}
 	for _, t := range w.tables {

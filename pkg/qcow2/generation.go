@@ -45,14 +45,14 @@ type generation struct {
 	spare   []format.Counts        // memory of blocks that were put out of it
 
 	// The image's lock guards these.
-	frozen   bool                        // what was mapped at the start belongs to a snapshot now, whatever COPIED says
-	own      map[format.Cluster]struct{} // if frozen: host clusters mapped since
-	dirty    map[int64]*format.SectorSet // L1 indexes of tables that changed after the build saw them, and what changed there
-	deferred format.Runs                 // given up by guests, durably: abort releases them
-	given    int                         // how many of these giveUp has seen
-	deleting string                      // ID of the snapshot that must not be opened any more
-	settled  bool                        // the next generation has its mapping: what guests change now comes after it
-	late     []lateTable                 // tables that guests made since then
+	sharesAll bool                        // what was mapped at the start belongs to a snapshot now, whatever COPIED says
+	own       map[format.Cluster]struct{} // if sharesAll: host clusters mapped since
+	dirty     map[int64]*format.SectorSet // L1 indexes of tables that changed after the build saw them, and what changed there
+	deferred  format.Runs                 // given up by guests, durably: abort releases them
+	given     int                         // how many of these giveUp has seen
+	deleting  string                      // ID of the snapshot that must not be opened any more
+	fixed     bool                        // the next generation has its mapping: what guests change now comes after it
+	late      []lateTable                 // tables that guests made since then
 
 	// Only the operation's goroutine uses these.
 	tables  map[int64]*nextTable        // tables that the next generation has to itself, by L1 index

@@ -95,7 +95,7 @@ func (n *generation) writeBlock(k int64) error {
 	dirty.Each(func(first, m int64) {
 		at, end := first*format.SectorSize, min((first+m)*format.SectorSize, n.g.ClusterSize)
 		if err == nil {
-			err = n.out.room(b.at.Plus(at), end-at)
+			err = n.out.turnTo(b.at.Plus(at), end-at)
 		}
 		if err == nil {
 			err = n.locked(func() error { n.out.b = append(n.out.b, b.counts.B[at:end]...); return nil })

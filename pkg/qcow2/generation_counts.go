@@ -129,7 +129,7 @@ func (n *generation) count(c format.Cluster) (uint64, error) {
 
 // add changes the next counts of a run.
 func (n *generation) add(r format.Run, delta int) error {
-	n.img.alloc.search.touch(r)
+	n.img.alloc.leakSearch.touch(r)
 	return n.g.EachBlock(r, func(k, i, m int64) error {
 		b, err := n.ownBlock(k)
 		if err != nil {

@@ -16,7 +16,7 @@ const (
 func (n *generation) pace(read int64) {
 	n.read += read
 	written := n.out.total - n.paced
-	if n.read+written < paceBytes || n.settled { // from then on flushes wait for the end
+	if n.read+written < paceBytes || n.fixed { // from then on flushes wait for the end
 		return
 	}
 	pause := (time.Duration(n.read)*pauseAfterRead + time.Duration(written)*pauseAfterWrite) / paceBytes

@@ -53,7 +53,7 @@ func (n *generation) search(k int64, stop format.Cluster) error {
 		}
 		n.next += format.Cluster(from - i)
 		if from == n.g.BlockCounts {
-			n.leave(block)
+			n.unload(block)
 			continue
 		}
 		if free, err = n.freeRun(n.next, max(k, longRun)); err != nil || free >= max(k, longRun) {
@@ -109,8 +109,8 @@ func (n *generation) freeIn(k, i, most int64) (from, end int64, err error) {
 	return from, end, nil
 }
 
-// leave puts block k out of memory again if it was only looked at, and memory is short.
-func (n *generation) leave(k int64) {
+// unload puts block k out of memory again if it was only looked at, and memory is short.
+func (n *generation) unload(k int64) {
 	if b := n.blocks[k]; b != nil && b.clean() && len(n.blocks) > n.limit() {
 		n.forget(k)
 	}

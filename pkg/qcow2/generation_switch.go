@@ -83,7 +83,7 @@ func (n *generation) complete() error {
 	if err := n.giveUp(); err != nil {
 		return err
 	}
-	cs := n.settle()
+	cs := n.fixMapping()
 	for _, c := range cs {
 		if err := n.apply(c); err != nil {
 			return err
@@ -120,14 +120,14 @@ func (n *generation) complete() error {
 	return n.out.flush()
 }
 
-// settle fixes, in one instant, which mapping the next generation has: it notes the L1 table and returns what is still
+// fixMapping fixes, in one instant, which mapping the next generation has: it notes the L1 table and returns what is still
 // to be written. What guests have given up and not yet committed stays theirs: a table that both generations use has it
 // on disk still.
-func (n *generation) settle() []tableChange {
+func (n *generation) fixMapping() []tableChange {
 	free, size := n.memory(), n.g.ClusterSize
 	n.img.mu.Lock()
 	defer n.img.mu.Unlock()
-	n.settled = true
+	n.fixed = true
 	if n.replaces = n.l1 != nil; !n.replaces {
 		n.l1 = slices.Clone(n.img.l1)
 		clear(n.l1[n.l1Keep:])
@@ -160,7 +160,7 @@ func (n *generation) completeL1() error {
 			if err := n.flagL1(i); err != nil {
 				return err
 			}
-		case n.frozen && !n.isOwn(off):
+		case n.sharesAll && !n.isOwn(off):
 			n.l1[i] = format.L1Entry(off)
 		case n.copied[int64(i)] == off:
 			n.l1[i] = format.L1Entry(off) | format.FlagCopied
@@ -315,7 +315,7 @@ func (n *generation) adopt() error {
 	return n.adoptTables()
 }
 
-// adoptTables brings the L2 cache up to date, and what guests have changed since settle, which is still to be committed.
+// adoptTables brings the L2 cache up to date, and what guests have changed since fixMapping, which is still to be committed.
 func (n *generation) adoptTables() error {
 	img, c := n.img, n.img.l2
 	if n.replaces {
@@ -341,7 +341,7 @@ func (n *generation) adoptTables() error {
 	return nil
 }
 
-// adoptTable moves a table that guests have changed since settle into the next generation's place for it.
+// adoptTable moves a table that guests have changed since fixMapping into the next generation's place for it.
 func (n *generation) adoptTable(next *nextTable, t *l2Table) error {
 	rs, err := t.data.EntryRuns(n.g, n.img.version, nil)
 	if err != nil {
@@ -355,7 +355,7 @@ func (n *generation) adoptTable(next *nextTable, t *l2Table) error {
 	return nil
 }
 
-// adoptLate settles what becomes of a table that a guest made after settle. Where the next generation has a table of its
+// adoptLate decides what becomes of a table that a guest made after fixMapping. Where the next generation has a table of its
 // own, that one is used and the guest's given up; else the guest's takes the place of the one that it was copied from. The barrier
 // that replaceTable has asked for is still due: finish has let no commit come between.
 func (n *generation) adoptLate(l lateTable) {

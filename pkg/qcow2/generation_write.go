@@ -25,7 +25,7 @@ const maxGathered = 1 << 20
 
 // write takes a copy of b.
 func (w *metaWriter) write(off format.HostOffset, b []byte) error {
-	err := w.room(off, int64(len(b)))
+	err := w.turnTo(off, int64(len(b)))
 	if err == nil {
 		w.b = append(w.b, b...)
 	}
@@ -37,8 +37,8 @@ func (w *metaWriter) zeros(n int64) error {
 	return w.write(w.off.Plus(int64(len(w.b))), make([]byte, n))
 }
 
-// room sees to it that n bytes at off can be appended to b.
-func (w *metaWriter) room(off format.HostOffset, n int64) error {
+// turnTo sees to it that n bytes at off can be appended to b.
+func (w *metaWriter) turnTo(off format.HostOffset, n int64) error {
 	if w.b == nil {
 		m := host.NewMemory(2 * maxGathered)
 		w.b, w.spare = m[:0:maxGathered], m[maxGathered:maxGathered]

@@ -66,7 +66,7 @@ type Image struct {
 	l2        *l2Cache
 	loading   map[int64]chan struct{} // L2 tables that are being read, by L1 index; closed when they are
 	dirty     int                     // tables that have changed since the last commit, at least
-	frozen    []format.MetaWrite      // sectors of L2 tables as they were when a snapshot was taken, for the next commit
+	preserved []format.MetaWrite      // sectors of L2 tables as they were when a snapshot was taken, for the next commit
 	freed     format.Runs             // no longer referenced in memory; released after the next commit (I4)
 	relieving bool                    // a commit in the background is due or under way
 	releasing bool                    // a flush was answered before what it frees is released

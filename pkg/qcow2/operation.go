@@ -52,7 +52,7 @@ func (img *Image) attempt(op operation) error {
 		}
 	}
 	if op.takeRoom == nil { // else the commit may need it, too
-		if err := img.settleFirst(); err != nil {
+		if err := img.commitBeforehand(); err != nil {
 			return err
 		}
 	}
@@ -79,8 +79,8 @@ func (img *Image) attempt(op operation) error {
 	return nil
 }
 
-// settleFirst commits, so that little is left to be committed when the operation begins, and reserves clusters for guests.
-func (img *Image) settleFirst() error {
+// commitBeforehand commits, so that little is left to be committed when the operation begins, and reserves clusters for guests.
+func (img *Image) commitBeforehand() error {
 	img.gate.RLock() // as a guest's request, but for the count of those
 	err := img.usable(true)
 	img.gate.RUnlock()
@@ -102,11 +102,11 @@ func (img *Image) start(op operation) (*generation, error) {
 	if img.requests.Load() > 0 {
 		host.Populate(slab)
 	}
-	n, err := img.freezeFor(op, slab)
+	n, err := img.beginGeneration(op, slab)
 	if err != nil || op.stop {
 		return n, err
 	}
-	if err := img.commitMapping(); err != nil { // what it freezes; finish syncs the data
+	if err := img.commitMapping(); err != nil { // what it preserves; finish syncs the data
 		err = n.abort(err)
 		close(n.done)
 		return nil, err
@@ -114,8 +114,8 @@ func (img *Image) start(op operation) (*generation, error) {
 	return n, nil
 }
 
-// freezeFor stops guests and begins a generation, which gets slab.
-func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
+// beginGeneration stops guests and begins a generation, which gets slab.
+func (img *Image) beginGeneration(op operation, slab []byte) (*generation, error) {
 	img.gate.Lock()
 	ok := false
 	defer func() {
@@ -148,14 +148,14 @@ func (img *Image) freezeFor(op operation, slab []byte) (*generation, error) {
 	}
 	ok = true
 	img.mu.Lock()
-	if img.build = n; n.frozen {
-		img.freeze()
+	if img.build = n; n.sharesAll {
+		img.preserve()
 	}
 	img.mu.Unlock()
 	img.alloc.mu.Lock()
 	img.alloc.build = n
-	if img.alloc.search != nil {
-		img.alloc.search.disturbed = true
+	if img.alloc.leakSearch != nil {
+		img.alloc.leakSearch.disturbed = true
 	}
 	img.alloc.mu.Unlock()
 	return n, nil

@@ -40,16 +40,16 @@ func (img *Image) reclaim(ctx context.Context, r *Reclaimed) error {
 	r.Complete = true
 	first := format.Cluster(0)
 	for {
-		end := first + searchClusters
+		end := first + leakSearchClusters
 		last := false
 		for round := range reclaimRounds {
-			s, err := img.startSearch(ctx, first, end)
+			s, err := img.startLeakSearch(ctx, first, end)
 			if err != nil {
 				return err
 			}
 			last = s.last
-			disturbed, err := img.search(ctx, s, r)
-			img.endSearch()
+			disturbed, err := img.searchLeaks(ctx, s, r)
+			img.endLeakSearch()
 			if err != nil {
 				return err
 			}
@@ -67,13 +67,13 @@ func (img *Image) reclaim(ctx context.Context, r *Reclaimed) error {
 	}
 }
 
-// searchClusters is how many host clusters a search looks at, in a byte each.
-const searchClusters = 64 << 20
+// leakSearchClusters is how many host clusters a search looks at, in a byte each.
+const leakSearchClusters = 64 << 20
 
-// startSearch begins at an instant at which no guest request is under way and no operation runs.
-func (img *Image) startSearch(ctx context.Context, first, end format.Cluster) (*leakSearch, error) {
+// startLeakSearch begins at an instant at which no guest request is under way and no operation runs.
+func (img *Image) startLeakSearch(ctx context.Context, first, end format.Cluster) (*leakSearch, error) {
 	for {
-		s, running, err := img.tryStartSearch(first, end)
+		s, running, err := img.tryStartLeakSearch(first, end)
 		if running == nil {
 			return s, err
 		}
@@ -85,8 +85,8 @@ func (img *Image) startSearch(ctx context.Context, first, end format.Cluster) (*
 	}
 }
 
-// tryStartSearch returns what to wait for, if an operation runs.
-func (img *Image) tryStartSearch(first, end format.Cluster) (s *leakSearch, running <-chan struct{}, err error) {
+// tryStartLeakSearch returns what to wait for, if an operation runs.
+func (img *Image) tryStartLeakSearch(first, end format.Cluster) (s *leakSearch, running <-chan struct{}, err error) {
 	img.gate.Lock()
 	defer img.gate.Unlock()
 	if err := img.usable(true); err != nil {
@@ -100,26 +100,26 @@ func (img *Image) tryStartSearch(first, end format.Cluster) (s *leakSearch, runn
 	}
 	all := a.g.ClusterBehind(a.fileEnd()) + maxBatch // a crash may leave clusters counted behind the end
 	s = &leakSearch{first: first, seen: make([]uint8, max(0, min(end, all)-first)), last: end >= all}
-	a.search = s
+	a.leakSearch = s
 	return s, nil, nil
 }
 
-func (img *Image) endSearch() {
+func (img *Image) endLeakSearch() {
 	img.alloc.mu.Lock()
 	defer img.alloc.mu.Unlock()
-	img.alloc.search = nil
+	img.alloc.leakSearch = nil
 }
 
-// search counts all references to the clusters of s, and gives back what is counted more often. disturbed: there may be
+// searchLeaks counts all references to the clusters of s, and gives back what is counted more often. disturbed: there may be
 // more.
-func (img *Image) search(ctx context.Context, s *leakSearch, r *Reclaimed) (disturbed bool, err error) {
+func (img *Image) searchLeaks(ctx context.Context, s *leakSearch, r *Reclaimed) (disturbed bool, err error) {
 	wasDisturbed := func() bool {
 		img.alloc.mu.Lock()
 		defer img.alloc.mu.Unlock()
 		return s.disturbed
 	}
-	if err = img.searchSnapshots(ctx, s); err == nil {
-		err = img.searchActive(ctx, s)
+	if err = img.countSnapshotReferences(ctx, s); err == nil {
+		err = img.countActiveReferences(ctx, s)
 	}
 	if err != nil {
 		if ctx.Err() == nil && img.failed() == nil && wasDisturbed() {
@@ -127,20 +127,20 @@ func (img *Image) search(ctx context.Context, s *leakSearch, r *Reclaimed) (dist
 		}
 		return false, err
 	}
-	img.searchMetadata(s)
+	img.countMetadataReferences(s)
 	for block := img.g.BlockOf(s.first); img.g.Counted(block, 0) < s.end(); block++ {
 		if err := ctx.Err(); err != nil {
 			return false, err
 		}
-		if err := img.settleBlock(s, block, r); err != nil {
+		if err := img.lowerBlock(s, block, r); err != nil {
 			return false, err
 		}
 	}
 	return wasDisturbed(), nil
 }
 
-// searchSnapshots counts what snapshots reference. Nothing of it changes as long as the snapshot is there.
-func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
+// countSnapshotReferences counts what snapshots reference. Nothing of it changes as long as the snapshot is there.
+func (img *Image) countSnapshotReferences(ctx context.Context, s *leakSearch) error {
 	img.mu.Lock()
 	rows := slices.Clone(img.rows)
 	img.mu.Unlock()
@@ -170,7 +170,7 @@ func (img *Image) searchSnapshots(ctx context.Context, s *leakSearch) error {
 		}
 		t, err := format.ReadL2(img.f, img.g, l2.offset)
 		if err == nil {
-			err = img.searchTable(s, t, l2.offset, l2.times, 0)
+			err = img.countTableReferences(s, t, l2.offset, l2.times, 0)
 		}
 		if err != nil {
 			return err
@@ -200,8 +200,8 @@ func mergeTables(all []tableUse) []tableUse {
 	return all[:k]
 }
 
-// searchActive counts what the active state references, as guests see it.
-func (img *Image) searchActive(ctx context.Context, s *leakSearch) error {
+// countActiveReferences counts what the active state references, as guests see it.
+func (img *Image) countActiveReferences(ctx context.Context, s *leakSearch) error {
 	for i := int64(0); ; i++ {
 		if err := cmp.Or(ctx.Err(), img.failed()); err != nil {
 			return err
@@ -211,7 +211,7 @@ func (img *Image) searchActive(ctx context.Context, s *leakSearch) error {
 			return err
 		}
 		if off != 0 {
-			if err := img.searchTable(s, t, off, 1, seenActive); err != nil {
+			if err := img.countTableReferences(s, t, off, 1, seenActive); err != nil {
 				return err
 			}
 		}
@@ -242,8 +242,8 @@ func (img *Image) peekTable(index int64) (t format.L2Table, off format.HostOffse
 	return format.L2Table{}, 0, true, nil
 }
 
-// searchTable counts a table and what it maps.
-func (img *Image) searchTable(s *leakSearch, t format.L2Table, off format.HostOffset, times int64, flag uint8) error {
+// countTableReferences counts a table and what it maps.
+func (img *Image) countTableReferences(s *leakSearch, t format.L2Table, off format.HostOffset, times int64, flag uint8) error {
 	var rs format.Runs
 	for i := range t.Len() {
 		e := t.Entry(i)
@@ -264,9 +264,9 @@ func (img *Image) searchTable(s *leakSearch, t format.L2Table, off format.HostOf
 	return nil
 }
 
-// searchMetadata counts all other metadata. What has moved since the search began was counted up and down, and is left
+// countMetadataReferences counts all other metadata. What has moved since the search began was counted up and down, and is left
 // alone.
-func (img *Image) searchMetadata(s *leakSearch) {
+func (img *Image) countMetadataReferences(s *leakSearch) {
 	a := img.alloc
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -291,8 +291,8 @@ func (img *Image) searchMetadata(s *leakSearch) {
 // maxExcess is how much too high a count may be to be lowered: no crash leaves more, and damage is for Repair.
 const maxExcess = 64
 
-// settleBlock lowers the counts of a refcount block, no commit being under way.
-func (img *Image) settleBlock(s *leakSearch, block int64, r *Reclaimed) error {
+// lowerBlock lowers the counts of a refcount block, no commit being under way.
+func (img *Image) lowerBlock(s *leakSearch, block int64, r *Reclaimed) error {
 	img.commitMu.Lock()
 	defer img.commitMu.Unlock()
 	a := img.alloc

@@ -75,8 +75,8 @@ func (l *RedoLog) record(i uint64) []uint64 {
 	return l.words[redoHeader+redoWords*(i%l.capacity()):][:redoWords]
 }
 
-// room tells whether n entries can be noted.
-func (l *RedoLog) room(n int) bool {
+// fits tells whether n entries can be noted.
+func (l *RedoLog) fits(n int) bool {
 	return l == nil || l.capacity()-(l.end()-l.begin()) >= uint64(n)
 }
 

@@ -112,8 +112,8 @@ func (rc *refcounts) keep(i int64, b *refBlock) {
 	rc.touch(b)
 }
 
-// dropClean leaves so many clean blocks in memory: those that were used last.
-func (rc *refcounts) dropClean(leave int) {
+// dropClean lets so many clean blocks stay in memory: those that were used last.
+func (rc *refcounts) dropClean(stay int) {
 	defer func() { rc.tidyAt = len(rc.blocks) + max(rc.limit/4, 1) }() // to look at all takes long
 	var clean []int64
 	for k, b := range rc.blocks {
@@ -121,11 +121,11 @@ func (rc *refcounts) dropClean(leave int) {
 			clean = append(clean, k)
 		}
 	}
-	if len(clean) <= leave {
+	if len(clean) <= stay {
 		return
 	}
 	slices.SortFunc(clean, func(a, b int64) int { return cmp.Compare(rc.blocks[a].used, rc.blocks[b].used) })
-	for _, k := range clean[:len(clean)-leave] {
+	for _, k := range clean[:len(clean)-stay] {
 		delete(rc.blocks, k)
 	}
 }

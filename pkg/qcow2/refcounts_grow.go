@@ -72,7 +72,7 @@ func (a *allocator) growTable() error {
 	if err := a.metadata.add(used, metadataSole); err != nil {
 		return err
 	}
-	a.search.touch(used)
+	a.leakSearch.touch(used)
 	old := a.rc.tableAt
 	a.rc.setTable(table, at)
 	a.length.Store(int64(max(a.fileEnd(), a.g.Offset(used.End()))))

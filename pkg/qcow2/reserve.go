@@ -31,7 +31,7 @@ func (a *allocator) takeReady(n int64) (got format.Runs, missing int64) {
 		r := a.ready[0]
 		k := min(n, r.N)
 		got.Add(format.Run{First: r.First, N: k})
-		a.search.touch(format.Run{First: r.First, N: k})
+		a.leakSearch.touch(format.Run{First: r.First, N: k})
 		n -= k
 		if a.ready[0] = r.Behind(k); k == r.N {
 			a.ready = a.ready[1:]

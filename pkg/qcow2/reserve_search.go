@@ -124,7 +124,7 @@ func (a *allocator) newBlock(k int64, c format.Cluster) error {
 	if err := a.metadata.add(r, metadataSole); err != nil {
 		return err
 	}
-	a.search.touch(r)
+	a.leakSearch.touch(r)
 	b := &refBlock{counts: a.g.NewCounts(1)}
 	b.counts.Set(a.g.InBlock(c), 1)
 	for s := range a.g.ClusterSize / format.SectorSize {

@@ -35,7 +35,7 @@ func (img *Image) CreateSnapshot(name string, cut func(Snapshot)) (Snapshot, err
 				ID: newSnapshotID(n.row), Name: name, L1Size: int64(len(l1)), DiskSize: n.h.Size,
 				DateSec: uint32(now.Unix()), DateNsec: uint32(now.Nanosecond()), Icount: format.UnknownIcount,
 			}
-			n.frozen = true
+			n.sharesAll = true
 			// A VM's state lies beyond the disk. It belongs to the snapshot alone from now on.
 			n.l1Keep = min(n.g.L1Entries(n.h.Size), n.l1Keep)
 			if cut != nil {

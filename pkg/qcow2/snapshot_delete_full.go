@@ -26,7 +26,7 @@ func (img *Image) unlist(s Selector) (format.SnapshotRow, error) {
 	if img.viewed(row.ID) {
 		return row, fmt.Errorf("snapshot %q is open: %w", row.Name, ErrInUse)
 	}
-	if img.alloc.searching() {
+	if img.alloc.searchingLeaks() {
 		return row, errors.New("leaks are being looked for")
 	}
 	l1, err := img.snapshotL1(&row)

@@ -22,7 +22,7 @@ func (b *rebuild) mendL1Tables() error {
 	}
 	for j := range b.l2 {
 		b.l2[j].times = b.l2References(b.l2[j].offset)
-		b.vacate(b.l2[j].offset, b.g.ClusterSize) // data counts before: settleL2Tables
+		b.vacate(b.l2[j].offset, b.g.ClusterSize) // data counts before: placeL2Tables
 	}
 	slices.SortFunc(b.l2, func(a, c l2Region) int { return cmp.Compare(a.offset, c.offset) })
 	return nil

@@ -28,7 +28,7 @@ func (r *repairer) rebuild(h format.Header, lossless bool) error {
 			}
 			return nil
 		},
-		b.flagL2Tables, b.settleL2Tables, b.settleL1Tables, b.settleBitmaps, b.settleRows, b.writeRefcounts,
+		b.flagL2Tables, b.placeL2Tables, b.placeL1Tables, b.placeBitmaps, b.placeRows, b.writeRefcounts,
 	} {
 		if err := cmp.Or(step(), b.failure); err != nil {
 			return err
@@ -103,8 +103,8 @@ func (b *rebuild) salvageRow(i int, row *format.SnapshotRow) {
 	b.rows = append(b.rows, *row)
 }
 
-// settleL2Tables gives each L2 table a place of its own.
-func (b *rebuild) settleL2Tables() error {
+// placeL2Tables gives each L2 table a place of its own.
+func (b *rebuild) placeL2Tables() error {
 	for _, l2 := range b.l2 {
 		at, moved := b.moved[l2.offset]
 		if !moved && b.occupy(useL2, l2.offset, b.g.ClusterSize, l2.times) {
@@ -127,8 +127,8 @@ func (b *rebuild) settleL2Tables() error {
 	return nil
 }
 
-// settleL1Tables makes the L1 tables point at where the L2 tables are now.
-func (b *rebuild) settleL1Tables() error {
+// placeL1Tables makes the L1 tables point at where the L2 tables are now.
+func (b *rebuild) placeL1Tables() error {
 	for _, l1 := range b.l1 {
 		raw := make([]byte, l1.entries*8)
 		if err := format.ReadPadded(b.file, raw, l1.offset); err != nil {
@@ -182,9 +182,9 @@ func (b *rebuild) repoint(es []format.L1Entry, active bool) (changed bool) {
 	return changed
 }
 
-// settleBitmaps counts the clusters of dirty bitmaps. Should anything be wrong with them, they are given up: so does QEMU
+// placeBitmaps counts the clusters of dirty bitmaps. Should anything be wrong with them, they are given up: so does QEMU
 // with bitmaps that are not marked as consistent.
-func (b *rebuild) settleBitmaps() error {
+func (b *rebuild) placeBitmaps() error {
 	alone, err := newChecker(b.stop, b.file, *b.h, nil)
 	if err == nil {
 		err = alone.markHeader()
@@ -223,8 +223,8 @@ func (b *rebuild) meets(other *checker) bool {
 	return false
 }
 
-// settleRows writes the snapshot table again if it changed, or shares its place with something else.
-func (b *rebuild) settleRows() error {
+// placeRows writes the snapshot table again if it changed, or shares its place with something else.
+func (b *rebuild) placeRows() error {
 	table, err := format.EncodeSnapshotTable(b.rows)
 	if err != nil {
 		return err
