@@ -12,6 +12,14 @@ import (
 // allocator hands out host clusters and takes them back. It reserves them in batches ahead of need (W0): a cluster that it hands
 // out is counted, and lies inside the file, durably; it reads as zeros; and nothing references it. What a crash leaves of a
 // reservation is leaked, not lost.
+//
+// With a batch of 16, where 10 and 11 are free and 13 to 40:
+//
+//	reserve   10, 11, 13 to 26: zeros, counts of 1, the file reaches to 26, sync; ready
+//	take(3)   10, 11, 13: a guest's write has them, and its entries point at them with the next commit
+//	release   13, when it was discarded and a commit has made that durable: it is punched and counted 0, and the next that is free
+//	close     14 to 26 are counted 0, and the file ends behind the last cluster in use
+//	a crash   instead leaves counted what no commit has mapped: leaks
 type allocator struct {
 	f            File
 	g            format.Geometry

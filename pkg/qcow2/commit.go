@@ -52,6 +52,17 @@ func (img *Image) commit() error {
 	return errors.Join(err, img.retire(freed))
 }
 
+// commitAll and retire are a guest flush. This one is of a write to a cluster that a snapshot shares, A, which went to B, a reserved
+// one:
+//
+//	data goes to B; sync         a crash so far leaves A
+//	L2 entry: B instead of A     either
+//	sync                         from here on it leaves B
+//	A is counted down
+//
+// Without the first sync the entry could be durable before the data: the disk would have neither. It is left out where B replaces
+// zeros, for B reads as zeros until the data is there.
+
 // commitAll is a guest flush (W2 and W3): one sync if no mapping changed or if each change can be seen in any order,
 // two otherwise. It returns with commitMu held, and what is to be retired.
 func (img *Image) commitAll() (freed format.Runs, err error) {

@@ -10,6 +10,18 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 )
 
+// The end of an operation beside guests, after its build:
+//
+//	catchUp       what guests have changed meanwhile is written for the next generation, too; sync
+//	finish        fixMapping; the last changes, and all tables that point at them; sync
+//	              header sector; sync: a crash before this leaves the old state, one after it the new one
+//	              adopt: what is in memory follows
+//	punchZeroed   what only the old generation used goes back to the file system
+//
+// Commits and reservations wait for finish, as short as it is; reads and writes in place wait for nothing.
+// What guests change from fixMapping on is in memory only, for no commit comes before adopt. adopt puts it on top of the new
+// generation, as changes that are still to be committed.
+
 const (
 	catchUpRounds = 8
 	fewTables     = 16

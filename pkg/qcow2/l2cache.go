@@ -24,7 +24,15 @@ func (t *l2Table) set(i int64, e format.L2Entry) {
 func (t *l2Table) clean() bool { return t.dirty.Empty() && t.writing.Empty() }
 
 // l2Cache keeps the most recently used L2 tables, and all dirty ones. The zero value is not usable. Its owner
-// guards it.
+// guards it. With a limit of 3, the most recently used first and a dirty one with a star:
+//
+//	        7 5* 2
+//	put 9   9 7 5*      2 was the last, and is dropped
+//	put 4   4 9 5*      5 is dirty, so 7 is dropped
+//	get 5   5* 4 9
+//	put 8   8 5* 4      9 is dropped
+//
+// If all are dirty there are more than the limit, until a commit; relieve sees to it that one comes.
 type l2Cache struct {
 	limit  int // tables
 	tables map[int64]*list.Element

@@ -41,12 +41,14 @@ func newLayout(g format.Geometry, version int, size, l2, data int64) (layout, er
 
 // Where the parts begin, and the image ends.
 
-func (l layout) refTableAt() format.HostOffset  { return l.g.Offset(1) } // behind the header
+func (l layout) refTableAt() format.HostOffset { return l.g.Offset(1) } // behind the header
+
 func (l layout) refBlocksAt() format.HostOffset { return l.refTableAt().Plus(l.g.Bytes(l.refTable)) }
-func (l layout) l1At() format.HostOffset        { return l.refBlocksAt().Plus(l.g.Bytes(l.refBlocks)) }
-func (l layout) l2At() format.HostOffset        { return l.l1At().Plus(l.g.Bytes(l.l1)) }
-func (l layout) dataAt() format.HostOffset      { return l.l2At().Plus(l.g.Bytes(l.l2)) }
-func (l layout) end() format.HostOffset         { return l.dataAt().Plus(l.g.Bytes(l.data)) }
+
+func (l layout) l1At() format.HostOffset   { return l.refBlocksAt().Plus(l.g.Bytes(l.refBlocks)) }
+func (l layout) l2At() format.HostOffset   { return l.l1At().Plus(l.g.Bytes(l.l1)) }
+func (l layout) dataAt() format.HostOffset { return l.l2At().Plus(l.g.Bytes(l.l2)) }
+func (l layout) end() format.HostOffset    { return l.dataAt().Plus(l.g.Bytes(l.data)) }
 
 // clusters is the length of the image.
 func (l layout) clusters() int64 { return 1 + l.refTable + l.refBlocks + l.l1 + l.l2 + l.data }

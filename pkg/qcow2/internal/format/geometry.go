@@ -36,6 +36,9 @@ func NewGeometry(clusterBits, refcountOrder uint, extended bool) Geometry {
 // Clusters returns how many clusters n bytes need.
 func (g Geometry) Clusters(n int64) int64 { return n>>g.ClusterBits + min(n&(g.ClusterSize-1), 1) }
 
+// Bytes returns how many bytes n clusters are.
+func (g Geometry) Bytes(n int64) int64 { return n << g.ClusterBits }
+
 // L1Entries returns the L1 size that a disk of size bytes needs.
 func (g Geometry) L1Entries(size int64) int64 {
 	n := size / g.L2Coverage

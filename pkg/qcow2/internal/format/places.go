@@ -1,5 +1,13 @@
 package format
 
+// Where things are. With clusters of 64 KiB and counts of 16 bits:
+//
+//	GuestOffset 0x2_4567_8901   L1Index 18, for an L2 table maps 512 MiB; L2Index 0x567; InCluster 0x8901
+//	HostOffset 0x8_0003_8901    Cluster 0x80003
+//	Cluster 0x80003             Offset 0x8_0003_0000; BlockOf 16, for a block has 32768 counts; InBlock 3
+//
+// If entry 0x567 of the L2 table says 0x8_0003_0000, that guest's byte is this one of the file.
+
 // HostOffset is a place in the image's file, in bytes from its start. 0 is the header, so in the entries of tables it means nowhere;
 // in a sound image all are below MaxHostOffset. How many bytes something has is an int64.
 type HostOffset int64
@@ -52,9 +60,6 @@ func (g Geometry) Offset(c Cluster) HostOffset { return HostOffset(c) << g.Clust
 func (g Geometry) RunOf(off HostOffset, n int64) Run {
 	return RunTo(g.Cluster(off), g.ClusterBehind(off.Plus(n)))
 }
-
-// Bytes returns how many bytes n clusters are.
-func (g Geometry) Bytes(n int64) int64 { return n << g.ClusterBits }
 
 // BlockOf returns the index of the refcount block that counts c, and InBlock the index of its count there.
 func (g Geometry) BlockOf(c Cluster) int64 { return int64(c) >> g.BlockBits }
