@@ -33,6 +33,7 @@ kubernetes=(k8s.io/client-go/rest github.com/container-storage-interface/spec/li
 	mapfile -t wrong < <(but none)
 	plant pkg/qcow2/internal/fsck "${wrong[@]}" "$module/pkg/qcow2/internal/planted" golang.org/x/sys/unix "${kubernetes[@]}"
 	plant pkg/qcow2/internal/host "${wrong[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} "${kubernetes[@]}"
+	plant pkg/qcow2/internal/lock "${wrong[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} golang.org/x/sys/unix "${kubernetes[@]}"
 	plant pkg/qcow2/internal/format "${wrong[@]}" "$module/pkg/qcow2/internal/"{planted,fsck/planted} golang.org/x/sys/unix "${kubernetes[@]}"
 	mapfile -t wrong < <(but human internal) && plant pkg/human "${wrong[@]}" "${kubernetes[@]}"
 	mapfile -t wrong < <(but internal) && plant pkg/internal/unixsocket "${wrong[@]}" "${kubernetes[@]}"

@@ -41,16 +41,17 @@ run() {
 # The race detector is for what runs concurrently. The command line's tests run the program often, each time for one
 # thing, and the histories of images are long and have one thread: with the detector both take several times as long.
 images='/pkg/qcow2(/|$)'
+concurrent='Concurren|Online|LockOrder'
 engine='/pkg/engine(/|$)'
 loads='^Test(Survive(Workers|Engines)|Soak|SnapshotsWhileWriting)' # the detector would watch those who write: make survive has it
 {
-	run "$images"
+	run "$images" -skip "$concurrent"
 	run "$engine" -race -skip "$loads"
 	run "$engine" -run "$loads"
 	exit "$status"
 } &
 run /cmd/
-run "$images" -race -run 'Concurren|Online'
+run "$images" -race -tags lockorder -run "$concurrent"
 list=$(grep -vE "/cmd/|$images|$engine" <<<"$list" || true)
 run . -race
 wait "$!" || status=1

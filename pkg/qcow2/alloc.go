@@ -7,6 +7,7 @@ import (
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 )
 
 // allocator hands out host clusters and takes them back. It reserves them in batches ahead of need (W0): a cluster that it hands
@@ -30,13 +31,13 @@ type allocator struct {
 	background   *sync.WaitGroup // the image's
 
 	// ledger is held by whoever changes live counts and writes them, for as long as that takes. Taken before mu.
-	ledger sync.Mutex
+	ledger lock.Mutex[lock.Ledger]
 	// growth is held shared by an operation's write, which may lie behind the end of the file, and exclusively by whoever
 	// makes the file longer by setting its length: else that could cut off what was written since it looked. Taken after
 	// ledger, and before mu.
-	growth sync.RWMutex
+	growth lock.RWMutex[lock.Growth]
 
-	mu         sync.Mutex // guards all below
+	mu         lock.Mutex[lock.Counts] // guards all below
 	rc         *refcounts
 	leakSearch *leakSearch    // of a running ReclaimLeaks, nil if there is none: it is told what happens to clusters
 	build      nextGeneration // of a running operation, nil if there is none

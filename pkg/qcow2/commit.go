@@ -21,7 +21,9 @@ func (img *Image) Flush() error {
 	freed, err := img.commitAll()
 	if err == nil && len(freed) > host.CallsAtOnce {
 		img.setReleasing(true)
+		img.commitMu.HandOver()
 		go func() { // whoever takes commitMu next waits for its end, so Close does
+			img.commitMu.Adopt()
 			defer img.commitMu.Unlock()
 			_ = img.retire(freed) // has failed the image, or found it corrupt: the next request tells
 			img.setReleasing(false)

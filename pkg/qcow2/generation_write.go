@@ -2,17 +2,17 @@ package qcow2
 
 import (
 	"fmt"
-	"sync"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 )
 
 // metaWriter gathers writes, which are made in the order of their calls: what comes one after the other in the file is
 // written together, while the next is gathered.
 type metaWriter struct {
 	f       File
-	growth  *sync.RWMutex // see allocator
+	growth  *lock.RWMutex[lock.Growth] // see allocator
 	off     format.HostOffset
 	b       []byte // to be written at off
 	spare   []byte

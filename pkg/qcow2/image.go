@@ -31,6 +31,7 @@ import (
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/fsck"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 )
 
 // Image is an open image. Its methods are safe for concurrent use; requests that overlap are ordered
@@ -48,20 +49,20 @@ type Image struct {
 	corrupt  atomic.Pointer[error] // why nothing may be written any more
 
 	// docs/internals.md says in which order locks are taken. changeMu: held by the running operation on snapshots or size.
-	changeMu sync.Mutex
+	changeMu lock.Mutex[lock.Change]
 	closing  atomic.Bool // such an operation is to end early
 
 	// gate: guest requests hold it shared, whatever needs them to stop
 	// (snapshots, resize, close) exclusively. It guards closed and the header's size.
-	gate   sync.RWMutex
+	gate   lock.RWMutex[lock.Gate]
 	closed bool
 
-	guests   *rangeLock // guest clusters in use by requests
-	tableMu  sync.Mutex // held while the active state gets an L2 table of its own
-	commitMu sync.Mutex // held by the running commit
+	guests   *rangeLock              // guest clusters in use by requests
+	tableMu  lock.Mutex[lock.Table]  // held while the active state gets an L2 table of its own
+	commitMu lock.Mutex[lock.Commit] // held by the running commit
 
-	mu        sync.Mutex       // guards all below
-	l1        []format.L1Entry // the active L1 table
+	mu        lock.Mutex[lock.Mapping] // guards all below
+	l1        []format.L1Entry         // the active L1 table
 	l1Dirty   format.SectorSet
 	l2        *l2Cache
 	loading   map[int64]chan struct{} // L2 tables that are being read, by L1 index; closed when they are
@@ -82,7 +83,7 @@ type Image struct {
 	requests   atomic.Int64   // of guests so far
 	background sync.WaitGroup // commits and reservations that no guest waits for; begun with gate held
 
-	hdrMu sync.Mutex // held while the header is switched
+	hdrMu lock.Mutex[lock.Header] // held while the header is switched
 	hdr   atomic.Pointer[format.Header]
 }
 
@@ -142,6 +143,10 @@ func (img *Image) Info() Info {
 }
 
 // begin lets a request in: gate is held shared until end. It checks that n bytes at off lie on the disk.
+//
+// A request on the active disk is begin and end; within them Chunks, the parts in one L2 table each, or Parts, in one cluster
+// each; for each of them lock, and under it mappedEntries to look or entries to change; and judge for an error that says that the
+// image is corrupt. What writes does it withSpace, and relieves the image of its changes when they are many. See read and zero.
 func (img *Image) begin(off, n int64, write bool) error {
 	img.requests.Add(1)
 	img.gate.RLock()

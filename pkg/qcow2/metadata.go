@@ -4,9 +4,9 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
-	"sync"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 )
 
 // metadataMap knows which host clusters hold metadata, so that nothing else is ever put there. In a sound image the
@@ -16,7 +16,7 @@ import (
 type metadataMap struct {
 	limit int // L2 tables are not noted beyond it
 
-	mu     sync.RWMutex // guards all below; no other lock is taken while it is held
+	mu     lock.RWMutex[lock.Metadata] // guards all below; no other lock is taken while it is held
 	groups map[int64]kindGroup
 	noted  int // clusters in groups
 }

@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
-	"sync"
 	"testing"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
@@ -106,7 +105,10 @@ func (img *Image) idle() bool {
 		return false
 	}
 	defer img.gate.RUnlock()
-	for _, mu := range []*sync.Mutex{&img.commitMu, &img.tableMu, &img.alloc.ledger, &img.alloc.mu, &img.mu, &img.hdrMu} {
+	for _, mu := range []interface {
+		TryLock() bool
+		Unlock()
+	}{&img.commitMu, &img.tableMu, &img.alloc.ledger, &img.alloc.mu, &img.mu, &img.hdrMu} {
 		if !mu.TryLock() {
 			return false
 		}

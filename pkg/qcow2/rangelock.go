@@ -1,11 +1,15 @@
 package qcow2
 
-import "sync"
+import (
+	"sync"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
+)
 
 // rangeLock orders requests by the guest clusters they touch. Requests that share clusters run one after the
 // other in order of arrival, unless all of them only use the mapping as it is.
 type rangeLock struct {
-	mu      sync.Mutex // guards queue
+	mu      lock.Mutex[lock.Queue] // guards queue
 	changed *sync.Cond
 	queue   []*guestRange // in order of arrival
 }
@@ -24,6 +28,7 @@ func newRangeLock() *rangeLock {
 // lock waits until no earlier request conflicts. unlock takes what it returns.
 func (l *rangeLock) lock(first, end int64, exclusive bool) *guestRange {
 	r := &guestRange{first, end, exclusive}
+	lock.Take[lock.Guests]()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.queue = append(l.queue, r)
@@ -47,6 +52,7 @@ func (l *rangeLock) waits(r *guestRange) bool {
 }
 
 func (l *rangeLock) unlock(r *guestRange) {
+	lock.Leave[lock.Guests]()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i, e := range l.queue {

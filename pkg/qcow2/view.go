@@ -2,9 +2,9 @@ package qcow2
 
 import (
 	"fmt"
-	"sync"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 )
 
 // View reads one state of an image: the active one, or a snapshot. A snapshot's view does not wait for guest
@@ -15,7 +15,7 @@ type View struct {
 	row  *format.SnapshotRow
 	l1   []format.L1Entry
 
-	mu     sync.Mutex // guards all below
+	mu     lock.Mutex[lock.View] // guards all below
 	l2     *l2Cache
 	closed bool
 }

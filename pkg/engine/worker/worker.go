@@ -30,7 +30,7 @@ type Options struct {
 	PoolDir string
 	Volume  string // its ID
 	Holder  string // path of the holder's socket
-	Journal bool   // see Options
+	Journal bool   // see engine.Options
 	Rest    func() // called, if not nil, when nobody has used the volume for a while
 }
 

@@ -53,7 +53,7 @@ const (
 	KindCompressed
 )
 
-// ReadsZero tells whether a cluster of that kind reads as zeros.
+// ReadsZero tells whether a cluster of that kind reads as zeros. Of one of KindMixed a part may: see SubRun.
 func (k ClusterKind) ReadsZero() bool { return k <= KindZeroAlloc }
 
 // Kind tests bit 62 first: a compressed entry's other bits mean something else.

@@ -8,6 +8,7 @@ import (
 	"unsafe"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 	"golang.org/x/sys/unix"
 )
 
@@ -23,8 +24,8 @@ type DirectFile struct {
 
 	inHand     atomic.Int32 // reads and writes, also those that others do with fd
 	submitters submitters
-	buffers    sync.Pool                 // of *[]byte, aligned, of bounceSize
-	partial    [partialBlocks]sync.Mutex // by block: held by whoever changes a part of it
+	buffers    sync.Pool                               // of *[]byte, aligned, of bounceSize
+	partial    [partialBlocks]lock.Mutex[lock.Partial] // by block: held by whoever changes a part of it
 }
 
 // partialBlocks is how many blocks, at best, are changed in part at the same time.

@@ -6,13 +6,15 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 )
 
 // submitters are for writes past the page cache that others need not wait for. A file system may hold a lock of the file while
 // it allocates blocks: ext4 until pwrite(2) has them on the disk, and until then nobody else reads or writes the file. A write
 // that is submitted to the kernel (io_submit(2)) lets go of the lock before.
 type submitters struct {
-	mu      sync.Mutex // guards what follows
+	mu      lock.Mutex[lock.Queue] // guards what follows
 	idle    []*submitter
 	refused bool // there can be no more of them
 }

@@ -1,9 +1,10 @@
 package host
 
 import (
-	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/lock"
 )
 
 // Syncer is a File that syncs only what needs it: a Sync with no write since the one before is free. Holes
@@ -12,11 +13,11 @@ import (
 type Syncer struct {
 	File
 	dirty atomic.Bool
-	mu    sync.Mutex // held by a running Sync: one that has nothing to do waits for it
+	mu    lock.Mutex[lock.Sync] // held by a running Sync: one that has nothing to do waits for it
 
-	leased  atomic.Int64 // nanoseconds since 1970: who changes the file after that renews the lease; 0: nobody has changed it
-	leaseMu sync.Mutex   // guards first; held by who renews the lease
-	first   func() error // what comes before the first change, nil if nothing does
+	leased  atomic.Int64           // nanoseconds since 1970: who changes the file after that renews the lease; 0: nobody has changed it
+	leaseMu lock.Mutex[lock.Lease] // guards first; held by who renews the lease
+	first   func() error           // what comes before the first change, nil if nothing does
 }
 
 // NewSyncer assumes that f was written before.
