@@ -41,7 +41,7 @@ func (img *Image) toZero(off, n int64, replace func(format.L2Entry) format.L2Ent
 		return err
 	}
 	defer img.end()
-	return img.g.Parts(format.GuestOffset(off), n, maxZeroed(img.g), func(c format.Chunk) error {
+	zero := func(c format.Chunk) error {
 		unlock := img.lock(c, true)
 		defer unlock()
 		for _, part := range img.g.WholeClusters(c, img.Size()) {
@@ -50,7 +50,33 @@ func (img *Image) toZero(off, n int64, replace func(format.L2Entry) format.L2Ent
 			}
 		}
 		return nil
-	})
+	}
+	for at, end := format.GuestOffset(off), format.GuestOffset(off+n); ; {
+		first, behind := img.tabled(at, end)
+		if first == end {
+			return nil
+		}
+		if err := img.g.Parts(first, int64(behind-first), maxZeroed(img.g), zero); err != nil {
+			return err
+		}
+		at = behind
+	}
+}
+
+// tabled returns the first stretch of the disk from at to end for which there are L2 tables: from end to end if there is none.
+// All else reads as zeros, and of a huge disk it is nearly all.
+func (img *Image) tabled(at, end format.GuestOffset) (first, behind format.GuestOffset) {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	has := func(at format.GuestOffset) bool { return img.l1[img.g.L1Index(at)] != 0 }
+	next := func(at format.GuestOffset) format.GuestOffset { return min(end, at.Plus(img.g.UpToTable(at))) }
+	for at < end && !has(at) {
+		at = next(at)
+	}
+	for behind = at; behind < end && has(behind); {
+		behind = next(behind)
+	}
+	return at, behind
 }
 
 // zeroPart makes one part read as zeros: c is whole clusters, or lies in one.
