@@ -70,18 +70,20 @@ func Run(ctx context.Context, o Options) (err error) {
 }
 
 // proved is what the steps have shown when all have gone well.
-var proved = []string{
-	"A snapshot of a volume in use, while files are written, holds what was there at its instant, and nothing of what came later.",
-	"A volume restored from a snapshot equals the original, for a file system and for a raw block device; so does one that is reverted in its place.",
-	"Volumes grow while they are in use, and keep their content.",
-	"A snapshot outlives its volume, and restores it.",
-	"QEMU finds no fault in any image, and lists the same snapshots.",
+func proved() []string {
+	return []string{
+		"A snapshot of a volume in use, while files are written, holds what was there at its instant, and nothing of what came later.",
+		"A volume restored from a snapshot equals the original, for a file system and for a raw block device; so does one that is reverted in its place.",
+		"Volumes grow while they are in use, and keep their content.",
+		"A snapshot outlives its volume, and restores it.",
+		"QEMU finds no fault in any image, and lists the same snapshots.",
+	}
 }
 
 func (r *report) sum(took time.Duration) {
 	fmt.Fprintf(r.w, "\nDone in %.0f s. No mount, device, process or file is left.\n", took.Seconds())
 	fmt.Fprint(r.w, "\nWhat was proved, each file and each byte compared:\n")
-	for _, text := range proved {
+	for _, text := range proved() {
 		fmt.Fprintln(r.w, " - "+folded(text, r.width, "   "))
 	}
 }

@@ -8,7 +8,7 @@ import (
 // Each line that is ours fits the terminal, down to 60 columns.
 func TestFolded(t *testing.T) {
 	for width := 60; width <= maxWidth; width++ {
-		for _, text := range proved {
+		for _, text := range proved() {
 			got := folded(text, width, "   ")
 			for i, line := range strings.Split("   "+got, "\n") {
 				if len(line) > width || !strings.HasPrefix(line, "   ") {
