@@ -115,4 +115,13 @@ func collectVolume(out chan<- prometheus.Metric, a *api.Attachment) {
 		send(bytes, prometheus.CounterValue, float64(o.GetBytes()), o.GetKind())
 		send(seconds, prometheus.CounterValue, time.Duration(o.GetNanoseconds()).Seconds(), o.GetKind())
 	}
+	phases := volumeMetric("phase_seconds", "How long the phases of operations on a volume's snapshots and size took.", "phase")
+	for _, p := range a.GetPhases() {
+		buckets := make(map[float64]uint64)
+		for _, b := range p.GetBuckets() {
+			buckets[b.GetSeconds()] = uint64(b.GetCount())
+		}
+		sum := time.Duration(p.GetNanoseconds()).Seconds()
+		out <- prometheus.MustNewConstHistogram(phases, uint64(p.GetCount()), sum, buckets, id, p.GetName())
+	}
 }

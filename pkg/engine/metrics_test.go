@@ -7,6 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/engine/api"
+	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
 
 // What Prometheus reads is what the device's users did.
@@ -18,6 +19,12 @@ func TestMetrics(t *testing.T) {
 	_, err := r.client.CreateSnapshot(testContext(t), m.volume, "s", m.handle)
 	must(t, err)
 	must(t, r.client.DeleteSnapshot(testContext(t), m.volume, "s"))
+	phases := gather(t, registry)
+	for _, phase := range []qcow2.Phase{qcow2.PhaseDrain, qcow2.PhaseCut, qcow2.PhaseBuild, qcow2.PhaseSwitch, qcow2.PhasePunch} {
+		if got := phases["csi_qcow2_volume_phase_seconds "+m.volume+" "+string(phase)]; got != 2 {
+			t.Errorf("phase %s was seen %v times in two operations", phase, got)
+		}
+	}
 	m.unmount(t)
 
 	id := r.newVolume("raw", 8*mib)
@@ -88,7 +95,7 @@ func gather(t *testing.T, g prometheus.Gatherer) map[string]float64 {
 			for _, l := range m.GetLabel() {
 				label[l.GetName()] = l.GetValue()
 			}
-			for _, name := range []string{"volume", "operation", "result"} {
+			for _, name := range []string{"volume", "operation", "phase", "result"} {
 				if v, ok := label[name]; ok {
 					key += " " + v
 				}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2"
 )
@@ -107,10 +108,10 @@ func (l *Lease) Open(readOnly bool) (*qcow2.Image, error) {
 }
 
 // OpenServed opens the image, past the page cache, for somebody who may die while guests use it: see
-// qcow2.OpenOptions.Redo.
-func (l *Lease) OpenServed(redo *qcow2.RedoLog) (*qcow2.Image, error) {
+// qcow2.OpenOptions.Redo and Trace.
+func (l *Lease) OpenServed(redo *qcow2.RedoLog, trace func(qcow2.Phase, time.Duration)) (*qcow2.Image, error) {
 	f, err := l.openWith(qcow2.OpenDirectFile)
-	return l.open(f, err, qcow2.OpenOptions{Redo: redo})
+	return l.open(f, err, qcow2.OpenOptions{Redo: redo, Trace: trace})
 }
 
 func (l *Lease) open(f qcow2.File, err error, o qcow2.OpenOptions) (*qcow2.Image, error) {

@@ -65,10 +65,12 @@ func (n *generation) catchUp() error {
 // reservations wait meanwhile; guests' reads and writes go on, to clusters that are reserved.
 func (n *generation) finish() error {
 	img, a := n.img, n.img.alloc
+	img.phases.enter(PhaseWait)
 	img.commitMu.Lock()
 	defer img.commitMu.Unlock()
 	a.ledger.Lock()
 	defer a.ledger.Unlock()
+	img.phases.enter(PhaseComplete)
 
 	err := n.interrupted()
 	if err == nil {
@@ -77,15 +79,18 @@ func (n *generation) finish() error {
 	if err != nil {
 		return n.abortLocked(err)
 	}
+	img.phases.enter(PhaseSync)
 	if err := img.sync(); err != nil {
 		return err
 	}
+	img.phases.enter(PhaseSwitch)
 	if err := img.switchHeader(func(h *format.Header) {
 		n.h.Incompatible = h.Incompatible // guests may have found corruption meanwhile
 		*h = n.h
 	}); err != nil {
 		return err
 	}
+	img.phases.enter(PhaseAdopt)
 	return n.adopt()
 }
 

@@ -50,6 +50,7 @@ type Image struct {
 
 	// docs/internals.md says in which order locks are taken. changeMu: held by the running operation on snapshots or size.
 	changeMu lock.Mutex[lock.Change]
+	phases   phases      // of that operation
 	closing  atomic.Bool // such an operation is to end early
 
 	// gate: guest requests hold it shared, whatever needs them to stop

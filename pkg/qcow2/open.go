@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/fsck"
@@ -19,6 +20,9 @@ type OpenOptions struct {
 	// Redo, if not nil, keeps what is not yet committed for a next process; what a dead one has left in it is committed
 	// first.
 	Redo *RedoLog
+	// Trace, if not nil, is told how long each phase of the operations on snapshots and the size took, by the goroutine that carries
+	// the operation out. It must not call the image.
+	Trace func(Phase, time.Duration)
 }
 
 const defaultL2CacheSize = 32 << 20
@@ -51,7 +55,7 @@ func open(file File, o OpenOptions) (*Image, error) {
 		return nil, fmt.Errorf("%w: clusters of %d bytes on a file system that writes %d bytes at once", ErrUnsupported, g.ClusterSize, direct.BlockSize())
 	}
 	img := &Image{
-		f: f, direct: direct, g: g, readOnly: o.ReadOnly, version: h.Version, makeRoom: o.MakeRoom,
+		f: f, direct: direct, g: g, readOnly: o.ReadOnly, version: h.Version, makeRoom: o.MakeRoom, phases: phases{trace: o.Trace},
 		guests: newRangeLock(), views: make(map[string]int),
 		loading: make(map[int64]chan struct{}),
 	}

@@ -38,6 +38,7 @@ func (img *Image) change(op operation) (err error) {
 	defer func() { err = img.judge(err) }()
 	img.changeMu.Lock()
 	defer img.changeMu.Unlock()
+	defer img.phases.enter("")
 	err = img.attempt(op)
 	if op.frees && errors.Is(err, ErrNoSpace) && img.failed() == nil {
 		err = img.changeInRoom(op, err)
@@ -46,6 +47,7 @@ func (img *Image) change(op operation) (err error) {
 }
 
 func (img *Image) attempt(op operation) error {
+	img.phases.enter(PhasePrepare)
 	if op.prepare != nil {
 		if err := op.prepare(); err != nil {
 			return err
@@ -64,10 +66,12 @@ func (img *Image) attempt(op operation) error {
 	if op.stop {
 		defer img.gate.Unlock()
 	}
+	img.phases.enter(PhaseBuild)
 	if err := op.build(n); err != nil {
 		return n.abort(err)
 	}
 	if !op.stop {
+		img.phases.enter(PhaseCatchUp)
 		if err := n.catchUp(); err != nil {
 			return n.abort(err)
 		}
@@ -75,6 +79,7 @@ func (img *Image) attempt(op operation) error {
 	if err := n.finish(); err != nil {
 		return err
 	}
+	img.phases.enter(PhasePunch)
 	n.punchZeroed()
 	return nil
 }
@@ -106,6 +111,7 @@ func (img *Image) start(op operation) (*generation, error) {
 	if err != nil || op.stop {
 		return n, err
 	}
+	img.phases.enter(PhaseCommit)
 	if err := img.commitMapping(); err != nil { // what it preserves; finish syncs the data
 		err = n.abort(err)
 		close(n.done)
@@ -116,7 +122,9 @@ func (img *Image) start(op operation) (*generation, error) {
 
 // beginGeneration stops guests and begins a generation, which gets slab.
 func (img *Image) beginGeneration(op operation, slab []byte) (*generation, error) {
+	img.phases.enter(PhaseDrain)
 	img.gate.Lock()
+	img.phases.enter(PhaseCut)
 	ok := false
 	defer func() {
 		if !ok || !op.stop {

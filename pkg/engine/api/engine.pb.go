@@ -452,9 +452,10 @@ type Attachment struct {
 	Corrupt    bool                   `protobuf:"varint,8,opt,name=corrupt,proto3" json:"corrupt,omitempty"` // the image is: it is read, and not written
 	Deaths     int32                  `protobuf:"varint,9,opt,name=deaths,proto3" json:"deaths,omitempty"`   // workers that died, and were replaced, since it was attached or the engine started
 	// The identity of the file that the device is bound to, as LOOP_GET_STATUS64 tells it. 0: it is not known.
-	FileDevice    uint64 `protobuf:"varint,10,opt,name=file_device,json=fileDevice,proto3" json:"file_device,omitempty"`
-	FileInode     uint64 `protobuf:"varint,11,opt,name=file_inode,json=fileInode,proto3" json:"file_inode,omitempty"`
-	Silent        bool   `protobuf:"varint,12,opt,name=silent,proto3" json:"silent,omitempty"` // its worker has not answered yet: this is what it said before
+	FileDevice    uint64   `protobuf:"varint,10,opt,name=file_device,json=fileDevice,proto3" json:"file_device,omitempty"`
+	FileInode     uint64   `protobuf:"varint,11,opt,name=file_inode,json=fileInode,proto3" json:"file_inode,omitempty"`
+	Silent        bool     `protobuf:"varint,12,opt,name=silent,proto3" json:"silent,omitempty"` // its worker has not answered yet: this is what it said before
+	Phases        []*Phase `protobuf:"bytes,13,rep,name=phases,proto3" json:"phases,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -573,6 +574,13 @@ func (x *Attachment) GetSilent() bool {
 	return false
 }
 
+func (x *Attachment) GetPhases() []*Phase {
+	if x != nil {
+		return x.Phases
+	}
+	return nil
+}
+
 // Operations are the device's requests of one kind since its worker started.
 type Operations struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -650,6 +658,128 @@ func (x *Operations) GetNanoseconds() int64 {
 	return 0
 }
 
+// Phase is a phase of the operations on snapshots and the size, those that ended since the worker started.
+type Phase struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // see qcow2.Phase
+	Count         int64                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	Nanoseconds   int64                  `protobuf:"varint,3,opt,name=nanoseconds,proto3" json:"nanoseconds,omitempty"` // sum of their durations
+	Buckets       []*Bucket              `protobuf:"bytes,4,rep,name=buckets,proto3" json:"buckets,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Phase) Reset() {
+	*x = Phase{}
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Phase) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Phase) ProtoMessage() {}
+
+func (x *Phase) ProtoReflect() protoreflect.Message {
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Phase.ProtoReflect.Descriptor instead.
+func (*Phase) Descriptor() ([]byte, []int) {
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Phase) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Phase) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *Phase) GetNanoseconds() int64 {
+	if x != nil {
+		return x.Nanoseconds
+	}
+	return 0
+}
+
+func (x *Phase) GetBuckets() []*Bucket {
+	if x != nil {
+		return x.Buckets
+	}
+	return nil
+}
+
+// Bucket counts those that took at most so long.
+type Bucket struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Seconds       float64                `protobuf:"fixed64,1,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	Count         int64                  `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Bucket) Reset() {
+	*x = Bucket{}
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Bucket) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Bucket) ProtoMessage() {}
+
+func (x *Bucket) ProtoReflect() protoreflect.Message {
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Bucket.ProtoReflect.Descriptor instead.
+func (*Bucket) Descriptor() ([]byte, []int) {
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Bucket) GetSeconds() float64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *Bucket) GetCount() int64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 type ResizeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
@@ -661,7 +791,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -673,7 +803,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[10]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -686,7 +816,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{10}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ResizeRequest) GetVolumeId() string {
@@ -719,7 +849,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -731,7 +861,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[11]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -744,7 +874,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{11}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ResizeResponse) GetSize() int64 {
@@ -767,7 +897,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +909,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[12]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +922,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{12}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateSnapshotRequest) GetVolumeId() string {
@@ -825,7 +955,7 @@ type CreateSnapshotResponse struct {
 
 func (x *CreateSnapshotResponse) Reset() {
 	*x = CreateSnapshotResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +967,7 @@ func (x *CreateSnapshotResponse) String() string {
 func (*CreateSnapshotResponse) ProtoMessage() {}
 
 func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[13]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +980,7 @@ func (x *CreateSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{13}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateSnapshotResponse) GetSnapshot() *Snapshot {
@@ -873,7 +1003,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -885,7 +1015,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[14]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -898,7 +1028,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{14}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Snapshot) GetId() string {
@@ -946,7 +1076,7 @@ type DeleteSnapshotRequest struct {
 
 func (x *DeleteSnapshotRequest) Reset() {
 	*x = DeleteSnapshotRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +1088,7 @@ func (x *DeleteSnapshotRequest) String() string {
 func (*DeleteSnapshotRequest) ProtoMessage() {}
 
 func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[15]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +1101,7 @@ func (x *DeleteSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{15}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteSnapshotRequest) GetVolumeId() string {
@@ -996,7 +1126,7 @@ type DeleteSnapshotResponse struct {
 
 func (x *DeleteSnapshotResponse) Reset() {
 	*x = DeleteSnapshotResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1008,7 +1138,7 @@ func (x *DeleteSnapshotResponse) String() string {
 func (*DeleteSnapshotResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[16]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1021,7 +1151,7 @@ func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{16}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{18}
 }
 
 type ListSnapshotsRequest struct {
@@ -1033,7 +1163,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1175,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[17]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1188,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{17}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListSnapshotsRequest) GetVolumeId() string {
@@ -1077,7 +1207,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1219,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[18]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1232,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{18}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1124,7 +1254,7 @@ type CloneRequest struct {
 
 func (x *CloneRequest) Reset() {
 	*x = CloneRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1266,7 @@ func (x *CloneRequest) String() string {
 func (*CloneRequest) ProtoMessage() {}
 
 func (x *CloneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[19]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1279,7 @@ func (x *CloneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneRequest.ProtoReflect.Descriptor instead.
 func (*CloneRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{19}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CloneRequest) GetVolumeId() string {
@@ -1188,7 +1318,7 @@ type CloneResponse struct {
 
 func (x *CloneResponse) Reset() {
 	*x = CloneResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[20]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1330,7 @@ func (x *CloneResponse) String() string {
 func (*CloneResponse) ProtoMessage() {}
 
 func (x *CloneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[20]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1343,7 @@ func (x *CloneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneResponse.ProtoReflect.Descriptor instead.
 func (*CloneResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{20}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{22}
 }
 
 type BlankRequest struct {
@@ -1225,7 +1355,7 @@ type BlankRequest struct {
 
 func (x *BlankRequest) Reset() {
 	*x = BlankRequest{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[21]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1237,7 +1367,7 @@ func (x *BlankRequest) String() string {
 func (*BlankRequest) ProtoMessage() {}
 
 func (x *BlankRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[21]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1250,7 +1380,7 @@ func (x *BlankRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlankRequest.ProtoReflect.Descriptor instead.
 func (*BlankRequest) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{21}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *BlankRequest) GetVolumeId() string {
@@ -1269,7 +1399,7 @@ type BlankResponse struct {
 
 func (x *BlankResponse) Reset() {
 	*x = BlankResponse{}
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[22]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1281,7 +1411,7 @@ func (x *BlankResponse) String() string {
 func (*BlankResponse) ProtoMessage() {}
 
 func (x *BlankResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pkg_engine_api_engine_proto_msgTypes[22]
+	mi := &file_pkg_engine_api_engine_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1294,7 +1424,7 @@ func (x *BlankResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BlankResponse.ProtoReflect.Descriptor instead.
 func (*BlankResponse) Descriptor() ([]byte, []int) {
-	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{22}
+	return file_pkg_engine_api_engine_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *BlankResponse) GetBlank() bool {
@@ -1327,7 +1457,7 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"\vListRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\"Q\n" +
 	"\fListResponse\x12A\n" +
-	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\x8b\x03\n" +
+	"\vattachments\x18\x01 \x03(\v2\x1f.csi_qcow2.engine.v1.AttachmentR\vattachments\"\xbf\x03\n" +
 	"\n" +
 	"Attachment\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x16\n" +
@@ -1347,14 +1477,23 @@ const file_pkg_engine_api_engine_proto_rawDesc = "" +
 	"fileDevice\x12\x1d\n" +
 	"\n" +
 	"file_inode\x18\v \x01(\x04R\tfileInode\x12\x16\n" +
-	"\x06silent\x18\f \x01(\bR\x06silent\"\x86\x01\n" +
+	"\x06silent\x18\f \x01(\bR\x06silent\x122\n" +
+	"\x06phases\x18\r \x03(\v2\x1a.csi_qcow2.engine.v1.PhaseR\x06phases\"\x86\x01\n" +
 	"\n" +
 	"Operations\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x03R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12\x16\n" +
 	"\x06errors\x18\x04 \x01(\x03R\x06errors\x12 \n" +
-	"\vnanoseconds\x18\x05 \x01(\x03R\vnanoseconds\"V\n" +
+	"\vnanoseconds\x18\x05 \x01(\x03R\vnanoseconds\"\x8a\x01\n" +
+	"\x05Phase\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x03R\x05count\x12 \n" +
+	"\vnanoseconds\x18\x03 \x01(\x03R\vnanoseconds\x125\n" +
+	"\abuckets\x18\x04 \x03(\v2\x1b.csi_qcow2.engine.v1.BucketR\abuckets\"8\n" +
+	"\x06Bucket\x12\x18\n" +
+	"\aseconds\x18\x01 \x01(\x01R\aseconds\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\x03R\x05count\"V\n" +
 	"\rResizeRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x14\n" +
@@ -1423,7 +1562,7 @@ func file_pkg_engine_api_engine_proto_rawDescGZIP() []byte {
 }
 
 var file_pkg_engine_api_engine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pkg_engine_api_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_pkg_engine_api_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_pkg_engine_api_engine_proto_goTypes = []any{
 	(State)(0),                     // 0: csi_qcow2.engine.v1.State
 	(*ProbeRequest)(nil),           // 1: csi_qcow2.engine.v1.ProbeRequest
@@ -1436,53 +1575,57 @@ var file_pkg_engine_api_engine_proto_goTypes = []any{
 	(*ListResponse)(nil),           // 8: csi_qcow2.engine.v1.ListResponse
 	(*Attachment)(nil),             // 9: csi_qcow2.engine.v1.Attachment
 	(*Operations)(nil),             // 10: csi_qcow2.engine.v1.Operations
-	(*ResizeRequest)(nil),          // 11: csi_qcow2.engine.v1.ResizeRequest
-	(*ResizeResponse)(nil),         // 12: csi_qcow2.engine.v1.ResizeResponse
-	(*CreateSnapshotRequest)(nil),  // 13: csi_qcow2.engine.v1.CreateSnapshotRequest
-	(*CreateSnapshotResponse)(nil), // 14: csi_qcow2.engine.v1.CreateSnapshotResponse
-	(*Snapshot)(nil),               // 15: csi_qcow2.engine.v1.Snapshot
-	(*DeleteSnapshotRequest)(nil),  // 16: csi_qcow2.engine.v1.DeleteSnapshotRequest
-	(*DeleteSnapshotResponse)(nil), // 17: csi_qcow2.engine.v1.DeleteSnapshotResponse
-	(*ListSnapshotsRequest)(nil),   // 18: csi_qcow2.engine.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil),  // 19: csi_qcow2.engine.v1.ListSnapshotsResponse
-	(*CloneRequest)(nil),           // 20: csi_qcow2.engine.v1.CloneRequest
-	(*CloneResponse)(nil),          // 21: csi_qcow2.engine.v1.CloneResponse
-	(*BlankRequest)(nil),           // 22: csi_qcow2.engine.v1.BlankRequest
-	(*BlankResponse)(nil),          // 23: csi_qcow2.engine.v1.BlankResponse
-	(*timestamppb.Timestamp)(nil),  // 24: google.protobuf.Timestamp
+	(*Phase)(nil),                  // 11: csi_qcow2.engine.v1.Phase
+	(*Bucket)(nil),                 // 12: csi_qcow2.engine.v1.Bucket
+	(*ResizeRequest)(nil),          // 13: csi_qcow2.engine.v1.ResizeRequest
+	(*ResizeResponse)(nil),         // 14: csi_qcow2.engine.v1.ResizeResponse
+	(*CreateSnapshotRequest)(nil),  // 15: csi_qcow2.engine.v1.CreateSnapshotRequest
+	(*CreateSnapshotResponse)(nil), // 16: csi_qcow2.engine.v1.CreateSnapshotResponse
+	(*Snapshot)(nil),               // 17: csi_qcow2.engine.v1.Snapshot
+	(*DeleteSnapshotRequest)(nil),  // 18: csi_qcow2.engine.v1.DeleteSnapshotRequest
+	(*DeleteSnapshotResponse)(nil), // 19: csi_qcow2.engine.v1.DeleteSnapshotResponse
+	(*ListSnapshotsRequest)(nil),   // 20: csi_qcow2.engine.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),  // 21: csi_qcow2.engine.v1.ListSnapshotsResponse
+	(*CloneRequest)(nil),           // 22: csi_qcow2.engine.v1.CloneRequest
+	(*CloneResponse)(nil),          // 23: csi_qcow2.engine.v1.CloneResponse
+	(*BlankRequest)(nil),           // 24: csi_qcow2.engine.v1.BlankRequest
+	(*BlankResponse)(nil),          // 25: csi_qcow2.engine.v1.BlankResponse
+	(*timestamppb.Timestamp)(nil),  // 26: google.protobuf.Timestamp
 }
 var file_pkg_engine_api_engine_proto_depIdxs = []int32{
 	9,  // 0: csi_qcow2.engine.v1.ListResponse.attachments:type_name -> csi_qcow2.engine.v1.Attachment
 	10, // 1: csi_qcow2.engine.v1.Attachment.operations:type_name -> csi_qcow2.engine.v1.Operations
 	0,  // 2: csi_qcow2.engine.v1.Attachment.state:type_name -> csi_qcow2.engine.v1.State
-	15, // 3: csi_qcow2.engine.v1.CreateSnapshotResponse.snapshot:type_name -> csi_qcow2.engine.v1.Snapshot
-	24, // 4: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
-	15, // 5: csi_qcow2.engine.v1.ListSnapshotsResponse.snapshots:type_name -> csi_qcow2.engine.v1.Snapshot
-	1,  // 6: csi_qcow2.engine.v1.Engine.Probe:input_type -> csi_qcow2.engine.v1.ProbeRequest
-	3,  // 7: csi_qcow2.engine.v1.Engine.Attach:input_type -> csi_qcow2.engine.v1.AttachRequest
-	5,  // 8: csi_qcow2.engine.v1.Engine.Detach:input_type -> csi_qcow2.engine.v1.DetachRequest
-	7,  // 9: csi_qcow2.engine.v1.Engine.List:input_type -> csi_qcow2.engine.v1.ListRequest
-	11, // 10: csi_qcow2.engine.v1.Engine.Resize:input_type -> csi_qcow2.engine.v1.ResizeRequest
-	13, // 11: csi_qcow2.engine.v1.Engine.CreateSnapshot:input_type -> csi_qcow2.engine.v1.CreateSnapshotRequest
-	16, // 12: csi_qcow2.engine.v1.Engine.DeleteSnapshot:input_type -> csi_qcow2.engine.v1.DeleteSnapshotRequest
-	18, // 13: csi_qcow2.engine.v1.Engine.ListSnapshots:input_type -> csi_qcow2.engine.v1.ListSnapshotsRequest
-	20, // 14: csi_qcow2.engine.v1.Engine.Clone:input_type -> csi_qcow2.engine.v1.CloneRequest
-	22, // 15: csi_qcow2.engine.v1.Engine.Blank:input_type -> csi_qcow2.engine.v1.BlankRequest
-	2,  // 16: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
-	4,  // 17: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
-	6,  // 18: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
-	8,  // 19: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
-	12, // 20: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
-	14, // 21: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
-	17, // 22: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
-	19, // 23: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
-	21, // 24: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
-	23, // 25: csi_qcow2.engine.v1.Engine.Blank:output_type -> csi_qcow2.engine.v1.BlankResponse
-	16, // [16:26] is the sub-list for method output_type
-	6,  // [6:16] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	11, // 3: csi_qcow2.engine.v1.Attachment.phases:type_name -> csi_qcow2.engine.v1.Phase
+	12, // 4: csi_qcow2.engine.v1.Phase.buckets:type_name -> csi_qcow2.engine.v1.Bucket
+	17, // 5: csi_qcow2.engine.v1.CreateSnapshotResponse.snapshot:type_name -> csi_qcow2.engine.v1.Snapshot
+	26, // 6: csi_qcow2.engine.v1.Snapshot.creation_time:type_name -> google.protobuf.Timestamp
+	17, // 7: csi_qcow2.engine.v1.ListSnapshotsResponse.snapshots:type_name -> csi_qcow2.engine.v1.Snapshot
+	1,  // 8: csi_qcow2.engine.v1.Engine.Probe:input_type -> csi_qcow2.engine.v1.ProbeRequest
+	3,  // 9: csi_qcow2.engine.v1.Engine.Attach:input_type -> csi_qcow2.engine.v1.AttachRequest
+	5,  // 10: csi_qcow2.engine.v1.Engine.Detach:input_type -> csi_qcow2.engine.v1.DetachRequest
+	7,  // 11: csi_qcow2.engine.v1.Engine.List:input_type -> csi_qcow2.engine.v1.ListRequest
+	13, // 12: csi_qcow2.engine.v1.Engine.Resize:input_type -> csi_qcow2.engine.v1.ResizeRequest
+	15, // 13: csi_qcow2.engine.v1.Engine.CreateSnapshot:input_type -> csi_qcow2.engine.v1.CreateSnapshotRequest
+	18, // 14: csi_qcow2.engine.v1.Engine.DeleteSnapshot:input_type -> csi_qcow2.engine.v1.DeleteSnapshotRequest
+	20, // 15: csi_qcow2.engine.v1.Engine.ListSnapshots:input_type -> csi_qcow2.engine.v1.ListSnapshotsRequest
+	22, // 16: csi_qcow2.engine.v1.Engine.Clone:input_type -> csi_qcow2.engine.v1.CloneRequest
+	24, // 17: csi_qcow2.engine.v1.Engine.Blank:input_type -> csi_qcow2.engine.v1.BlankRequest
+	2,  // 18: csi_qcow2.engine.v1.Engine.Probe:output_type -> csi_qcow2.engine.v1.ProbeResponse
+	4,  // 19: csi_qcow2.engine.v1.Engine.Attach:output_type -> csi_qcow2.engine.v1.AttachResponse
+	6,  // 20: csi_qcow2.engine.v1.Engine.Detach:output_type -> csi_qcow2.engine.v1.DetachResponse
+	8,  // 21: csi_qcow2.engine.v1.Engine.List:output_type -> csi_qcow2.engine.v1.ListResponse
+	14, // 22: csi_qcow2.engine.v1.Engine.Resize:output_type -> csi_qcow2.engine.v1.ResizeResponse
+	16, // 23: csi_qcow2.engine.v1.Engine.CreateSnapshot:output_type -> csi_qcow2.engine.v1.CreateSnapshotResponse
+	19, // 24: csi_qcow2.engine.v1.Engine.DeleteSnapshot:output_type -> csi_qcow2.engine.v1.DeleteSnapshotResponse
+	21, // 25: csi_qcow2.engine.v1.Engine.ListSnapshots:output_type -> csi_qcow2.engine.v1.ListSnapshotsResponse
+	23, // 26: csi_qcow2.engine.v1.Engine.Clone:output_type -> csi_qcow2.engine.v1.CloneResponse
+	25, // 27: csi_qcow2.engine.v1.Engine.Blank:output_type -> csi_qcow2.engine.v1.BlankResponse
+	18, // [18:28] is the sub-list for method output_type
+	8,  // [8:18] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_pkg_engine_api_engine_proto_init() }
@@ -1496,7 +1639,7 @@ func file_pkg_engine_api_engine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pkg_engine_api_engine_proto_rawDesc), len(file_pkg_engine_api_engine_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   23,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -41,6 +41,7 @@ type served struct {
 
 	look     look // at the loop device
 	restorer restorer
+	phases   phaseTimes
 
 	// leaky: the image may have leaks of an earlier, unclean stop.
 	leaky atomic.Bool
@@ -169,7 +170,7 @@ func (s *served) openImage(ctx context.Context, k *kept) error {
 	}
 	redo, err := log.log()
 	if err == nil {
-		s.img, err = outwait(ctx, k != nil, func() (*qcow2.Image, error) { return s.lease.OpenServed(redo) })
+		s.img, err = outwait(ctx, k != nil, func() (*qcow2.Image, error) { return s.lease.OpenServed(redo, s.phases.note) })
 	}
 	if err != nil {
 		if k == nil {

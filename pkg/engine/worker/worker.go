@@ -158,7 +158,7 @@ func (w *worker) List(context.Context, *api.ListRequest) (*api.ListResponse, err
 	}
 	a := &api.Attachment{
 		VolumeId: w.options.Volume, Device: s.dev.Path(), Size: s.img.Size(), WorkerPid: int32(os.Getpid()),
-		Operations: s.backend.operations(), Corrupt: s.backend.corrupted.Load(),
+		Operations: s.backend.operations(), Phases: s.phases.report(), Corrupt: s.backend.corrupted.Load(),
 	}
 	s.checkDevice(checkPatience)
 	a.FileDevice, a.FileInode = s.dev.File()
