@@ -176,7 +176,7 @@ of 512); the new part reads as zeros. Snapshots keep their own size. An image ca
 					return plainError{fmt.Sprintf("%s has %s, and an image cannot be made smaller: %s are asked for",
 						printable(args[0]), humanSize(img.Size()), humanSize(size)), qcow2.ErrUnsupported}
 				}
-				return img.Resize(size)
+				return img.Resize(cmd.Context(), size)
 			})
 		},
 	}

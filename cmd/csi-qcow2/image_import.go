@@ -148,7 +148,7 @@ func appendStream(ctx context.Context, img *qcow2.Image, in io.Reader, p *progre
 			if piece.err != nil {
 				return fmt.Errorf("standard input: %w", piece.err)
 			}
-			if err := img.Resize(roundUp(end+int64(len(piece.data)), 512)); err != nil {
+			if err := img.Resize(ctx, roundUp(end+int64(len(piece.data)), 512)); err != nil {
 				return err
 			}
 			if err := writeData(img, piece.data, end); err != nil {

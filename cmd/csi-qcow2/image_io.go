@@ -152,10 +152,10 @@ func (s *ioSession) do(ctx context.Context, verb, rest string) error {
 		}
 		return s.img.Flush()
 	}
-	change, ok := map[string]func(*qcow2.Image, string) error{
+	change, ok := map[string]func(context.Context, *qcow2.Image, string) error{
 		"snapshot": createSnapshot,
-		"goto":     byName((*qcow2.Image).GotoSnapshot),
-		"delete":   byName((*qcow2.Image).DeleteSnapshot),
+		"goto":     byName(gotoSnapshot),
+		"delete":   byName(deleteSnapshot),
 	}[verb]
 	switch {
 	case !ok:
@@ -166,17 +166,17 @@ func (s *ioSession) do(ctx context.Context, verb, rest string) error {
 	if err := s.write(); err != nil {
 		return err
 	}
-	return change(s.img, rest)
+	return change(ctx, s.img, rest)
 }
 
 // byName makes a change of the snapshot that has a name.
-func byName(change func(*qcow2.Image, qcow2.Selector) error) func(*qcow2.Image, string) error {
-	return func(img *qcow2.Image, name string) error {
+func byName(change changeOfSnapshot) func(context.Context, *qcow2.Image, string) error {
+	return func(ctx context.Context, img *qcow2.Image, name string) error {
 		selector, err := findSnapshot(img, name, false)
 		if err != nil {
 			return err
 		}
-		return change(img, selector)
+		return change(ctx, img, selector)
 	}
 }
 

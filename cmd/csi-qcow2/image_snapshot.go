@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"math"
@@ -59,10 +60,10 @@ snapshots have, as QEMU allows, is refused.`,
 		newSnapshotCreateCommand(),
 		newSnapshotChange("goto", "Make the active disk what it was at a snapshot",
 			"Make the active disk, its size included, what it was at a snapshot. What was written since is lost; the\nsnapshots stay.",
-			(*qcow2.Image).GotoSnapshot),
+			gotoSnapshot),
 		newSnapshotChange("delete", "Delete a snapshot and free what only it held",
 			"Delete a snapshot and free what only it held.",
-			(*qcow2.Image).DeleteSnapshot),
+			deleteSnapshot),
 		newSnapshotRenameCommand())
 	group.Example = `  csi-qcow2 image snapshot create disk.qcow2 before-upgrade
   csi-qcow2 image snapshot list disk.qcow2 -o json
@@ -71,9 +72,20 @@ snapshots have, as QEMU allows, is refused.`,
 	return group
 }
 
-func createSnapshot(img *qcow2.Image, name string) error {
-	_, err := img.CreateSnapshot(name, nil)
+func createSnapshot(ctx context.Context, img *qcow2.Image, name string) error {
+	_, err := img.CreateSnapshot(ctx, name, nil)
 	return err
+}
+
+// changeOfSnapshot is a change of the snapshot that s selects.
+type changeOfSnapshot func(ctx context.Context, img *qcow2.Image, s qcow2.Selector) error
+
+func gotoSnapshot(ctx context.Context, img *qcow2.Image, s qcow2.Selector) error {
+	return img.GotoSnapshot(ctx, s)
+}
+
+func deleteSnapshot(ctx context.Context, img *qcow2.Image, s qcow2.Selector) error {
+	return img.DeleteSnapshot(ctx, s)
 }
 
 func newSnapshotCreateCommand() *cobra.Command {
@@ -81,28 +93,30 @@ func newSnapshotCreateCommand() *cobra.Command {
 		Use: "create FILE NAME", Short: "Take a snapshot of the active disk",
 		Long: "Take a snapshot of the active disk. The name must be free.",
 		Args: takes("FILE", "NAME"),
-		RunE: func(_ *cobra.Command, args []string) error {
-			return withImage(args[0], false, func(img *qcow2.Image) error { return createSnapshot(img, args[1]) })
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return withImage(args[0], false, func(img *qcow2.Image) error { return createSnapshot(cmd.Context(), img, args[1]) })
 		},
 	}
 }
 
-func newSnapshotChange(verb, short, long string, change func(*qcow2.Image, qcow2.Selector) error) *cobra.Command {
+func newSnapshotChange(verb, short, long string, change changeOfSnapshot) *cobra.Command {
 	cmd := &cobra.Command{Use: verb + " FILE NAME", Short: short, Long: long, Args: takes("FILE", "NAME")}
 	isID := false
 	addIDFlag(cmd, &isID, "NAME is an ID")
-	cmd.RunE = func(_ *cobra.Command, args []string) error { return changeSnapshot(args, isID, change) }
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return changeSnapshot(cmd.Context(), args, isID, change)
+	}
 	return cmd
 }
 
 // changeSnapshot changes the snapshot of the image in args[0] that is called args[1].
-func changeSnapshot(args []string, isID bool, change func(*qcow2.Image, qcow2.Selector) error) error {
+func changeSnapshot(ctx context.Context, args []string, isID bool, change changeOfSnapshot) error {
 	return withImage(args[0], false, func(img *qcow2.Image) error {
 		selector, err := findSnapshot(img, args[1], isID)
 		if err != nil {
 			return err
 		}
-		return change(img, selector)
+		return change(ctx, img, selector)
 	})
 }
 
@@ -116,8 +130,10 @@ once that is another, it is lost to the cluster.`,
 	}
 	isID := false
 	addIDFlag(cmd, &isID, "NAME is an ID")
-	cmd.RunE = func(_ *cobra.Command, args []string) error {
-		return changeSnapshot(args, isID, func(img *qcow2.Image, s qcow2.Selector) error { return img.RenameSnapshot(s, args[2]) })
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		return changeSnapshot(cmd.Context(), args, isID, func(ctx context.Context, img *qcow2.Image, s qcow2.Selector) error {
+			return img.RenameSnapshot(ctx, s, args[2])
+		})
 	}
 	return cmd
 }

@@ -53,12 +53,12 @@ func (b *bench) layout(ctx context.Context) error {
 	} {
 		var figures [2][5][]float64
 		for range min(b.pairs, 3) {
-			for who, serve := range []func(string) (*served, error){serveOurs, func(path string) (*served, error) { return serveQEMU(ctx, b.dir, path) }} {
+			for who, serve := range []func(context.Context, string) (*served, error){serveOurs, b.serveQEMU} {
 				path := filepath.Join(b.dir, "layout.qcow2")
 				if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-o", l.options(), path, fmt.Sprint(size)); err != nil {
 					return err
 				}
-				s, err := serve(path)
+				s, err := serve(ctx, path)
 				if err != nil {
 					return err
 				}

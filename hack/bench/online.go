@@ -19,15 +19,15 @@ type served struct {
 }
 
 // serveOurs opens an image in this process.
-func serveOurs(path string) (*served, error) {
+func serveOurs(ctx context.Context, path string) (*served, error) {
 	img, err := openServed(path)
 	if err != nil {
 		return nil, err
 	}
 	return &served{
 		target: img,
-		create: func() error { _, err := img.CreateSnapshot("online", nil); return err },
-		remove: func() error { return img.DeleteSnapshot(qcow2.ByName("online")) },
+		create: func() error { _, err := img.CreateSnapshot(ctx, "online", nil); return err },
+		remove: func() error { return img.DeleteSnapshot(ctx, qcow2.ByName("online")) },
 		close:  img.Close,
 	}, nil
 }
@@ -61,7 +61,7 @@ func (b *bench) throughput(ctx context.Context) error {
 func (b *bench) besides(ctx context.Context, pause time.Duration, report func(size string, l [2]*latencies)) error {
 	for _, size := range b.sizes {
 		var l [2]*latencies
-		for who, serve := range []func(string) (*served, error){serveOurs, func(path string) (*served, error) { return serveQEMU(ctx, b.dir, path) }} {
+		for who, serve := range []func(context.Context, string) (*served, error){serveOurs, b.serveQEMU} {
 			master, err := b.mapped(ctx, size)
 			if err != nil {
 				return err
@@ -84,13 +84,13 @@ func (b *bench) besides(ctx context.Context, pause time.Duration, report func(si
 
 // underLoad carries out operations on the image at path. bystander is a file beside it that nobody uses.
 func (b *bench) underLoad(
-	ctx context.Context, path, bystander, size string, pause time.Duration, serve func(string) (*served, error),
+	ctx context.Context, path, bystander, size string, pause time.Duration, serve func(context.Context, string) (*served, error),
 ) (*latencies, error) {
 	n, err := parseSize(size)
 	if err != nil {
 		return nil, err
 	}
-	s, err := serve(path)
+	s, err := serve(ctx, path)
 	if err != nil {
 		return nil, err
 	}

@@ -257,7 +257,7 @@ func (b *bench) scatteredOurs(ctx context.Context, dir string) (*guestDisk, erro
 		if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, strconv.Itoa(scatterSize)); err != nil {
 			return err
 		}
-		return scatter(path, scatterWrites)
+		return scatter(ctx, path, scatterWrites)
 	})
 }
 
@@ -356,7 +356,7 @@ func (b *bench) scatteredQEMU(ctx context.Context, dir string) (*guestDisk, erro
 	if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, strconv.Itoa(scatterSize)); err != nil {
 		return nil, err
 	}
-	if err := scatter(path, scatterWrites); err != nil {
+	if err := scatter(ctx, path, scatterWrites); err != nil {
 		return nil, err
 	}
 	return b.guestQEMU(ctx, path, scatterSize)
@@ -372,7 +372,7 @@ func (b *bench) mappedQEMU(ctx context.Context, dir string) (*guestDisk, error) 
 
 // guestQEMU has no restore beside a guest: the daemon knows none.
 func (b *bench) guestQEMU(ctx context.Context, path string, size int64) (*guestDisk, error) {
-	s, err := serveQEMU(ctx, b.dir, path)
+	s, err := b.serveQEMU(ctx, path)
 	if err != nil {
 		return nil, err
 	}

@@ -27,8 +27,8 @@ type daemon struct {
 }
 
 // serveQEMU starts a daemon, which is stopped by close.
-func serveQEMU(ctx context.Context, dir, image string) (*served, error) {
-	socket, export := filepath.Join(dir, "qmp"), filepath.Join(dir, "export")
+func (b *bench) serveQEMU(ctx context.Context, image string) (*served, error) {
+	socket, export := filepath.Join(b.dir, "qmp"), filepath.Join(b.dir, "export")
 	if err := os.WriteFile(export, nil, 0o600); err != nil {
 		return nil, err
 	}

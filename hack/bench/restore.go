@@ -87,7 +87,7 @@ func (b *bench) restoreSharing(ctx context.Context, name, dir string) error {
 		if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, strconv.Itoa(scatterSize)); err != nil {
 			return err
 		}
-		return scatter(path, scatterWrites)
+		return scatter(ctx, path, scatterWrites)
 	})
 }
 
@@ -97,8 +97,8 @@ const scatterSize = 16 << 30
 const scatterWrites = 100_000
 
 // scatter makes so many 4 KiB writes at random places of an image's disk.
-func scatter(path string, writes int) error {
-	s, err := serveOurs(path)
+func scatter(ctx context.Context, path string, writes int) error {
+	s, err := serveOurs(ctx, path)
 	if err != nil {
 		return err
 	}
@@ -210,7 +210,7 @@ func (b *bench) filled(ctx context.Context, path string, data int64) error {
 	if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, "16G"); err != nil {
 		return err
 	}
-	s, err := serveOurs(path)
+	s, err := serveOurs(ctx, path)
 	if err != nil {
 		return err
 	}

@@ -46,12 +46,12 @@ func (b *bench) fsync(ctx context.Context) error {
 	const requests = 1000
 	var rates [2][]time.Duration
 	for range b.pairs {
-		for who, serve := range []func(string) (*served, error){serveOurs, func(path string) (*served, error) { return serveQEMU(ctx, b.dir, path) }} {
+		for who, serve := range []func(context.Context, string) (*served, error){serveOurs, b.serveQEMU} {
 			path := filepath.Join(b.dir, "fsync.qcow2")
 			if _, err := command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", path, "16G"); err != nil {
 				return err
 			}
-			s, err := serve(path)
+			s, err := serve(ctx, path)
 			if err != nil {
 				return err
 			}

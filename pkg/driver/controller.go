@@ -86,7 +86,7 @@ func (c *controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequ
 	}
 	defer release()
 	defer refillReserve(ctx, p)
-	if err := c.images.change(ctx, p, id, deleteVolume); err != nil && !errors.Is(err, pool.ErrNotFound) {
+	if err := c.images.change(ctx, p, id, func(lease *pool.Lease) error { return deleteVolume(ctx, lease) }); err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return nil, err
 	}
 	return &csi.DeleteVolumeResponse{}, nil
@@ -118,16 +118,16 @@ func (c *controller) holdUnstaged(ctx context.Context, id string) (release func(
 
 // deleteVolume removes a volume, or makes it a tombstone. The mark comes first: from then on nobody uses the
 // content that is dropped, and a repeated delete finishes the work.
-func deleteVolume(lease *pool.Lease) error {
+func deleteVolume(ctx context.Context, lease *pool.Lease) error {
 	keep := false
-	err := changeImage(lease, func(image *qcow2.Image) error {
+	err := changeImage(ctx, lease, func(ctx context.Context, image *qcow2.Image) error {
 		if keep = len(listed(whole(image.Snapshots()))) > 0; !keep {
 			return nil
 		}
 		if err := lease.Update(func(v *pool.Volume) { v.Tombstone = true }); err != nil {
 			return fmt.Errorf("mark volume %s as deleted: %w", lease.Volume().ID, err)
 		}
-		return image.DropActive()
+		return image.DropActive(ctx)
 	})
 	if err != nil || keep {
 		return err

@@ -124,8 +124,8 @@ func (c *controller) createSnapshot(
 			if err := engine.CheckNotLost(p, id, name); err != nil {
 				return err
 			}
-			return changeImage(lease, func(image *qcow2.Image) (err error) {
-				made.Snapshot.Snapshot, err = image.CreateSnapshot(name, nil)
+			return changeImage(ctx, lease, func(ctx context.Context, image *qcow2.Image) (err error) {
+				made.Snapshot.Snapshot, err = image.CreateSnapshot(ctx, name, nil)
 				return err
 			})
 		})
@@ -205,7 +205,9 @@ func (c *controller) deleteSnapshot(ctx context.Context, p *pool.Pool, id, volum
 		return c.engine.DeleteSnapshot(ctx, volumeID, name)
 	}, func() error {
 		return c.images.change(ctx, p, volumeID, func(lease *pool.Lease) error {
-			err := changeImage(lease, func(image *qcow2.Image) error { return image.DeleteSnapshot(qcow2.ByName(name)) })
+			err := changeImage(ctx, lease, func(ctx context.Context, image *qcow2.Image) error {
+				return image.DeleteSnapshot(ctx, qcow2.ByName(name))
+			})
 			if err != nil && !errors.Is(err, qcow2.ErrNotFound) {
 				return err
 			}

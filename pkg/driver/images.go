@@ -154,9 +154,10 @@ func (u *imageUse) close() error {
 	return errors.Join(u.image.Close(), u.lease.Unlock())
 }
 
-// changeImage opens an image for writing under its lease. If this process dies meanwhile, the volume stays marked: the
+// changeImage opens an image for writing under its lease. The context that fn gets does not end with the caller's, for a call that
+// is repeated would begin again what takes longer than callers wait. If this process dies meanwhile, the volume stays marked: the
 // engine looks for leaks when it is attached.
-func changeImage(lease *pool.Lease, fn func(*qcow2.Image) error) error {
+func changeImage(ctx context.Context, lease *pool.Lease, fn func(context.Context, *qcow2.Image) error) error {
 	unclean, err := lease.WasUnclean()
 	if err != nil {
 		return err
@@ -168,7 +169,7 @@ func changeImage(lease *pool.Lease, fn func(*qcow2.Image) error) error {
 	if err != nil {
 		return fmt.Errorf("open volume %s: %w", lease.Volume().ID, err)
 	}
-	err = fn(image)
+	err = fn(context.WithoutCancel(ctx), image)
 	if closeErr := image.Close(); closeErr != nil {
 		return errors.Join(err, closeErr)
 	}

@@ -268,7 +268,7 @@ func TestAttachSweepsClones(t *testing.T) {
 	img, err := lease.Open(false)
 	must(t, err)
 	for _, name := range []string{"mine", worker.ReservedPrefix + "left"} {
-		_, err = img.CreateSnapshot(name, nil)
+		_, err = img.CreateSnapshot(t.Context(), name, nil)
 		must(t, err)
 	}
 	must(t, img.Close())

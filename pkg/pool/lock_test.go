@@ -153,7 +153,7 @@ func TestSnapshots(t *testing.T) {
 	l := lock(t, p, id)
 	img, err := l.Open(false)
 	must(t, err)
-	must(t, errOf(img.CreateSnapshot("first", nil)), errOf(img.CreateSnapshot("second", nil)), img.Close(), l.Unlock())
+	must(t, errOf(img.CreateSnapshot(t.Context(), "first", nil)), errOf(img.CreateSnapshot(t.Context(), "second", nil)), img.Close(), l.Unlock())
 	s, err := p.Snapshots(id)
 	if err != nil || len(s) != 2 || s[0].Name != "first" || s[1].Name != "second" {
 		t.Errorf("snapshots are %v, %v", s, err)

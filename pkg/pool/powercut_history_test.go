@@ -301,7 +301,7 @@ func writeTo(name string, sector int64, value byte) powerStep {
 func expand(name string, size int64) powerStep {
 	return change("expand", name, func(w *world, l *Lease, image *qcow2.Image) {
 		if image.Size() < size {
-			must(w.t, image.Resize(size))
+			must(w.t, image.Resize(w.t.Context(), size))
 		}
 		must(w.t, l.Update(func(v *Volume) { v.Grown = size }))
 	})
@@ -320,7 +320,7 @@ func snapshot(name, snapshot string) powerStep {
 			must(w.t, w.p.AddPendingSnapshot(id, PendingSnapshot{Name: snapshot, Created: time.Unix(1, 0).UTC()}))
 		}
 		change("snapshot", name, func(w *world, _ *Lease, image *qcow2.Image) {
-			if _, err := image.CreateSnapshot(snapshot, nil); !errors.Is(err, qcow2.ErrExists) {
+			if _, err := image.CreateSnapshot(w.t.Context(), snapshot, nil); !errors.Is(err, qcow2.ErrExists) {
 				must(w.t, err)
 			}
 		})(w)
@@ -341,7 +341,7 @@ func lose(name, snapshot string) powerStep {
 func deleteSnapshot(name, snapshot string) powerStep {
 	return func(w *world) {
 		change("delete snapshot", name, func(w *world, _ *Lease, image *qcow2.Image) {
-			if err := image.DeleteSnapshot(qcow2.ByName(snapshot)); !errors.Is(err, qcow2.ErrNotFound) {
+			if err := image.DeleteSnapshot(w.t.Context(), qcow2.ByName(snapshot)); !errors.Is(err, qcow2.ErrNotFound) {
 				must(w.t, err)
 			}
 		})(w)
@@ -365,7 +365,7 @@ func bury(name string) powerStep {
 	return func(w *world) {
 		w.doing("tombstone")
 		w.with(name, func(l *Lease) { must(w.t, l.Update(func(v *Volume) { v.Tombstone = true })) })
-		change("drop active", name, func(w *world, _ *Lease, image *qcow2.Image) { must(w.t, image.DropActive()) })(w)
+		change("drop active", name, func(w *world, _ *Lease, image *qcow2.Image) { must(w.t, image.DropActive(w.t.Context())) })(w)
 	}
 }
 

@@ -173,7 +173,7 @@ func use(ctx context.Context, p *Pool, v Volume) error {
 		return errors.Join(err, openErr, l.Unlock())
 	}
 	_, writeErr := image.WriteAt([]byte("written"), 0)
-	_, snapshotErr := image.CreateSnapshot("another", nil)
-	return errors.Join(err, writeErr, snapshotErr, image.DeleteSnapshot(qcow2.ByName("another")), image.Close(), l.ClearAttached(),
+	_, snapshotErr := image.CreateSnapshot(ctx, "another", nil)
+	return errors.Join(err, writeErr, snapshotErr, image.DeleteSnapshot(ctx, qcow2.ByName("another")), image.Close(), l.ClearAttached(),
 		l.Update(func(v *Volume) { v.Parameters = map[string]string{"a": "b"} }), l.Remove(), l.Unlock())
 }

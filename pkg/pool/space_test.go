@@ -54,7 +54,7 @@ func TestSpace(t *testing.T) {
 	if grown.Used < created.Used+written || grown.Promised != testSize-grown.Used || grown.Free > created.Free-written {
 		t.Errorf("after %d written bytes: %+v, before %+v", written, grown, created)
 	}
-	must(t, img.Resize(2*testSize))
+	must(t, img.Resize(t.Context(), 2*testSize))
 	if got := space(t, p); got.Promised != 2*testSize-got.Used {
 		t.Errorf("the image's own size is not what counts: %+v", got)
 	}

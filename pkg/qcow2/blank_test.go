@@ -33,7 +33,7 @@ func TestBlank(t *testing.T) {
 			create(t, path)
 			qemuImg(t, "snapshot", "-c", "a", path)
 			qemuImg(t, "snapshot", "-c", "b", path)
-			open(t, path, func(img *Image) error { _, err := img.CreateSnapshot("c", nil); return err })
+			open(t, path, func(img *Image) error { _, err := img.CreateSnapshot(t.Context(), "c", nil); return err })
 		}, true},
 		"grown": {func(t *testing.T, path string) {
 			create(t, path)

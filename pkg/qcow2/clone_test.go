@@ -29,7 +29,7 @@ func TestCloneSharesBlocks(t *testing.T) {
 			img := openPath(t, source)
 			_, err := img.WriteAt(stamp(1, 0, data), 0)
 			must(t, err)
-			_, err = img.CreateSnapshot("old", nil)
+			_, err = img.CreateSnapshot(t.Context(), "old", nil)
 			must(t, err)
 			_, err = img.WriteAt(stamp(2, 64<<20, format.SectorSize), 64<<20) // in a cluster that the disk's end cuts
 			must(t, err)

@@ -54,10 +54,10 @@ func checkSaved(t *testing.T, f *memFile) {
 // An operation reads tables from the disk. So it waits for a guest's flush that is writing them.
 func TestOperationBesideCommit(t *testing.T) {
 	for name, operation := range map[string]func(*Image) error{
-		"delete": func(img *Image) error { return img.DeleteSnapshot(ByName("old")) },
-		"create": func(img *Image) error { _, err := img.CreateSnapshot("new", nil); return err },
-		"grow":   func(img *Image) error { return img.Resize(128 << 20) },
-		"goto":   func(img *Image) error { return img.GotoSnapshot(ByName("old")) },
+		"delete": func(img *Image) error { return img.DeleteSnapshot(t.Context(), ByName("old")) },
+		"create": func(img *Image) error { _, err := img.CreateSnapshot(t.Context(), "new", nil); return err },
+		"grow":   func(img *Image) error { return img.Resize(t.Context(), 128<<20) },
+		"goto":   func(img *Image) error { return img.GotoSnapshot(t.Context(), ByName("old")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newHeldFile(name)
@@ -70,7 +70,7 @@ func TestOperationBesideCommit(t *testing.T) {
 			}
 			write(1, 0)
 			write(1, 1<<20)
-			_, err = img.CreateSnapshot("old", nil)
+			_, err = img.CreateSnapshot(t.Context(), "old", nil)
 			must(t, err)
 			write(2, 0)
 			must(t, img.Flush())

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -82,7 +83,7 @@ func testConcurrency(t *testing.T, o CreateOptions, requests int, full bool) {
 	}
 	others.Go(func() {
 		for i := 0; !done.Load() || i < 3; i++ {
-			if err := takeAndDrop(img, i); err != nil {
+			if err := takeAndDrop(t.Context(), img, i); err != nil {
 				t.Errorf("snapshot %d: %v", i, err)
 				return
 			}
@@ -163,10 +164,10 @@ func useRegion(img *Image, mine *sparse, base, size int64, requests, worker int)
 }
 
 // takeAndDrop takes a snapshot, reads it twice while the guests go on, the same both times, and deletes it.
-func takeAndDrop(img *Image, i int) error {
+func takeAndDrop(ctx context.Context, img *Image, i int) error {
 	name := fmt.Sprint("snapshot ", i)
 	if err := whenSpace(func() error {
-		_, err := img.CreateSnapshot(name, nil)
+		_, err := img.CreateSnapshot(ctx, name, nil)
 		return err
 	}); err != nil {
 		return err
@@ -190,5 +191,5 @@ func takeAndDrop(img *Image, i int) error {
 	if err := v.Close(); err != nil {
 		return err
 	}
-	return whenSpace(func() error { return img.DeleteSnapshot(ByName(name)) })
+	return whenSpace(func() error { return img.DeleteSnapshot(ctx, ByName(name)) })
 }

@@ -396,7 +396,7 @@ func (h *crashHistory) create() {
 	h.whole(opCreate, "create "+name, func(s *crashState) {
 		s.snaps = append(s.snaps, modelSnapshot{name: name, content: s.durable.clone()})
 	}, func() error {
-		_, err := h.img.CreateSnapshot(name, nil)
+		_, err := h.img.CreateSnapshot(h.t.Context(), name, nil)
 		return err
 	})
 }
@@ -418,7 +418,7 @@ func (h *crashHistory) gotoSnapshot() {
 	h.t.Helper()
 	if i, name, ok := h.choose(); ok {
 		h.whole(opGoto, "goto "+name, func(s *crashState) { s.durable = s.snaps[i].content.clone() },
-			func() error { return h.img.GotoSnapshot(ByName(name)) })
+			func() error { return h.img.GotoSnapshot(h.t.Context(), ByName(name)) })
 	}
 }
 
@@ -426,7 +426,7 @@ func (h *crashHistory) deleteSnapshot() {
 	h.t.Helper()
 	if i, name, ok := h.choose(); ok {
 		h.whole(opDelete, "delete "+name, func(s *crashState) { s.snaps = slices.Delete(s.snaps, i, i+1) },
-			func() error { return h.img.DeleteSnapshot(ByName(name)) })
+			func() error { return h.img.DeleteSnapshot(h.t.Context(), ByName(name)) })
 	}
 }
 
@@ -436,7 +436,7 @@ func (h *crashHistory) renameSnapshot() {
 		h.count++
 		to := fmt.Sprintf("r%d", h.count)
 		h.whole(opRename, "rename "+name+" to "+to, func(s *crashState) { s.snaps[i].name = to },
-			func() error { return h.img.RenameSnapshot(ByName(name), to) })
+			func() error { return h.img.RenameSnapshot(h.t.Context(), ByName(name), to) })
 	}
 }
 
@@ -452,7 +452,7 @@ func (h *crashHistory) grow() {
 	h.whole(opGrow, fmt.Sprintf("grow to %#x", size), func(s *crashState) {
 		s.durable = s.durable.clone()
 		s.durable.size = size
-	}, func() error { return h.img.Resize(size) })
+	}, func() error { return h.img.Resize(h.t.Context(), size) })
 }
 
 func (h *crashHistory) dropActive() {
@@ -461,7 +461,7 @@ func (h *crashHistory) dropActive() {
 		size := s.durable.size
 		s.durable = newSparse()
 		s.durable.size = size
-	}, h.img.DropActive)
+	}, func() error { return h.img.DropActive(h.t.Context()) })
 }
 
 func (h *crashHistory) reopen() {

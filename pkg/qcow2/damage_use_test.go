@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -178,7 +179,7 @@ func (d *usedDamage) use(t *testing.T, sound *memFile, rng *rand.Rand) (lost []s
 	d.broken.save(t, ours)
 	d.broken.save(t, qemu)
 	for i, op := range d.ops {
-		if err := d.ourOp(ours, op, i, size); err != nil && refused == nil {
+		if err := d.ourOp(t.Context(), ours, op, i, size); err != nil && refused == nil {
 			refused = err
 		}
 		d.qemuOp(t, qemu, op, i, size)
@@ -213,7 +214,7 @@ func (d *usedDamage) use(t *testing.T, sound *memFile, rng *rand.Rand) (lost []s
 }
 
 // ourOp opens the image, does one thing, and closes it.
-func (d *usedDamage) ourOp(path, op string, number int, size int64) error {
+func (d *usedDamage) ourOp(ctx context.Context, path, op string, number int, size int64) error {
 	img, err := openAt(path, d.served)
 	if err != nil {
 		return err
@@ -224,13 +225,13 @@ func (d *usedDamage) ourOp(path, op string, number int, size int64) error {
 	case "flush":
 		err = img.Flush()
 	case "create":
-		_, err = img.CreateSnapshot(fmt.Sprint("new ", number), nil)
+		_, err = img.CreateSnapshot(ctx, fmt.Sprint("new ", number), nil)
 	case "delete":
-		err = img.DeleteSnapshot(ByName(d.snapshot))
+		err = img.DeleteSnapshot(ctx, ByName(d.snapshot))
 	case "goto":
-		err = img.GotoSnapshot(ByName(d.snapshot))
+		err = img.GotoSnapshot(ctx, ByName(d.snapshot))
 	case "resize":
-		err = img.Resize(img.Size() + 1<<20)
+		err = img.Resize(ctx, img.Size()+1<<20)
 	case "write":
 		_, err = img.WriteAt(bytes.Repeat([]byte{9}, int(d.wrote.n)), d.wrote.off)
 	}

@@ -298,7 +298,7 @@ func (d *duet) ours() {
 	if len(d.model.snaps) < d.kind.maxSnapshots() {
 		name := d.newName("ours")
 		d.note("we", "snapshot", " %s", name)
-		_, err := img.CreateSnapshot(name, nil)
+		_, err := img.CreateSnapshot(d.t.Context(), name, nil)
 		must(d.t, err)
 		d.model.snaps = append(d.model.snaps, modelSnapshot{name: name, content: d.model.active.clone()})
 	}
@@ -325,7 +325,7 @@ func (d *duet) ourSnapshot(img *Image) {
 	if op == 3 && (d.kind.version == 3 || len(d.model.snaps) == 0) {
 		d.model.active.size += (1 + d.rng.Int64N(8)) * d.unit
 		d.note("we", "resize", " to %d", d.model.active.size)
-		must(d.t, img.Resize(d.model.active.size))
+		must(d.t, img.Resize(d.t.Context(), d.model.active.size))
 	}
 	if op > 1 || len(d.model.snaps) == 0 {
 		return
@@ -333,12 +333,12 @@ func (d *duet) ourSnapshot(img *Image) {
 	s := d.model.snaps[d.rng.IntN(len(d.model.snaps))]
 	if op == 0 {
 		d.note("we", "go to", " %s", s.name)
-		must(d.t, img.GotoSnapshot(ByName(s.name)))
+		must(d.t, img.GotoSnapshot(d.t.Context(), ByName(s.name)))
 		d.model.active = s.content.clone()
 		return
 	}
 	d.note("we", "delete", " %s", s.name)
-	must(d.t, img.DeleteSnapshot(ByName(s.name)))
+	must(d.t, img.DeleteSnapshot(d.t.Context(), ByName(s.name)))
 	d.forget(s.name)
 }
 
@@ -415,7 +415,7 @@ func TestDifferentialBitmaps(t *testing.T) {
 	must(t, err)
 	_, err = img.WriteAt(stamp(1, 0, 8192), 4096)
 	must(t, err)
-	_, err = img.CreateSnapshot("one", nil)
+	_, err = img.CreateSnapshot(t.Context(), "one", nil)
 	must(t, err)
 	must(t, img.Close())
 

@@ -180,7 +180,7 @@ func TestStartDirect(t *testing.T) {
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
-	_, err = img.CreateSnapshot("s", nil)
+	_, err = img.CreateSnapshot(t.Context(), "s", nil)
 	must(t, err)
 	must(t, err)
 	_, err = img.ReadAt(got, 0) // the table is new

@@ -63,7 +63,7 @@ func ExampleImage_CreateSnapshot() {
 		return
 	}
 	_, before := img.WriteAt([]byte("before"), 0)
-	_, err = img.CreateSnapshot("monday", nil)
+	_, err = img.CreateSnapshot(context.Background(), "monday", nil)
 	_, after := img.WriteAt([]byte("after!"), 0)
 	if err := errors.Join(before, err, after); err != nil {
 		fmt.Println(err)
@@ -92,16 +92,16 @@ func ExampleImage_DeleteSnapshot() {
 		return
 	}
 	for _, name := range []string{"monday", "tuesday"} {
-		if _, err := img.CreateSnapshot(name, nil); err != nil {
+		if _, err := img.CreateSnapshot(context.Background(), name, nil); err != nil {
 			fmt.Println(err)
 			return
 		}
 	}
-	err = img.DeleteSnapshot(qcow2.ByName("monday"))
+	err = img.DeleteSnapshot(context.Background(), qcow2.ByName("monday"))
 	for _, s := range img.Snapshots() {
 		fmt.Println(s.ID, s.Name, s.DiskSize)
 	}
-	again := img.DeleteSnapshot(qcow2.ByName("monday"))
+	again := img.DeleteSnapshot(context.Background(), qcow2.ByName("monday"))
 	fmt.Println(err, errors.Is(again, qcow2.ErrNotFound), done())
 	// Output:
 	// 2 tuesday 1073741824

@@ -141,15 +141,15 @@ func faultWholeOps(b faultBase) []faultOp {
 		{name: "close", closes: true, run: func(_ *testing.T, img *Image) error { return img.Close() }},
 		{name: "snapshot create", change: func(s *crashState) {
 			s.snaps = append(s.snaps, modelSnapshot{name: "new", content: s.durable.clone()})
-		}, run: func(_ *testing.T, img *Image) error {
-			_, err := img.CreateSnapshot("new", nil)
+		}, run: func(t *testing.T, img *Image) error {
+			_, err := img.CreateSnapshot(t.Context(), "new", nil)
 			return err
 		}},
 		{name: "drop the active disk", change: func(s *crashState) {
 			size := s.durable.size
 			s.durable = newSparse()
 			s.durable.size = size
-		}, run: func(_ *testing.T, img *Image) error { return img.DropActive() }},
+		}, run: func(t *testing.T, img *Image) error { return img.DropActive(t.Context()) }},
 		{name: "check", run: func(t *testing.T, img *Image) error {
 			_, err := img.Check(t.Context(), nil)
 			return err
@@ -162,18 +162,18 @@ func faultWholeOps(b faultBase) []faultOp {
 		ops = append(ops, faultOp{name: "grow", change: func(s *crashState) {
 			s.durable = s.durable.clone()
 			s.durable.size *= 3
-		}, run: func(_ *testing.T, img *Image) error { return img.Resize(3 * disk) }})
+		}, run: func(t *testing.T, img *Image) error { return img.Resize(t.Context(), 3*disk) }})
 	}
 	if len(b.state.snaps) == 0 {
 		return ops
 	}
 	name := b.state.snaps[0].name
 	return append(ops,
-		faultOp{name: "snapshot goto", change: func(s *crashState) { s.durable = s.snaps[0].content.clone() }, run: func(_ *testing.T, img *Image) error {
-			return img.GotoSnapshot(ByName(name))
+		faultOp{name: "snapshot goto", change: func(s *crashState) { s.durable = s.snaps[0].content.clone() }, run: func(t *testing.T, img *Image) error {
+			return img.GotoSnapshot(t.Context(), ByName(name))
 		}},
-		faultOp{name: "snapshot delete", change: func(s *crashState) { s.snaps = slices.Delete(s.snaps, 0, 1) }, run: func(_ *testing.T, img *Image) error {
-			return img.DeleteSnapshot(ByName(name))
+		faultOp{name: "snapshot delete", change: func(s *crashState) { s.snaps = slices.Delete(s.snaps, 0, 1) }, run: func(t *testing.T, img *Image) error {
+			return img.DeleteSnapshot(t.Context(), ByName(name))
 		}},
 		faultOp{name: "snapshot read", run: func(_ *testing.T, img *Image) error {
 			v, err := img.OpenSnapshot(ByName(name))

@@ -16,8 +16,8 @@ func TestFullDiskForGuest(t *testing.T) {
 		op   func(*Image) error
 		want error
 	}{
-		"create": {func(img *Image) error { _, err := img.CreateSnapshot("two", nil); return err }, ErrNoSpace},
-		"delete": {func(img *Image) error { return img.DeleteSnapshot(ByName("one")) }, nil},
+		"create": {func(img *Image) error { _, err := img.CreateSnapshot(t.Context(), "two", nil); return err }, ErrNoSpace},
+		"delete": {func(img *Image) error { return img.DeleteSnapshot(t.Context(), ByName("one")) }, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newMemFile("full")
@@ -30,7 +30,7 @@ func TestFullDiskForGuest(t *testing.T) {
 				return err
 			}
 			must(t, write(1, 0, 4096))
-			_, err = img.CreateSnapshot("one", nil)
+			_, err = img.CreateSnapshot(t.Context(), "one", nil)
 			must(t, err)
 			must(t, img.alloc.endReservation())
 
@@ -103,7 +103,7 @@ func TestDeleteInRoom(t *testing.T) {
 			must(t, err)
 			_, err = img.WriteAt(stamp(1, 0, 128<<10), 0)
 			must(t, err)
-			_, err = img.CreateSnapshot("one", nil)
+			_, err = img.CreateSnapshot(t.Context(), "one", nil)
 			must(t, err)
 			must(t, img.alloc.endReservation())
 			f.setFault(func(c fileCall) error {
@@ -116,7 +116,7 @@ func TestDeleteInRoom(t *testing.T) {
 			img.alloc.mu.Lock()
 			img.alloc.next = img.g.ClusterBehind(img.alloc.fileEnd())
 			img.alloc.mu.Unlock()
-			if err := img.DeleteSnapshot(ByName("one")); !errors.Is(err, c.want) {
+			if err := img.DeleteSnapshot(t.Context(), ByName("one")); !errors.Is(err, c.want) {
 				t.Errorf("got %v, want %v", err, c.want)
 			}
 			if left := len(img.Snapshots()); (left == 0) != (c.want == nil) {

@@ -94,11 +94,11 @@ func fillFuzzSeed(t testing.TB, f *memFile, snapshots bool) {
 	_, err = img.WriteAt(stamp(1, 0, min(8*c, size/2)), 0)
 	must(t, err)
 	if snapshots {
-		_, err = img.CreateSnapshot("one", nil)
+		_, err = img.CreateSnapshot(t.Context(), "one", nil)
 		must(t, err)
 		_, err = img.WriteAt(stamp(2, c, 2*c), c)
 		must(t, err)
-		_, err = img.CreateSnapshot("two", nil)
+		_, err = img.CreateSnapshot(t.Context(), "two", nil)
 		must(t, err)
 	}
 	_, err = img.WriteAt(stamp(3, 0, c), 0)

@@ -302,19 +302,19 @@ func (z *fuzzed) step(op byte, where, length int64) {
 		z.did("flush", img.Flush())
 	case 4:
 		name := fmt.Sprint("new ", z.count)
-		if s, err := img.CreateSnapshot(name, nil); z.did("snapshot", err) {
+		if s, err := img.CreateSnapshot(z.t.Context(), name, nil); z.did("snapshot", err) {
 			m.snaps = append(m.snaps, modelSnapshot{name, s.ID, m.active.clone()})
 		}
 	case 5:
-		if z.did("goto", img.GotoSnapshot(ByName(snapshot)), ErrNotFound) {
+		if z.did("goto", img.GotoSnapshot(z.t.Context(), ByName(snapshot)), ErrNotFound) {
 			m.active = m.snaps[at].content.clone()
 		}
 	case 6:
-		if z.did("delete", img.DeleteSnapshot(ByName(snapshot)), ErrNotFound) {
+		if z.did("delete", img.DeleteSnapshot(z.t.Context(), ByName(snapshot)), ErrNotFound) {
 			m.snaps = slices.Delete(m.snaps, at, at+1)
 		}
 	case 7:
-		if z.did("resize", img.Resize(size+where*512), ErrUnsupported) {
+		if z.did("resize", img.Resize(z.t.Context(), size+where*512), ErrUnsupported) {
 			m.active.size = wholeSectors(size + where*512)
 		}
 	case 8:
@@ -326,7 +326,7 @@ func (z *fuzzed) step(op byte, where, length int64) {
 		_, err := img.Check(z.t.Context(), nil)
 		z.did("check", err)
 	case 11:
-		if z.did("drop", img.DropActive()) {
+		if z.did("drop", img.DropActive(z.t.Context())) {
 			m.active = newSparse()
 			m.active.size = size
 		}

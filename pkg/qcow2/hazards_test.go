@@ -46,7 +46,7 @@ func refuses(t *testing.T, f *memFile, want error, do func(*Image) error) {
 
 func TestHazards(t *testing.T) {
 	snapshot := ByName("snapshot")
-	gotoIt := func(img *Image) error { return img.GotoSnapshot(snapshot) }
+	gotoIt := func(img *Image) error { return img.GotoSnapshot(t.Context(), snapshot) }
 	viewIt := func(img *Image) error {
 		v, err := img.OpenSnapshot(snapshot)
 		if err != nil {
@@ -55,8 +55,8 @@ func TestHazards(t *testing.T) {
 		_, err = v.ReadAt(make([]byte, 512), 0)
 		return err
 	}
-	deleteIt := func(img *Image) error { return img.DeleteSnapshot(snapshot) }
-	createOne := func(img *Image) error { _, err := img.CreateSnapshot("another", nil); return err }
+	deleteIt := func(img *Image) error { return img.DeleteSnapshot(t.Context(), snapshot) }
+	createOne := func(img *Image) error { _, err := img.CreateSnapshot(t.Context(), "another", nil); return err }
 	writeIt := func(img *Image) error { _, err := img.WriteAt(make([]byte, 512), 0); return err }
 	copied := func(off int64) uint64 { return format.FlagCopied | uint64(off) }
 	const hugeDisk = 1 << 61
@@ -188,10 +188,10 @@ func TestHazardHeaderRewrite(t *testing.T) {
 	img := openHazard(t, f)
 	_, err := img.WriteAt(make([]byte, 4096), 512)
 	must(t, err)
-	_, err = img.CreateSnapshot("another", nil)
+	_, err = img.CreateSnapshot(t.Context(), "another", nil)
 	must(t, err)
-	must(t, img.GotoSnapshot(ByName("snapshot")))
-	must(t, img.Resize(2*hostileDisk))
+	must(t, img.GotoSnapshot(t.Context(), ByName("snapshot")))
+	must(t, img.Resize(t.Context(), 2*hostileDisk))
 	must(t, img.Close())
 
 	f.content.readAt(after[:], 0)
@@ -282,7 +282,7 @@ func TestHazardDiscardShowsOldData(t *testing.T) {
 	for _, version := range []int{2, 3} {
 		f := hostileImage(t, version)
 		img := openHazard(t, f)
-		_, err := img.CreateSnapshot("shared", nil)
+		_, err := img.CreateSnapshot(t.Context(), "shared", nil)
 		must(t, err)
 		must(t, img.Discard(0, 2048))
 		must(t, img.WriteZeroes(2048, 2000))
@@ -304,7 +304,7 @@ func TestHazardDiscardShowsOldData(t *testing.T) {
 	must(t, err)
 	img, err := Open(file, OpenOptions{})
 	must(t, err)
-	must(t, img.Resize(1<<20))
+	must(t, img.Resize(t.Context(), 1<<20))
 	p := make([]byte, 1<<20-100<<10)
 	_, err = img.ReadAt(p, 100<<10)
 	must(t, err)
@@ -322,17 +322,17 @@ func TestHazardNarrowCounts(t *testing.T) {
 	_, err := img.WriteAt(stamp(1, 0, 4096), 0)
 	must(t, err)
 	for i := range 2 {
-		_, err = img.CreateSnapshot(fmt.Sprint("s", i), nil)
+		_, err = img.CreateSnapshot(t.Context(), fmt.Sprint("s", i), nil)
 		must(t, err)
 	}
-	_, err = img.CreateSnapshot("too many", nil)
+	_, err = img.CreateSnapshot(t.Context(), "too many", nil)
 	if !errors.Is(err, ErrLimit) || !strings.Contains(fmt.Sprint(err), "delete a snapshot") {
 		t.Errorf("a fourth reference in two bits: %v", err)
 	}
-	must(t, img.DeleteSnapshot(ByName("s0")))
-	_, err = img.CreateSnapshot("now", nil)
+	must(t, img.DeleteSnapshot(t.Context(), ByName("s0")))
+	_, err = img.CreateSnapshot(t.Context(), "now", nil)
 	must(t, err)
-	must(t, img.GotoSnapshot(ByName("now")))
+	must(t, img.GotoSnapshot(t.Context(), ByName("now")))
 	must(t, img.Close())
 	if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.ExitStatus() != 0 {
 		t.Errorf("%+v, %v", r, err)

@@ -92,9 +92,9 @@ func TestCorruptBit(t *testing.T) {
 		"write":   {breakL2, func(img *Image) error { return errOf(img.WriteAt(make([]byte, 10), 0)) }},
 		"zero":    {breakL2, func(img *Image) error { return img.WriteZeroes(0, 512) }},
 		"discard": {breakL2, func(img *Image) error { return img.Discard(0, 512) }},
-		"create":  {breakL2, func(img *Image) error { return errOf(img.CreateSnapshot("new", nil)) }},
-		"goto":    {breakSnapshot, func(img *Image) error { return img.GotoSnapshot(ByName("snapshot")) }},
-		"delete":  {breakSnapshot, func(img *Image) error { return img.DeleteSnapshot(ByName("snapshot")) }},
+		"create":  {breakL2, func(img *Image) error { return errOf(img.CreateSnapshot(t.Context(), "new", nil)) }},
+		"goto":    {breakSnapshot, func(img *Image) error { return img.GotoSnapshot(t.Context(), ByName("snapshot")) }},
+		"delete":  {breakSnapshot, func(img *Image) error { return img.DeleteSnapshot(t.Context(), ByName("snapshot")) }},
 		"flush": {noCount, func(img *Image) error {
 			if err := img.Discard(0, 512); err != nil {
 				return err

@@ -26,7 +26,7 @@ func hostileImage(t testing.TB, version int) *memFile {
 	must(t, err)
 	_, err = img.WriteAt(stamp(1, 0, 8<<10), 0)
 	must(t, err)
-	_, err = img.CreateSnapshot("snapshot", nil)
+	_, err = img.CreateSnapshot(t.Context(), "snapshot", nil)
 	must(t, err)
 	_, err = img.WriteAt(stamp(2, 0, 4<<10), 0)
 	must(t, err)
@@ -221,8 +221,8 @@ func TestCorruptMapping(t *testing.T) {
 			// Nothing that follows may panic or run for ever; it may fail.
 			_ = img.WriteZeroes(0, 1024)
 			_ = img.Discard(512, 512)
-			_, _ = img.CreateSnapshot("another", nil)
-			_ = img.GotoSnapshot(ByName("snapshot"))
+			_, _ = img.CreateSnapshot(t.Context(), "another", nil)
+			_ = img.GotoSnapshot(t.Context(), ByName("snapshot"))
 			_, _ = img.Check(t.Context(), nil)
 			_ = img.Close()
 			if r, err := checkFile(t.Context(), before); err != nil || r.Corruptions == 0 {

@@ -7,12 +7,12 @@
 //	img, err := qcow2.Open(f, qcow2.OpenOptions{}) // closes f when it fails
 //	n, err := img.WriteAt(data, off)
 //	err = img.Flush() // now it is durable
-//	s, err := img.CreateSnapshot("before the upgrade", nil)
-//	err = img.GotoSnapshot(qcow2.ByID(s.ID))
+//	s, err := img.CreateSnapshot(ctx, "before the upgrade", nil)
+//	err = img.GotoSnapshot(ctx, qcow2.ByID(s.ID))
 //	err = img.Close()
 //
-// What takes long ends early with its context; an operation on snapshots or on the size has none, and ends early when the image is
-// closed.
+// What takes long ends early with its context, and an operation on snapshots or on the size also when the image is closed: what is
+// not complete has changed nothing then.
 //
 // What a guest has written since the last Flush may be lost in a power cut. Clone copies a disk or a snapshot to an image of its own, Check and Repair look at files that cannot be opened
 // any more, Probe at a file whoever uses it. Offsets and lengths are bytes.

@@ -278,7 +278,7 @@ func TestUnchanged(t *testing.T) {
 		before := f.clone()
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
-		if err := img.DeleteSnapshot(ByName("none")); !errors.Is(err, ErrNotFound) {
+		if err := img.DeleteSnapshot(t.Context(), ByName("none")); !errors.Is(err, ErrNotFound) {
 			t.Errorf("%s: %v", name, err)
 		}
 		_, err = img.ReadAt(make([]byte, hostileDisk), 0)

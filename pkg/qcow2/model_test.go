@@ -279,7 +279,7 @@ func (h *history) createSnapshot() {
 	}
 	h.note("%d: snapshot %s", h.count, name)
 	cuts := 0
-	s, err := h.img.CreateSnapshot(name, func(Snapshot) { cuts++ })
+	s, err := h.img.CreateSnapshot(h.t.Context(), name, func(Snapshot) { cuts++ })
 	if h.tooNarrow(err) {
 		return
 	}
@@ -288,7 +288,7 @@ func (h *history) createSnapshot() {
 		h.t.Fatalf("%d cuts, snapshot %+v", cuts, s)
 	}
 	h.model.snaps = append(h.model.snaps, modelSnapshot{name, s.ID, h.model.active.clone()})
-	if _, err := h.img.CreateSnapshot(name, nil); !errors.Is(err, ErrExists) {
+	if _, err := h.img.CreateSnapshot(h.t.Context(), name, nil); !errors.Is(err, ErrExists) {
 		h.t.Fatalf("the same name again: %v", err)
 	}
 }
@@ -315,7 +315,7 @@ func (h *history) gotoSnapshot() {
 		return
 	}
 	h.note("%d: goto %s", h.count, selector)
-	err := h.img.GotoSnapshot(selector)
+	err := h.img.GotoSnapshot(h.t.Context(), selector)
 	if h.tooNarrow(err) {
 		return
 	}
@@ -330,9 +330,9 @@ func (h *history) deleteSnapshot() {
 		return
 	}
 	h.note("%d: delete %s", h.count, selector)
-	must(h.t, h.img.DeleteSnapshot(selector))
+	must(h.t, h.img.DeleteSnapshot(h.t.Context(), selector))
 	h.model.snaps = slices.Delete(h.model.snaps, i, i+1)
-	if err := h.img.DeleteSnapshot(selector); !errors.Is(err, ErrNotFound) {
+	if err := h.img.DeleteSnapshot(h.t.Context(), selector); !errors.Is(err, ErrNotFound) {
 		h.t.Fatalf("delete it again: %v", err)
 	}
 }
@@ -344,7 +344,7 @@ func (h *history) resize() {
 		return
 	}
 	h.note("%d: resize %#x", h.count, size)
-	err := h.img.Resize(size)
+	err := h.img.Resize(h.t.Context(), size)
 	if h.p.Version == 2 && len(h.model.snaps) > 0 {
 		if !errors.Is(err, ErrUnsupported) {
 			h.t.Fatalf("resize of a version 2 image with snapshots: %v", err)

@@ -127,7 +127,7 @@ func (h *besideHistory) create() {
 	h.beside(opCreateBeside, "create "+name, func(snaps []modelSnapshot) []modelSnapshot {
 		return append(snaps, modelSnapshot{name: name, content: content})
 	}, func() error {
-		_, err := h.img.CreateSnapshot(name, func(Snapshot) { content = h.state.settled().durable })
+		_, err := h.img.CreateSnapshot(h.t.Context(), name, func(Snapshot) { content = h.state.settled().durable })
 		return err
 	})
 }
@@ -140,7 +140,7 @@ func (h *besideHistory) delete() {
 	i := h.rng.IntN(len(h.state.snaps))
 	name := h.state.snaps[i].name
 	h.beside(opDeleteBeside, "delete "+name, func(snaps []modelSnapshot) []modelSnapshot { return slices.Delete(snaps, i, i+1) },
-		func() error { return h.img.DeleteSnapshot(ByName(name)) })
+		func() error { return h.img.DeleteSnapshot(h.t.Context(), ByName(name)) })
 }
 
 // reclaim gives back leaks of an earlier crash beside the guest.
@@ -280,7 +280,7 @@ func (o *onlineHistory) run(kind opKind, what string, listed []modelSnapshot, f 
 func (o *onlineHistory) deleteOne(i int) error {
 	name := o.listed[i].name
 	_, err := o.run(opDeleteBeside, "delete "+name, slices.Delete(slices.Clone(o.listed), i, i+1), func() error {
-		return o.img.DeleteSnapshot(ByName(name))
+		return o.img.DeleteSnapshot(o.t.Context(), ByName(name))
 	})
 	return err
 }
@@ -289,7 +289,7 @@ func (o *onlineHistory) createOne(name string) error {
 	content := newSparse()
 	listed := append(slices.Clone(o.listed), modelSnapshot{name: name, content: content})
 	made, err := o.run(opCreateBeside, "create "+name, listed, func() error {
-		_, err := o.img.CreateSnapshot(name, nil)
+		_, err := o.img.CreateSnapshot(o.t.Context(), name, nil)
 		return err
 	})
 	if err != nil || !made {
@@ -353,8 +353,8 @@ func (o *onlineHistory) atSomeInstant(c cut) bool {
 // table has on disk then must be right for the new counts too.
 func TestUncommittedAtSwitch(t *testing.T) {
 	for name, op := range map[string]func(*Image) error{
-		"create": func(img *Image) error { _, err := img.CreateSnapshot("two", nil); return err },
-		"delete": func(img *Image) error { return img.DeleteSnapshot(ByName("one")) },
+		"create": func(img *Image) error { _, err := img.CreateSnapshot(t.Context(), "two", nil); return err },
+		"delete": func(img *Image) error { return img.DeleteSnapshot(t.Context(), ByName("one")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newMemFile("uncommitted")
@@ -367,7 +367,7 @@ func TestUncommittedAtSwitch(t *testing.T) {
 			}
 			write(1)
 			if name == "delete" {
-				_, err := img.CreateSnapshot("one", nil)
+				_, err := img.CreateSnapshot(t.Context(), "one", nil)
 				must(t, err)
 			}
 			must(t, img.Flush())
@@ -405,14 +405,14 @@ func TestTableGivenUpEarly(t *testing.T) {
 			must(t, img.Flush())
 		}
 		create := func(name string) {
-			_, err := img.CreateSnapshot(name, nil)
+			_, err := img.CreateSnapshot(t.Context(), name, nil)
 			must(t, err)
 		}
 		write(1)
 		// The second snapshot shares its table with the active disk, and with the first gone its clusters with nobody else.
 		create("one")
 		create("two")
-		must(t, img.DeleteSnapshot(ByName("one")))
+		must(t, img.DeleteSnapshot(t.Context(), ByName("one")))
 		calls, busy := 0, false
 		f.between = func() {
 			if busy || img.build == nil || !img.idle() {
@@ -426,7 +426,7 @@ func TestTableGivenUpEarly(t *testing.T) {
 				}
 			}
 		}
-		must(t, img.DeleteSnapshot(ByName("two")))
+		must(t, img.DeleteSnapshot(t.Context(), ByName("two")))
 		f.between = nil
 		must(t, img.Close())
 		if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.ExitStatus() != 0 {

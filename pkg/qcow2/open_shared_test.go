@@ -18,7 +18,7 @@ func TestOpenShared(t *testing.T) {
 	before, err := OpenShared(path)
 	must(t, err)
 	defer before.Close()
-	taken, err := writer.CreateSnapshot("s", nil)
+	taken, err := writer.CreateSnapshot(t.Context(), "s", nil)
 	must(t, err)
 	changed, err := before.Changed()
 	must(t, err)
@@ -35,9 +35,9 @@ func TestOpenShared(t *testing.T) {
 		}
 	}
 	kept(true)
-	must(t, writer.DeleteSnapshot(ByName("s")))
+	must(t, writer.DeleteSnapshot(t.Context(), ByName("s")))
 	kept(false)
-	_, err = writer.CreateSnapshot("s", nil)
+	_, err = writer.CreateSnapshot(t.Context(), "s", nil)
 	must(t, err)
 	kept(false)
 }

@@ -32,22 +32,25 @@ type operation struct {
 // nothing is a begin that has nothing to check.
 func nothing(*generation) error { return nil }
 
-// change carries out an operation. If it fails before the header is written nothing has changed; if it fails there
+// change carries out an operation, which ctx can end until the header is about to be written. If it fails before the header is written nothing has changed; if it fails there
 // the image has failed.
-func (img *Image) change(op operation) (err error) {
+func (img *Image) change(ctx context.Context, op operation) (err error) {
 	defer func() { err = img.judge(err) }()
 	img.changeMu.Lock()
 	defer img.changeMu.Unlock()
 	defer img.phases.enter("")
-	err = img.attempt(op)
+	err = img.attempt(ctx, op)
 	if op.frees && errors.Is(err, ErrNoSpace) && img.failed() == nil {
-		err = img.changeInRoom(op, err)
+		err = img.changeInRoom(ctx, op, err)
 	}
 	return err
 }
 
-func (img *Image) attempt(op operation) error {
+func (img *Image) attempt(ctx context.Context, op operation) error {
 	img.phases.enter(PhasePrepare)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	if op.prepare != nil {
 		if err := op.prepare(); err != nil {
 			return err
@@ -63,6 +66,7 @@ func (img *Image) attempt(op operation) error {
 		return err
 	}
 	defer close(n.done)
+	defer context.AfterFunc(ctx, func() { n.cancel(context.Cause(ctx)) })()
 	if op.stop {
 		defer img.gate.Unlock()
 	}
@@ -174,12 +178,12 @@ func (img *Image) beginGeneration(op operation, slab []byte) (*generation, error
 // the operation alone: all that it writes goes behind the end of the file, to blocks that are allocated there.
 
 // changeInRoom is attempt with room of its own. cause is why it is needed.
-func (img *Image) changeInRoom(op operation, cause error) error {
+func (img *Image) changeInRoom(ctx context.Context, op operation, cause error) error {
 	allocator, ok := img.f.File.(Allocator)
 	switch {
 	case img.makeRoom != nil && ok:
 	case op.unlist != nil:
-		return img.changeInPlace(op, cause)
+		return img.changeInPlace(ctx, op, cause)
 	default:
 		return cause
 	}
@@ -192,7 +196,7 @@ func (img *Image) changeInRoom(op operation, cause error) error {
 		room := format.Run{First: img.g.ClusterBehind(img.alloc.fileEnd()), N: img.deletionRoom()}
 		return room, allocator.Allocate(int64(img.g.Offset(room.First)), img.g.Bytes(room.N))
 	}
-	err := img.attempt(op)
+	err := img.attempt(ctx, op)
 	img.alloc.ledger.Lock()
 	defer img.alloc.ledger.Unlock()
 	if img.failed() != nil {
@@ -202,7 +206,7 @@ func (img *Image) changeInRoom(op operation, cause error) error {
 }
 
 // changeInPlace is attempt after unlist. cause is why it is needed.
-func (img *Image) changeInPlace(op operation, cause error) error {
+func (img *Image) changeInPlace(ctx context.Context, op operation, cause error) error {
 	gone := false
 	op.takeRoom = func() (format.Run, error) {
 		err := op.unlist()
@@ -212,12 +216,12 @@ func (img *Image) changeInPlace(op operation, cause error) error {
 		return format.Run{}, err
 	}
 	op.begin = nothing
-	err := img.attempt(op)
+	err := img.attempt(ctx, op)
 	if !gone || !errors.Is(err, ErrNoSpace) || img.failed() != nil {
 		return err
 	}
 	// There is no room for new tables of the active disk. What it shared with the snapshot stays counted twice, and what guests
 	// change meanwhile is leaked until the next search.
-	_, err = img.ReclaimLeaks(context.Background()) //nolint:forbidigo // a deletion has none
+	_, err = img.ReclaimLeaks(ctx)
 	return err
 }

@@ -167,7 +167,7 @@ func (o *orderRun) orderBase(kind string) {
 	}
 	put(1000, 65)
 	if !strings.Contains(kind, "alone") {
-		_, err = img.CreateSnapshot("base", nil)
+		_, err = img.CreateSnapshot(o.t.Context(), "base", nil)
 		must(o.t, err)
 	}
 	for i := int64(1); i < 8; i += 2 {
@@ -221,10 +221,10 @@ func (o *orderRun) start(what string) *event {
 		"enter":   func() error { return o.img.begin(0, 0, true) },
 		"leave":   func() error { o.img.end(); return nil },
 		"create": func() error {
-			_, err := o.img.CreateSnapshot(e.name, func(Snapshot) { e.cut = o.clock.Add(1) })
+			_, err := o.img.CreateSnapshot(o.t.Context(), e.name, func(Snapshot) { e.cut = o.clock.Add(1) })
 			return err
 		},
-		"delete": func() error { return o.img.DeleteSnapshot(ByName("base")) },
+		"delete": func() error { return o.img.DeleteSnapshot(o.t.Context(), ByName("base")) },
 		"reclaim": func() error {
 			_, err := o.img.ReclaimLeaks(o.t.Context())
 			return err

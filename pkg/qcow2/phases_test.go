@@ -28,14 +28,14 @@ func TestPhases(t *testing.T) {
 		}
 		seen = nil
 	}
-	_, err = img.CreateSnapshot("s", nil)
+	_, err = img.CreateSnapshot(t.Context(), "s", nil)
 	must(t, err)
 	check("a snapshot", PhasePrepare, PhaseDrain, PhaseCut, PhaseCommit, PhaseBuild, PhaseCatchUp,
 		PhaseWait, PhaseComplete, PhaseSync, PhaseSwitch, PhaseAdopt, PhasePunch)
-	must(t, img.GotoSnapshot(ByName("s")))
+	must(t, img.GotoSnapshot(t.Context(), ByName("s")))
 	check("going back", PhasePrepare, PhaseDrain, PhaseCut, PhaseBuild,
 		PhaseWait, PhaseComplete, PhaseSync, PhaseSwitch, PhaseAdopt, PhasePunch)
-	if err := img.DeleteSnapshot(ByName("none")); err == nil {
+	if err := img.DeleteSnapshot(t.Context(), ByName("none")); err == nil {
 		t.Error("a snapshot that is not there was deleted")
 	}
 	check("what cannot begin", PhasePrepare, PhaseDrain, PhaseCut)

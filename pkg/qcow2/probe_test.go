@@ -30,13 +30,13 @@ func TestProbe(t *testing.T) {
 			for ; taken < 3 && (o.RefcountBits != 1); taken++ {
 				_, err = img.WriteAt(stamp(1, 0, size), 0)
 				must(t, err)
-				_, err = img.CreateSnapshot(fmt.Sprintf("%0255d", taken), nil)
+				_, err = img.CreateSnapshot(t.Context(), fmt.Sprintf("%0255d", taken), nil)
 				must(t, err)
 			}
 			disk := int64(size)
 			if o.Version != 2 { // which cannot grow with snapshots
 				disk *= 2
-				must(t, img.Resize(disk))
+				must(t, img.Resize(t.Context(), disk))
 			}
 			h, err = Probe(f)
 			must(t, err)

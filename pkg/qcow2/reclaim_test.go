@@ -26,7 +26,7 @@ func leakyImage(t *testing.T, o CreateOptions, size int64) *memFile {
 		_, err = img.WriteAt(stamp(1, off, 4*img.ClusterSize()), off)
 		must(t, err)
 	}
-	_, err = img.CreateSnapshot("old", nil)
+	_, err = img.CreateSnapshot(t.Context(), "old", nil)
 	must(t, err)
 	must(t, img.alloc.endReservation())
 	for off := int64(0); off < size/2; off += 16 * img.ClusterSize() {
@@ -109,10 +109,10 @@ func TestOnlineReclaimLeaks(t *testing.T) {
 			running.Go(func() {
 				for i := 0; ctx.Err() == nil && i < 6; i++ {
 					name := fmt.Sprint("s", i)
-					if _, err := img.CreateSnapshot(name, nil); err != nil {
+					if _, err := img.CreateSnapshot(t.Context(), name, nil); err != nil {
 						t.Error(err)
 					}
-					if err := img.DeleteSnapshot(ByName(name)); err != nil {
+					if err := img.DeleteSnapshot(t.Context(), ByName(name)); err != nil {
 						t.Error(err)
 					}
 				}

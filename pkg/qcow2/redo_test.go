@@ -139,7 +139,7 @@ func (h *killHistory) createBeside() {
 	h.note("%d: snapshot %s", h.count, name)
 	var content *sparse
 	h.knows(func() { h.in = true })
-	s, err := h.img.CreateSnapshot(name, func(Snapshot) { h.knows(func() { content = h.model.active.clone() }) })
+	s, err := h.img.CreateSnapshot(h.t.Context(), name, func(Snapshot) { h.knows(func() { content = h.model.active.clone() }) })
 	h.knows(func() { h.in = false })
 	if h.tooNarrow(err) {
 		return
@@ -160,7 +160,7 @@ func (h *killHistory) deleteBeside() {
 		h.model.snaps = slices.Delete(h.model.snaps, i, i+1)
 		h.in = true
 	})
-	err := h.img.DeleteSnapshot(selector)
+	err := h.img.DeleteSnapshot(h.t.Context(), selector)
 	h.knows(func() { h.in = false })
 	if h.tooNarrow(err) {
 		h.knows(func() { h.model.snaps = append(h.model.snaps, gone) })
@@ -178,7 +178,7 @@ func (h *killHistory) gotoAny() {
 	h.note("%d: goto %s", h.count, selector)
 	h.knows(func() { h.whole = true })
 	defer h.knows(func() { h.whole = false })
-	err := h.img.GotoSnapshot(selector)
+	err := h.img.GotoSnapshot(h.t.Context(), selector)
 	if h.tooNarrow(err) {
 		return
 	}
@@ -337,14 +337,14 @@ func TestRedoOnce(t *testing.T) {
 		op   func(*Image) error
 		want byte
 	}{
-		"goto": {func(img *Image) error { return img.GotoSnapshot(ByName("old")) }, 1},
-		"drop": {(*Image).DropActive, 0},
+		"goto": {func(img *Image) error { return img.GotoSnapshot(t.Context(), ByName("old")) }, 1},
+		"drop": {func(img *Image) error { return img.DropActive(t.Context()) }, 0},
 		"flush, goto": {func(img *Image) error {
 			_, err := img.WriteAt(bytes.Repeat([]byte{3}, 3*4096), 4096)
-			return errors.Join(err, img.Flush(), img.GotoSnapshot(ByName("old")))
+			return errors.Join(err, img.Flush(), img.GotoSnapshot(t.Context(), ByName("old")))
 		}, 1},
-		"create":    {func(img *Image) error { _, err := img.CreateSnapshot("new", nil); return err }, 2},
-		"grow":      {func(img *Image) error { return img.Resize(2 << 20) }, 2},
+		"create":    {func(img *Image) error { _, err := img.CreateSnapshot(t.Context(), "new", nil); return err }, 2},
+		"grow":      {func(img *Image) error { return img.Resize(t.Context(), 2<<20) }, 2},
 		"reclaim":   {func(img *Image) error { _, err := img.ReclaimLeaks(t.Context()); return err }, 2},
 		"no change": {func(*Image) error { return nil }, 2},
 	} {
@@ -358,7 +358,7 @@ func TestRedoOnce(t *testing.T) {
 				must(t, err)
 			}
 			put(1)
-			_, err := img.CreateSnapshot("old", nil)
+			_, err := img.CreateSnapshot(t.Context(), "old", nil)
 			must(t, err)
 			put(2) // and the process dies
 
@@ -389,7 +389,7 @@ func TestRedoOfSharedCluster(t *testing.T) {
 	img := openRedo(t, f, p, words)
 	_, err := img.WriteAt(pattern(1, 512), 0)
 	must(t, err)
-	_, err = img.CreateSnapshot("s", nil)
+	_, err = img.CreateSnapshot(t.Context(), "s", nil)
 	must(t, err)
 	es, err := img.entries(format.Chunk{Off: 0, N: 512})
 	must(t, err)

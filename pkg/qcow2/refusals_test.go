@@ -22,7 +22,7 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 	snapshot := func(name string) func(*Image) error {
-		return func(img *Image) error { _, err := img.CreateSnapshot(name, nil); return err }
+		return func(img *Image) error { _, err := img.CreateSnapshot(t.Context(), name, nil); return err }
 	}
 	for name, c := range map[string]struct {
 		want error
@@ -48,15 +48,17 @@ func TestRefusals(t *testing.T) {
 			must(t, f.Truncate(512))
 			return Create(t.Context(), f, 1<<20, CreateOptions{})
 		}},
-		"a snapshot without a name":       {ErrLimit, "1 to", snapshot("")},
-		"a snapshot with a long name":     {ErrLimit, "65536", snapshot(strings.Repeat("x", 65536))},
-		"a snapshot of the same name":     {ErrExists, "there", snapshot("there")},
-		"another snapshot's deletion":     {ErrNotFound, "gone", func(img *Image) error { return img.DeleteSnapshot(ByName("gone")) }},
-		"the deletion of an open one":     {ErrInUse, "there", func(img *Image) error { return withView(t, img, img.DeleteSnapshot) }},
-		"a goto to none":                  {ErrNotFound, "gone", func(img *Image) error { return img.GotoSnapshot(ByName("gone")) }},
+		"a snapshot without a name":   {ErrLimit, "1 to", snapshot("")},
+		"a snapshot with a long name": {ErrLimit, "65536", snapshot(strings.Repeat("x", 65536))},
+		"a snapshot of the same name": {ErrExists, "there", snapshot("there")},
+		"another snapshot's deletion": {ErrNotFound, "gone", func(img *Image) error { return img.DeleteSnapshot(t.Context(), ByName("gone")) }},
+		"the deletion of an open one": {ErrInUse, "there", func(img *Image) error {
+			return withView(t, img, func(s Selector) error { return img.DeleteSnapshot(t.Context(), s) })
+		}},
+		"a goto to none":                  {ErrNotFound, "gone", func(img *Image) error { return img.GotoSnapshot(t.Context(), ByName("gone")) }},
 		"to find none":                    {ErrNotFound, "gone", func(img *Image) error { _, err := img.FindSnapshot(ByName("gone")); return err }},
-		"a disk that shrinks":             {ErrUnsupported, "shrink", func(img *Image) error { return img.Resize(format.SectorSize) }},
-		"a disk without end":              {ErrLimit, "L1 table", func(img *Image) error { return img.Resize(1 << 50) }},
+		"a disk that shrinks":             {ErrUnsupported, "shrink", func(img *Image) error { return img.Resize(t.Context(), format.SectorSize) }},
+		"a disk without end":              {ErrLimit, "L1 table", func(img *Image) error { return img.Resize(t.Context(), 1<<50) }},
 		"a read behind the end":           {ErrOutOfRange, "disk of", func(img *Image) error { _, err := img.ReadAt(make([]byte, 1), img.Size()); return err }},
 		"a write before the beginning":    {ErrOutOfRange, "-1", func(img *Image) error { _, err := img.WriteAt(make([]byte, 1), -1); return err }},
 		"a discard of more than there is": {ErrOutOfRange, "disk of", func(img *Image) error { return img.Discard(0, math.MaxInt64) }},
@@ -87,7 +89,7 @@ func TestRefusals(t *testing.T) {
 			must(t, err)
 			_, err = img.WriteAt(stamp(1, 0, 4096), 0)
 			must(t, err)
-			_, err = img.CreateSnapshot("there", nil)
+			_, err = img.CreateSnapshot(t.Context(), "there", nil)
 			must(t, err)
 			before := f.clone()
 			if err := c.do(img); !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.says) {

@@ -115,7 +115,7 @@ func TestFailedReservationBesideOperation(t *testing.T) {
 	a := img.alloc
 	first := a.g.Counted(1, 0) // that no block counts
 	placed := false
-	must(t, img.change(operation{
+	must(t, img.change(t.Context(), operation{
 		begin: func(*generation) error { return nil },
 		build: func(n *generation) error {
 			var taken format.Run

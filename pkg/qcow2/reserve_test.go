@@ -34,7 +34,7 @@ func TestReserveBesideOperation(t *testing.T) {
 	img.background.Wait()
 
 	reserved := make(chan error, 1)
-	_, err = img.CreateSnapshot("new", func(Snapshot) {
+	_, err = img.CreateSnapshot(t.Context(), "new", func(Snapshot) {
 		f.hold.Store(true)
 		go func() { reserved <- img.alloc.reserve(img.alloc.ready.Clusters() + 1) }()
 		<-f.held

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"time"
@@ -15,13 +16,15 @@ const maxSnapshotName = 255
 // comes after it returns. Guests wait only for the instant itself, however large the disk is. cut, if not nil, is
 // called once at that instant with what the snapshot will be: a frozen file system may be thawed. ErrExists if the name is taken, ErrLimit if a
 // limit of the format is reached. If it fails nothing has changed.
-func (img *Image) CreateSnapshot(name string, cut func(Snapshot)) (Snapshot, error) {
+//
+// This one and the operations below end early, and then change nothing, when ctx does.
+func (img *Image) CreateSnapshot(ctx context.Context, name string, cut func(Snapshot)) (Snapshot, error) {
 	if err := checkSnapshotName(name); err != nil {
 		return Snapshot{}, err
 	}
 	var row format.SnapshotRow
 	var l1 []format.L1Entry
-	err := img.change(operation{
+	err := img.change(ctx, operation{
 		begin: func(n *generation) error {
 			if _, err := findSnapshot(n.row, ByName(name)); err == nil {
 				return fmt.Errorf("snapshot %q: %w", name, ErrExists)
@@ -81,8 +84,8 @@ func (n *generation) create(row *format.SnapshotRow, l1 []format.L1Entry) (err e
 }
 
 // GotoSnapshot makes the active disk what it was when the snapshot was taken, its size too. Guests wait. ErrNotFound.
-func (img *Image) GotoSnapshot(s Selector) error {
-	return img.change(operation{stop: true, begin: nothing, build: func(n *generation) error {
+func (img *Image) GotoSnapshot(ctx context.Context, s Selector) error {
+	return img.change(ctx, operation{stop: true, begin: nothing, build: func(n *generation) error {
 		i, err := findSnapshot(n.row, s)
 		if err != nil {
 			return err
@@ -100,9 +103,9 @@ func (img *Image) GotoSnapshot(s Selector) error {
 
 // DeleteSnapshot removes a snapshot and frees what nothing else needs. Guests go on; the snapshot is listed until it
 // is gone. ErrNotFound; ErrInUse while a View of it is open.
-func (img *Image) DeleteSnapshot(s Selector) error {
+func (img *Image) DeleteSnapshot(ctx context.Context, s Selector) error {
 	var row format.SnapshotRow
-	return img.change(operation{
+	return img.change(ctx, operation{
 		frees: true,
 		begin: func(n *generation) error {
 			at, err := findSnapshot(n.row, s)
@@ -126,12 +129,12 @@ func (img *Image) DeleteSnapshot(s Selector) error {
 }
 
 // RenameSnapshot gives a snapshot another name; its ID stays. Guests go on. ErrNotFound; ErrExists if another has the name.
-func (img *Image) RenameSnapshot(s Selector, name string) error {
+func (img *Image) RenameSnapshot(ctx context.Context, s Selector, name string) error {
 	if err := checkSnapshotName(name); err != nil {
 		return err
 	}
 	var at int
-	return img.change(operation{
+	return img.change(ctx, operation{
 		begin: func(n *generation) (err error) {
 			if at, err = findSnapshot(n.row, s); err != nil {
 				return err
@@ -169,8 +172,8 @@ func (n *generation) delete(row *format.SnapshotRow) error {
 }
 
 // DropActive makes the active disk read as zeros and frees what no snapshot needs. Guests wait.
-func (img *Image) DropActive() error {
-	return img.change(operation{stop: true, frees: true, begin: nothing, build: func(n *generation) error {
+func (img *Image) DropActive(ctx context.Context) error {
+	return img.change(ctx, operation{stop: true, frees: true, begin: nothing, build: func(n *generation) error {
 		n.l1 = make([]format.L1Entry, max(n.l1Keep, 1))
 		return n.unreference(img.activeL1())
 	}})
@@ -178,9 +181,9 @@ func (img *Image) DropActive() error {
 
 // Resize makes the active disk size bytes large, rounded up to sectors; what is added reads as zeros. Guests wait. It
 // does not shrink: ErrUnsupported.
-func (img *Image) Resize(size int64) error {
+func (img *Image) Resize(ctx context.Context, size int64) error {
 	size = format.RoundToSectors(size)
-	return img.change(operation{stop: true, prepare: img.zeroBehindEnd, begin: nothing, build: func(n *generation) error {
+	return img.change(ctx, operation{stop: true, prepare: img.zeroBehindEnd, begin: nothing, build: func(n *generation) error {
 		have, need := n.g.L1Entries(n.h.Size), n.g.L1Entries(size)
 		switch {
 		case size < n.h.Size:

@@ -83,7 +83,7 @@ func overwrite(t *testing.T, f File, cluster int64, snapshots ...string) *observ
 	}
 	for i, name := range snapshots {
 		put(i)
-		_, err = img.CreateSnapshot(name, nil)
+		_, err = img.CreateSnapshot(t.Context(), name, nil)
 		must(t, err)
 	}
 	put(len(snapshots))
@@ -104,11 +104,11 @@ func TestDeleteOnFullDisk(t *testing.T) {
 			disk := newFullDisk(f.reopen())
 			img, err := Open(disk, OpenOptions{})
 			must(t, err)
-			if _, err := img.CreateSnapshot("four", nil); err == nil {
+			if _, err := img.CreateSnapshot(t.Context(), "four", nil); err == nil {
 				t.Fatal("the disk is not full")
 			}
 			log := f.record()
-			must(t, img.DeleteSnapshot(ByName(name)))
+			must(t, img.DeleteSnapshot(t.Context(), ByName(name)))
 			must(t, img.Close())
 			if r, err := checkFile(t.Context(), f.reopen()); err != nil || r.ExitStatus() != 0 {
 				t.Errorf("%+v, %v", r, err)
@@ -150,7 +150,7 @@ func TestDeleteOnFullDiskFails(t *testing.T) {
 		img, err := Open(newFullDisk(f), OpenOptions{})
 		must(t, err)
 		failing := f.failing(n, faults()[0])
-		err = img.DeleteSnapshot(ByName("one"))
+		err = img.DeleteSnapshot(t.Context(), ByName("one"))
 		f.setFault(nil)
 		var failed fileCall
 		failed, happened = failing()
@@ -179,12 +179,12 @@ func TestDeleteOnFullDiskFreesNothing(t *testing.T) {
 	must(t, err)
 	_, err = img.WriteAt(stamp(1, 0, 512<<10), 0)
 	must(t, err)
-	_, err = img.CreateSnapshot("one", nil)
+	_, err = img.CreateSnapshot(t.Context(), "one", nil)
 	must(t, err)
 	must(t, img.Close())
 	img, err = Open(newFullDisk(f.reopen()), OpenOptions{})
 	must(t, err)
-	must(t, img.DeleteSnapshot(ByName("one")))
+	must(t, img.DeleteSnapshot(t.Context(), ByName("one")))
 	var got observation
 	must(t, got.observe(img))
 	if len(got.snaps) != 0 || difference(got.active[:512<<10], stamp(1, 0, 512<<10)) >= 0 {
@@ -221,10 +221,10 @@ func TestDeleteOnFullFileSystem(t *testing.T) {
 					testfs.FillUp(t, filepath.Join(dir, "ballast before "+gone))
 					img, err := Open(again(), OpenOptions{})
 					must(t, err)
-					if _, err := img.CreateSnapshot("four", nil); !errors.Is(err, ErrNoSpace) {
+					if _, err := img.CreateSnapshot(t.Context(), "four", nil); !errors.Is(err, ErrNoSpace) {
 						t.Fatalf("a snapshot: %v, but the file system is full", err)
 					}
-					must(t, img.DeleteSnapshot(ByName(gone)))
+					must(t, img.DeleteSnapshot(t.Context(), ByName(gone)))
 					want.snaps = slices.DeleteFunc(want.snaps, func(s modelSnapshot) bool { return s.name == gone })
 					var got observation
 					must(t, got.observe(img))

@@ -35,7 +35,7 @@ func TestSyncs(t *testing.T) {
 	}
 	create := func(name string) func() {
 		return func() {
-			_, err := img.CreateSnapshot(name, nil)
+			_, err := img.CreateSnapshot(t.Context(), name, nil)
 			must(t, err)
 		}
 	}
@@ -57,8 +57,8 @@ func TestSyncs(t *testing.T) {
 		{"open, for what a killed process has not synced", open, 1},
 		{"create", create("b"), 2},
 		{"create another", create("c"), 2},
-		{"goto", func() { must(t, img.GotoSnapshot(ByName("a"))) }, 2},
-		{"delete", func() { must(t, img.DeleteSnapshot(ByName("b"))) }, 2},
+		{"goto", func() { must(t, img.GotoSnapshot(t.Context(), ByName("a"))) }, 2},
+		{"delete", func() { must(t, img.DeleteSnapshot(t.Context(), ByName("b"))) }, 2},
 		{"close after that", func() { must(t, img.Close()) }, 0},
 	} {
 		if got := syncsOf(f, c.do); got != c.want {

@@ -41,7 +41,7 @@ func (s *served) openClone(snapshot string) (*clone, error) {
 	c := &clone{source: s}
 	which := qcow2.ByName(snapshot)
 	if snapshot == "" {
-		made, err := s.img.CreateSnapshot(ReservedPrefix+rand.Text(), nil)
+		made, err := s.img.CreateSnapshot(s.tasksCtx, ReservedPrefix+rand.Text(), nil)
 		if err != nil {
 			return nil, err
 		}
@@ -78,7 +78,7 @@ func (c *clone) deleteTemporary() error {
 	if !c.cleanUp {
 		return nil
 	}
-	return c.source.img.DeleteSnapshot(c.temporary)
+	return c.source.img.DeleteSnapshot(context.WithoutCancel(c.source.tasksCtx), c.temporary)
 }
 
 // writeClone writes view as a standalone image that appears at target, durably, when it is whole.
@@ -127,9 +127,9 @@ func reservedSnapshots(img *qcow2.Image) []qcow2.Snapshot {
 }
 
 // sweepClones deletes the snapshots of clones whose worker died. One that stays only takes space.
-func sweepClones(img *qcow2.Image, volume string, orphans []qcow2.Snapshot) {
+func sweepClones(ctx context.Context, img *qcow2.Image, volume string, orphans []qcow2.Snapshot) {
 	for _, s := range orphans {
-		if err := img.DeleteSnapshot(qcow2.ByIDAndName(s.ID, s.Name)); err != nil {
+		if err := img.DeleteSnapshot(ctx, qcow2.ByIDAndName(s.ID, s.Name)); err != nil {
 			klog.ErrorS(err, "Snapshot of an interrupted clone stays", "volume", volume, "snapshot", s.Name)
 		}
 	}

@@ -134,7 +134,7 @@ func (s *served) begin(ctx context.Context, k *kept, avoid []string) error {
 	s.tasks.Go(s.watch)
 	s.tasks.Go(s.trim)
 	s.tasks.Go(func() {
-		sweepClones(s.img, volume, orphans)
+		sweepClones(s.tasksCtx, s.img, volume, orphans)
 		if unclean {
 			s.reclaimLeaks()
 		}

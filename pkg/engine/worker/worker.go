@@ -170,7 +170,7 @@ func (w *worker) List(context.Context, *api.ListRequest) (*api.ListResponse, err
 	return &api.ListResponse{Attachments: []*api.Attachment{a}}, nil
 }
 
-func (w *worker) Resize(_ context.Context, r *api.ResizeRequest) (*api.ResizeResponse, error) {
+func (w *worker) Resize(ctx context.Context, r *api.ResizeRequest) (*api.ResizeResponse, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s, err := w.attached()
@@ -178,7 +178,7 @@ func (w *worker) Resize(_ context.Context, r *api.ResizeRequest) (*api.ResizeRes
 		return nil, err
 	}
 	if r.GetSize() > s.img.Size() {
-		if err := s.img.Resize(r.GetSize()); err != nil {
+		if err := s.img.Resize(context.WithoutCancel(ctx), r.GetSize()); err != nil {
 			return nil, err
 		}
 	}
@@ -192,7 +192,8 @@ func (w *worker) Resize(_ context.Context, r *api.ResizeRequest) (*api.ResizeRes
 	return &api.ResizeResponse{Size: s.img.Size()}, nil
 }
 
-// CreateSnapshot sends the response's header at the instant whose state the snapshot holds.
+// CreateSnapshot sends the response's header at the instant whose state the snapshot holds. Like all that changes the image it goes
+// on when the supervisor ends meanwhile: the next one finds what was begun.
 func (w *worker) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotRequest) (*api.CreateSnapshotResponse, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -200,7 +201,7 @@ func (w *worker) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReques
 	if err != nil {
 		return nil, err
 	}
-	snapshot, err := s.img.CreateSnapshot(r.GetName(), func(s qcow2.Snapshot) { rpc.SendCut(ctx, s) })
+	snapshot, err := s.img.CreateSnapshot(context.WithoutCancel(ctx), r.GetName(), func(s qcow2.Snapshot) { rpc.SendCut(ctx, s) })
 	if errors.Is(err, qcow2.ErrExists) {
 		snapshot, err = s.img.FindSnapshot(qcow2.ByName(r.GetName()))
 	}
@@ -210,14 +211,14 @@ func (w *worker) CreateSnapshot(ctx context.Context, r *api.CreateSnapshotReques
 	return &api.CreateSnapshotResponse{Snapshot: rpc.SnapshotToAPI(snapshot)}, nil
 }
 
-func (w *worker) DeleteSnapshot(_ context.Context, r *api.DeleteSnapshotRequest) (*api.DeleteSnapshotResponse, error) {
+func (w *worker) DeleteSnapshot(ctx context.Context, r *api.DeleteSnapshotRequest) (*api.DeleteSnapshotResponse, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s, err := w.attached()
 	if err != nil {
 		return nil, err
 	}
-	err = s.img.DeleteSnapshot(qcow2.ByName(r.GetName()))
+	err = s.img.DeleteSnapshot(context.WithoutCancel(ctx), qcow2.ByName(r.GetName()))
 	if err != nil && !errors.Is(err, qcow2.ErrNotFound) {
 		return nil, err
 	}
