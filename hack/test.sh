@@ -44,6 +44,8 @@ images='/pkg/qcow2(/|$)'
 concurrent='Concurren|Online|LockOrder'
 engine='/pkg/engine(/|$)'
 loads='^Test(Survive(Workers|Engines)|Soak|SnapshotsWhileWriting)' # the detector would watch those who write: make survive has it
+driver='/pkg/driver(/|$)'
+stories='^Test(.*Formatted|Hostile|Messages|.*OnFullPool|Preallocation|Mount|Stage|Linked|TwoStaging|BlockLife|Losetup|Reader)' # one call at a time
 {
 	run "$images" -skip "$concurrent"
 	run "$engine" -race -skip "$loads"
@@ -52,7 +54,9 @@ loads='^Test(Survive(Workers|Engines)|Soak|SnapshotsWhileWriting)' # the detecto
 } &
 run /cmd/
 run "$images" -race -tags lockorder -run "$concurrent"
-list=$(grep -vE "/cmd/|$images|$engine" <<<"$list" || true)
+run "$driver" -race -skip "$stories"
+run "$driver" -run "$stories"
+list=$(grep -vE "/cmd/|$images|$engine|$driver" <<<"$list" || true)
 run . -race
 wait "$!" || status=1
 
