@@ -30,6 +30,10 @@ func addCompletions(cmd *cobra.Command) {
 		cmd.ValidArgsFunction = firstFile(func([]string) []string { return nil })
 	case strings.Contains(cmd.Use, "FILE NAME"):
 		cmd.ValidArgsFunction = firstFile(snapshotNames)
+	case strings.Contains(cmd.Use, "FILE FROM [TO]"):
+		cmd.ValidArgsFunction = func(cmd *cobra.Command, args []string, toComplete string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			return firstFile(snapshotNames)(cmd, args[:min(len(args), 1)], toComplete)
+		}
 	case strings.HasSuffix(cmd.CommandPath(), "volume show"):
 		cmd.ValidArgsFunction = volumeNames
 	}

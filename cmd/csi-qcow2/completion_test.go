@@ -21,6 +21,7 @@ func TestCompletion(t *testing.T) {
 		{[]string{"image", "snapshot", "goto", image, ""}, "before-upgrade"},
 		{[]string{"image", "snapshot", "delete", image, ""}, "before-upgrade"},
 		{[]string{"image", "snapshot", "rename", image, ""}, "before-upgrade"},
+		{[]string{"image", "snapshot", "diff", image, "monday", ""}, "before-upgrade"},
 		{[]string{"image", "export", image, "out", "--snapshot", ""}, "before-upgrade"},
 		{[]string{"image", "check", "--repair", ""}, "leaks"},
 		{[]string{"image", "info", "-o", ""}, "json"},

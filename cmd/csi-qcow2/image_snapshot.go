@@ -50,9 +50,9 @@ func snapshotTable(w io.Writer, snapshots []qcow2.Snapshot) {
 func localTime(t time.Time) string { return t.Local().Format(time.DateTime + " MST") }
 
 func newImageSnapshotCommand() *cobra.Command {
-	group := newGroup("snapshot", "Take, restore, delete, rename and list snapshots of an image",
-		`Take, restore, delete, rename and list the internal snapshots of an image. Each change is one atomic switch: after
-a crash the image is as before or as after.
+	group := newGroup("snapshot", "Take, restore, delete, list and compare snapshots of an image",
+		`Take, restore, delete, rename, list and compare the internal snapshots of an image. Each change is one atomic
+switch: after a crash the image is as before or as after.
 
 NAME is a snapshot's name; with --id, its ID. The two are never taken for each other, and a name that several
 snapshots have, as QEMU allows, is refused.`,
@@ -64,9 +64,11 @@ snapshots have, as QEMU allows, is refused.`,
 		newSnapshotChange("delete", "Delete a snapshot and free what only it held",
 			"Delete a snapshot and free what only it held.",
 			deleteSnapshot),
-		newSnapshotRenameCommand())
+		newSnapshotRenameCommand(),
+		newSnapshotDiffCommand())
 	group.Example = `  csi-qcow2 image snapshot create disk.qcow2 before-upgrade
   csi-qcow2 image snapshot list disk.qcow2 -o json
+  csi-qcow2 image snapshot diff disk.qcow2 before-upgrade
   csi-qcow2 image snapshot goto disk.qcow2 before-upgrade
   csi-qcow2 image snapshot delete disk.qcow2 --id 3`
 	return group

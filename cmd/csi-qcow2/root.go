@@ -76,10 +76,14 @@ func wrongUsage(cmd *cobra.Command, err error) error {
 	return usageError{err}
 }
 
-// takes checks that a command gets exactly the arguments that its usage line names in capitals.
+// takes checks that a command gets the arguments that its usage line names in capitals; those in brackets may be left out.
 func takes(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
-		if len(args) == len(names) {
+		least := len(names)
+		for least > 0 && strings.HasPrefix(names[least-1], "[") {
+			least--
+		}
+		if len(args) >= least && len(args) <= len(names) {
 			return nil
 		}
 		return wrongUsage(cmd, fmt.Errorf("usage: %s %s (it was given %d arguments; see --help)",
