@@ -55,20 +55,19 @@ The device of an attached volume is flushed first, if there is no TO. With -U it
 
 // diff returns what has changed since the first of one or two snapshots.
 func diff(ctx context.Context, img *qcow2.Image, names []string, isID bool) (changes []qcow2.Change, err error) {
-	views := []*qcow2.View{nil, img.Active()}
-	for i, name := range names {
-		selector, err := findSnapshot(img, name, isID)
-		if err != nil {
-			return nil, err
-		}
-		view, err := img.OpenSnapshot(selector)
-		if err != nil {
-			return nil, err
-		}
-		defer func() { err = errors.Join(err, view.Close()) }()
-		views[i] = view
+	from, err := openSnapshot(img, names[0], isID)
+	if err != nil {
+		return nil, err
 	}
-	err = views[1].Diff(ctx, views[0], func(c qcow2.Change) error {
+	defer func() { err = errors.Join(err, from.Close()) }()
+	to := img.Active()
+	if len(names) > 1 {
+		if to, err = openSnapshot(img, names[1], isID); err != nil {
+			return nil, err
+		}
+	}
+	defer func() { err = errors.Join(err, to.Close()) }()
+	err = to.Diff(ctx, from, func(c qcow2.Change) error {
 		changes = append(changes, c)
 		return nil
 	})

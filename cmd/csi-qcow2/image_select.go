@@ -37,6 +37,14 @@ func findSnapshot(img *qcow2.Image, name string, isID bool) (qcow2.Selector, err
 		len(ids), printable(name), strings.Join(ids, ", "))
 }
 
+func openSnapshot(img *qcow2.Image, name string, isID bool) (*qcow2.View, error) {
+	selector, err := findSnapshot(img, name, isID)
+	if err != nil {
+		return nil, err
+	}
+	return img.OpenSnapshot(selector)
+}
+
 // snapshotFlags choose the content of an image that a command reads.
 type snapshotFlags struct {
 	name  string
@@ -71,9 +79,5 @@ func (s *snapshotFlags) open(img *qcow2.Image) (*qcow2.View, error) {
 	case !s.given:
 		return img.Active(), nil
 	}
-	selector, err := findSnapshot(img, s.name, s.isID)
-	if err != nil {
-		return nil, err
-	}
-	return img.OpenSnapshot(selector)
+	return openSnapshot(img, s.name, s.isID)
 }

@@ -148,7 +148,7 @@ func TestDiffRefuses(t *testing.T) {
 		must(t, Create(t.Context(), f, 1<<20, CreateOptions{}))
 		img, err := Open(f, OpenOptions{})
 		must(t, err)
-		defer img.Close()
+		t.Cleanup(func() { must(t, img.Close()) })
 		must(t, errOf(img.WriteAt([]byte{1}, 0)))
 		must(t, errOf(img.CreateSnapshot(t.Context(), "s", nil)))
 		must(t, errOf(img.WriteAt([]byte{2}, 0)))
@@ -160,7 +160,7 @@ func TestDiffRefuses(t *testing.T) {
 	}
 	from, err := views[0].img.OpenSnapshot(ByName("s"))
 	must(t, err)
-	defer from.Close()
+	t.Cleanup(func() { must(t, from.Close()) })
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := views[0].Diff(ctx, from, nothing); !errors.Is(err, context.Canceled) {
