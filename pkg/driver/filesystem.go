@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"slices"
-	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"k8s.io/klog/v2"
@@ -17,21 +15,10 @@ func stagedFS(c *csi.VolumeCapability, p volumeParameters) string {
 }
 
 // mountDevice mounts a device that holds a file system.
-func (n *node) mountDevice(device blockDevice, path, fsType string, options []string, readOnly bool) error {
-	options = append(slices.Clone(options), "defaults")
-	if readOnly {
-		options = append(options, "ro")
-	}
-	switch {
-	case fsType == fsXFS:
-		options = append(options, "nouuid") // a restored volume has its source's UUID
-	case isExt(fsType):
-		// First, so that others replace it. What the superblock says, which a tenant may have written, could be to stop the node.
-		options = append([]string{"errors=remount-ro"}, options...)
-	}
+func (n *node) mountDevice(device blockDevice, path, fsType, options string) error {
 	return n.programs.mustRun(program{
 		device: device.path, limit: quick, visible: true,
-		command: []string{"mount", "-t", fsType, "-o", strings.Join(options, ","), device.path, path},
+		command: []string{"mount", "-t", fsType, "-o", options, device.path, path},
 	})
 }
 

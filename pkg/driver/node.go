@@ -181,7 +181,7 @@ func (n *node) detachAfterFailure(ctx context.Context, id string) {
 func (n *node) stageFileSystem(
 	ctx context.Context, device blockDevice, path string, v pool.Volume, c *csi.VolumeCapability,
 ) (err error) {
-	options, readOnly := mountOptions(c)
+	readOnly := isReadOnly(c)
 	fsType := stagedFS(c, recordedParameters(v.Parameters))
 	staged, err := n.stagedMount(ctx, device, path)
 	if err != nil {
@@ -203,7 +203,7 @@ func (n *node) stageFileSystem(
 		if err := n.prepareFileSystem(ctx, device, v, fsType, readOnly); err != nil {
 			return err
 		}
-		if err := n.mountDevice(device, path, fsType, options, readOnly); err != nil {
+		if err := n.mountDevice(device, path, fsType, mountOptions(c, fsType)); err != nil {
 			return err
 		}
 		if staged, err = n.stagedMount(ctx, device, path); err != nil {

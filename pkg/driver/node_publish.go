@@ -47,10 +47,7 @@ func (n *node) NodePublishVolume(
 	if err != nil {
 		return nil, err
 	}
-	pub := publication{volume: id, device: device, target: target, readOnly: req.GetReadonly()}
-	if _, ro := mountOptions(capability); ro {
-		pub.readOnly = true
-	}
+	pub := publication{volume: id, device: device, target: target, readOnly: req.GetReadonly() || isReadOnly(capability)}
 	if capability.GetBlock() != nil {
 		err = n.publishBlock(ctx, pub, oneTarget(capability))
 	} else {

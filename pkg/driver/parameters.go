@@ -19,8 +19,10 @@ const (
 	paramFSFreeze      = "fsFreeze"
 )
 
-// volumeParameters are those of a StorageClass. All that is known of them is in this file: a new one is a key, a field, a case of
-// parseVolumeParameters, a line each of record, recordedParameters and match, and one of inherit if a copy keeps it unasked.
+// volumeParameters are those of a StorageClass. A new one is, in this file, a key, a field, a case of parseVolumeParameters, a line
+// each of record, recordedParameters and match, and one of inherit if a copy keeps it unasked; a check of its value in
+// parameter_values.go; rows in TestVolumeParameters, TestEachParameter and TestMessagesOfRequests; a row in docs/use.md, and what it refuses in
+// docs/troubleshooting.md. What one does to a mount belongs in mountOptions.
 type volumeParameters struct {
 	clusterSize   int64 // bytes; 0: not given
 	preallocation qcow2.Preallocation

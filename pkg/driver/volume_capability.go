@@ -1,9 +1,6 @@
 package driver
 
 import (
-	"iter"
-	"strings"
-
 	"github.com/container-storage-interface/spec/lib/go/csi"
 )
 
@@ -67,47 +64,17 @@ func checkCapability(c *csi.VolumeCapability) error {
 	return checkFSType(c.GetMount().GetFsType())
 }
 
-// checkMountOption refuses those that mount something else than the volume, elsewhere, or for others, and those that let the
-// volume's content end the node. What is left is the file system's to judge.
-func checkMountOption(option string) error {
-	name, value, _ := strings.Cut(strings.TrimSpace(option), "=")
-	switch name {
-	case "bind", "rbind", "move", "remount", "loop", "offset", "sizelimit", "encryption", "journal_dev", "journal_path", "logdev", "rtdev",
-		"shared", "rshared", "private", "rprivate", "slave", "rslave", "unbindable", "runbindable",
-		"user", "users", "owner", "group", "helper", "uhelper", "abort", "test_dummy_encryption":
-		return invalid("mount option %q is not allowed", name)
-	case "errors":
-		if value == "panic" {
-			return invalid("mount option %q is not allowed: what a pod writes could stop the node", option)
+// isReadOnly tells whether nobody may write a volume with this capability.
+func isReadOnly(c *csi.VolumeCapability) bool {
+	if c.GetAccessMode().GetMode() == csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY {
+		return true
+	}
+	for option := range eachOption(c.GetMount().GetMountFlags()) {
+		if option == "ro" {
+			return true
 		}
 	}
-	if strings.HasPrefix(name, "X-mount.") || strings.HasPrefix(name, "verity.") {
-		return invalid("mount option %q is not allowed", name)
-	}
-	return nil
-}
-
-// eachOption yields the options of mount flags, each of which may hold several.
-func eachOption(flags []string) iter.Seq[string] {
-	return func(yield func(string) bool) {
-		for _, flag := range flags {
-			for option := range strings.SplitSeq(flag, ",") {
-				if !yield(option) {
-					return
-				}
-			}
-		}
-	}
-}
-
-// mountOptions returns the options for the staged mount. readOnly is for a volume that nobody may write.
-func mountOptions(c *csi.VolumeCapability) (options []string, readOnly bool) {
-	options = c.GetMount().GetMountFlags()
-	readOnly = c.GetAccessMode().GetMode() == csi.VolumeCapability_AccessMode_SINGLE_NODE_READER_ONLY
-	for option := range eachOption(options) {
-		readOnly = readOnly || option == "ro"
-	}
-	return options, readOnly
+	return false
 }
 
 // oneTarget tells whether a volume with this access mode may be published at one path only.
