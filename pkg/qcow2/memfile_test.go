@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/format"
 	"github.com/csi-qcow2/csi-qcow2/pkg/qcow2/internal/host"
 )
@@ -220,18 +222,36 @@ func (f *memFile) disguise() *memFile {
 // loadMemFile copies a file of the file system.
 func loadMemFile(t testing.TB, path string) *memFile {
 	t.Helper()
-	b, err := os.ReadFile(path)
+	in, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	info, err := in.Stat()
 	if err != nil {
 		t.Fatal(err)
 	}
 	f := newMemFile(path)
-	for off := 0; off < len(b); off += memPageSize {
-		p := b[off:min(len(b), off+memPageSize)]
-		if !isZero(p) {
-			f.content.writeAt(p, int64(off))
+	f.content.size = info.Size()
+	for off := int64(0); off < f.content.size; {
+		data, err := in.Seek(off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break // holes only
+		}
+		hole, holeErr := in.Seek(data, unix.SEEK_HOLE)
+		if err := errors.Join(err, holeErr); err != nil {
+			t.Fatal(err)
+		}
+		for off = data / memPageSize * memPageSize; off < hole; off += memPageSize {
+			p := make([]byte, min(memPageSize, f.content.size-off))
+			if _, err := in.ReadAt(p, off); err != nil {
+				t.Fatal(err)
+			}
+			if !isZero(p) {
+				f.content.writeAt(p, off)
+			}
 		}
 	}
-	f.content.size = int64(len(b))
 	return f
 }
 
