@@ -32,8 +32,8 @@ type operation struct {
 // nothing is a begin that has nothing to check.
 func nothing(*generation) error { return nil }
 
-// change carries out an operation, which ctx can end until the header is about to be written. If it fails before the header is written nothing has changed; if it fails there
-// the image has failed.
+// change carries out an operation, which ctx can end until the header is about to be written. If it fails before that nothing has
+// changed; if it fails there the image has failed.
 func (img *Image) change(ctx context.Context, op operation) (err error) {
 	defer func() { err = img.judge(err) }()
 	img.changeMu.Lock()

@@ -112,34 +112,22 @@ func (r *report) command(words []string, run func() (string, error)) {
 
 // folded breaks a text, the first line of which begins in the column where margin ends, into lines of at most width columns.
 func folded(text string, width int, margin string) string {
-	var b strings.Builder
-	column := len(margin)
-	for i, word := range strings.Fields(text) {
-		switch {
-		case i == 0:
-		case column+1+len(word) > width:
-			b.WriteString("\n" + margin)
-			column = len(margin)
-		default:
-			b.WriteByte(' ')
-			column++
-		}
-		b.WriteString(word)
-		column += len(word)
-	}
-	return b.String()
+	return joined(strings.Fields(text), width, len(margin), "\n"+margin)
 }
 
 // wrapped joins the words of a command, in lines of at most width columns that a shell takes for one.
-func wrapped(words []string, width int) string {
+func wrapped(words []string, width int) string { return joined(words, width, len("$ "), " \\\n    ") }
+
+// joined joins words, from a column on, in lines of at most width columns. Between two lines comes newLine.
+func joined(words []string, width, column int, newLine string) string {
+	end, margin, _ := strings.Cut(newLine, "\n")
 	var b strings.Builder
-	column := len("$ ")
 	for i, word := range words {
 		switch {
 		case i == 0:
-		case column+len(word)+len("  \\") > width:
-			b.WriteString(" \\\n    ")
-			column = 4
+		case column+1+len(word)+len(end) > width:
+			b.WriteString(newLine)
+			column = len(margin)
 		default:
 			b.WriteByte(' ')
 			column++

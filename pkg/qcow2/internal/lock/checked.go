@@ -11,34 +11,8 @@ import (
 	"sync"
 )
 
-// Mutex is a sync.Mutex with a place, which is checked.
-type Mutex[P Place] struct {
-	mu    sync.Mutex
-	owner int64 // goroutine; guarded by mu
-}
-
-// Lock panics if the goroutine holds a lock whose place comes later.
-func (m *Mutex[P]) Lock() {
-	Take[P]()
-	m.mu.Lock()
-	m.owner = goroutine()
-}
-
-// TryLock waits for nobody, so it may come in any order; what is taken under it may not.
-func (m *Mutex[P]) TryLock() bool {
-	if !m.mu.TryLock() {
-		return false
-	}
-	m.owner = goroutine()
-	locks.add(m.owner, place[P]())
-	return true
-}
-
-// Unlock may be called by another goroutine than Lock was.
-func (m *Mutex[P]) Unlock() {
-	locks.remove(m.owner, place[P]())
-	m.mu.Unlock()
-}
+// Mutex has a place, which is checked.
+type Mutex[P Place] struct{ RWMutex[P] }
 
 // HandOver is called by who holds the lock, and Adopt then by the goroutine that will unlock it.
 func (m *Mutex[P]) HandOver() { locks.remove(m.owner, place[P]()) }
@@ -62,7 +36,7 @@ func (m *RWMutex[P]) Lock() {
 	m.owner = goroutine()
 }
 
-// TryLock is Mutex.TryLock.
+// TryLock waits for nobody, so it may come in any order; what is taken under it may not.
 func (m *RWMutex[P]) TryLock() bool {
 	if !m.mu.TryLock() {
 		return false
@@ -72,7 +46,7 @@ func (m *RWMutex[P]) TryLock() bool {
 	return true
 }
 
-// Unlock is Mutex.Unlock.
+// Unlock may be called by another goroutine than Lock was.
 func (m *RWMutex[P]) Unlock() {
 	locks.remove(m.owner, place[P]())
 	m.mu.Unlock()
